@@ -1,0 +1,106 @@
+"""Exact attention over packed documents, for `attn_implementation="packed_varlen"`.
+
+`cu_seq_lens_q` of the batch says where documents begin; a token attends to the earlier tokens of its own document and
+no mask is built. On a GPU in half precision this is `torch.nn.attention.varlen`; elsewhere documents of equal length
+are batched through SDPA, which costs the sum of their squared lengths instead of the square of the pack's. Without
+`cu_seq_lens_q` (generation, padded batches, the vision tower) it is transformers' own `sdpa`.
+"""
+
+import inspect
+from functools import lru_cache
+
+import torch
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+PACKED_VARLEN = "packed_varlen"
+
+
+def packed_varlen_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each document.
+
+    Args:
+        module (`nn.Module`): the attention layer that calls.
+        query (`torch.Tensor` of shape `(packs, heads, sequence, head_dim)`): queries.
+        key (`torch.Tensor` of shape `(packs, kv_heads, sequence, head_dim)`): keys.
+        value (`torch.Tensor` of shape `(packs, kv_heads, sequence, head_dim)`): values.
+        attention_mask (`torch.Tensor`, *optional*): used only without `cu_seq_lens_q`.
+        scaling (`float`, *optional*): factor of the scores, `head_dim ** -0.5` by default.
+        dropout (`float`, *optional*, defaults to 0.0): attention dropout; 0 for every model of this family.
+        cu_seq_lens_q (`torch.IntTensor` of shape `(documents + 1,)`, *optional*): document boundaries in the flattened
+            batch.
+        max_length_q (`int`, *optional*): length of the longest document.
+
+    Returns:
+        `tuple[torch.Tensor, None]`: output of shape `(packs, sequence, heads, head_dim)`, and no weights.
+    """
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    packs, heads, sequence, head_dim = query.shape
+    # (packs, heads, sequence, head_dim) -> (packs * sequence, heads, head_dim)
+    flat = [states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)]
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        output = _flash_varlen(*flat, cu_seq_lens_q, max_length_q, scaling)
+    else:
+        output = _equal_length_sdpa(*flat, cu_seq_lens_q, scaling)
+    return output.view(packs, sequence, heads, head_dim), None
+
+
+@lru_cache(maxsize=1)
+def _varlen_options() -> tuple[bool, bool]:
+    """Whether this torch's `varlen_attn` takes `window_size` (2.12) rather than `is_causal` (2.11), and `enable_gqa`."""
+    parameters = inspect.signature(varlen_attn).parameters
+    return "window_size" in parameters, "enable_gqa" in parameters
+
+
+def _flash_varlen(query, key, value, cu_seq_lens, max_length, scaling) -> torch.Tensor:
+    has_window, has_gqa = _varlen_options()
+    options = {"window_size": (-1, 0)} if has_window else {"is_causal": True}
+    if key.shape[1] != query.shape[1]:
+        if has_gqa:
+            options["enable_gqa"] = True
+        else:
+            key, value = (s.repeat_interleave(query.shape[1] // s.shape[1], dim=1) for s in (key, value))
+    if scaling is not None and scaling != query.shape[-1] ** -0.5:
+        options["scale"] = scaling
+    return varlen_attn(query, key, value, cu_seq_lens, cu_seq_lens, max_length, max_length, **options)
+
+
+def _equal_length_sdpa(query, key, value, cu_seq_lens, scaling) -> torch.Tensor:
+    """SDPA over groups of documents of one length each; a document's tokens stay in order inside its group."""
+    starts, lengths = cu_seq_lens[:-1].long(), cu_seq_lens.diff().long()
+    by_length = torch.argsort(lengths, stable=True)
+    group_lengths, group_sizes = torch.unique_consecutive(lengths[by_length], return_counts=True)
+    groups = list(zip(group_sizes.tolist(), group_lengths.tolist(), strict=True))
+    offsets = torch.cat([torch.arange(length).repeat(size) for size, length in groups]).to(starts.device)
+    order = torch.repeat_interleave(starts[by_length], lengths[by_length]) + offsets
+    split = [states[order].split([size * length for size, length in groups]) for states in (query, key, value)]
+    outputs = []
+    for (size, length), *states in zip(groups, *split, strict=True):
+        # (documents * length, heads, head_dim) -> (documents, heads, length, head_dim)
+        q, k, v = (s.view(size, length, *s.shape[1:]).transpose(1, 2) for s in states)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
+        )
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)[torch.argsort(order)]
+
+
+AttentionInterface.register(PACKED_VARLEN, packed_varlen_attention)
+# Padded batches and generation under this name need sdpa's mask; without this entry they would get none.
+AttentionMaskInterface.register(PACKED_VARLEN, sdpa_mask)

@@ -1,0 +1,64 @@
+"""From the bytes of an image file to RGB pixels, refusing what would harm a run.
+
+Every image of the project, in training and in evaluation, is opened here, so that both see the same picture.
+"""
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# Above this a small file can claim gigabytes of pixels (Pillow warns from here and refuses at twice as many).
+MAX_PIXELS = 89_478_485
+
+
+class ImageError(ValueError):
+    """An image that cannot be used.
+
+    Attributes:
+        reason (`str`): `"corrupt_image"` or `"image_too_large"`, the name it is counted under.
+    """
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Decode a JPEG, PNG or WebP file to an upright RGB image.
+
+    Palette, grey and CMYK images are converted, an alpha channel is dropped (as the original does), 16-bit grey is
+    scaled to 8 bits and the EXIF orientation is applied.
+
+    Args:
+        data (`bytes`): the file's content.
+
+    Returns:
+        `PIL.Image.Image`: mode RGB.
+
+    Raises:
+        ImageError: `corrupt_image` for a file that is truncated or no image, `image_too_large` for one of more than
+            `MAX_PIXELS` pixels, which is refused from its header.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow's own bomb and palette-transparency warnings; the size is checked below, before any pixel.
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ImageError("image_too_large", f"{image.width}x{image.height} pixels are above {MAX_PIXELS}")
+                return _to_rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError as error:
+        raise ImageError("image_too_large", str(error)) from error
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many kinds: OSError, SyntaxError, struct.error, ValueError
+        raise ImageError("corrupt_image", f"{type(error).__name__}: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # convert("RGB") would clip 16-bit values at 255 and leave a white picture.
+        image = Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")

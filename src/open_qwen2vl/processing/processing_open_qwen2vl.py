@@ -1,0 +1,128 @@
+"""Processor of Open-Qwen2VL: SigLIP's image transform, a Qwen2.5 tokenizer, the chat template, the image tokens.
+
+An image is warped to the tower's square whatever its aspect ratio and stands in the text as `image_seq_length` times
+`<|image_pad|>`. The budget is chosen per call and travels with the output, so that `generate(**inputs)` follows it.
+This file travels with checkpoints: it imports installed libraries and its siblings only.
+"""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, BatchFeature
+from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
+
+from .text_formats import IMAGE_TOKEN, prepare_tokenizer
+
+
+class OpenQwen2VLImagesKwargs(ImagesKwargs, total=False):
+    """Image options of a processor call.
+
+    image_seq_length (`int`, *optional*):
+        Tokens per image, a square number; the processor's where not given.
+    """
+
+    image_seq_length: int
+
+
+class OpenQwen2VLProcessorKwargs(ProcessingKwargs, total=False):
+    """Options of a processor call."""
+
+    images_kwargs: OpenQwen2VLImagesKwargs
+
+
+class OpenQwen2VLProcessor(ProcessorMixin):
+    """Images and text to model inputs.
+
+    Args:
+        image_processor (`SiglipImageProcessor` or `SiglipImageProcessorPil`):
+            Bicubic warp to the tower's square, mean = std = 0.5. It always runs on Pillow, whose resize the original
+            was trained with (torchvision's differs by one grey level here and there).
+        tokenizer (`PreTrainedTokenizerBase`):
+            A Qwen2.5 tokenizer after [`prepare_tokenizer`].
+        chat_template (`str`, *optional*):
+            Jinja template of a conversation.
+        image_seq_length (`int`, *optional*, defaults to 144):
+            Tokens per image where a call names none.
+    """
+
+    valid_processor_kwargs = OpenQwen2VLProcessorKwargs
+    image_token = IMAGE_TOKEN
+    skip_tensor_conversion = [*ProcessorMixin.skip_tensor_conversion, "image_seq_length"]
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, image_seq_length: int = 144):
+        if not isinstance(image_processor, SiglipImageProcessorPil):
+            # The Auto classes prefer the torchvision backend, also for what the Pillow one saved.
+            image_processor = SiglipImageProcessorPil.from_dict(image_processor.to_dict())
+        self.image_seq_length = image_seq_length
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls, vision: str, text: str, image_seq_length: int = 144, **kwargs
+    ) -> "OpenQwen2VLProcessor":
+        """Build the processor of a new model.
+
+        Args:
+            vision (`str`): hub id or folder with SigLIP's image processor.
+            text (`str`): hub id or folder with a Qwen2.5 tokenizer.
+            image_seq_length (`int`, *optional*, defaults to 144): tokens per image where a call names none.
+            kwargs: passed to both `from_pretrained` calls (`revision`, `token`, ...).
+
+        Returns:
+            [`OpenQwen2VLProcessor`] with the chat template of new models.
+
+        Raises:
+            ValueError: if the tokenizer lacks `<|im_end|>` or `<|image_pad|>`.
+        """
+        image_processor = SiglipImageProcessorPil.from_pretrained(vision, **kwargs)
+        tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(text, **kwargs))
+        tokenizer.chat_template = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf8")
+        return cls(
+            image_processor, tokenizer, chat_template=tokenizer.chat_template, image_seq_length=image_seq_length
+        )
+
+    @property
+    def images_kwargs(self) -> dict[str, int]:
+        """Defaults of a call's image options."""
+        return {"image_seq_length": self.image_seq_length}
+
+    def _process_images(self, images: ImageInput, image_seq_length: int, **kwargs) -> tuple[BatchFeature, list[str]]:
+        processed = self.image_processor(images, **kwargs)
+        processed["image_seq_length"] = image_seq_length
+        replacements = [self.replace_image_token(processed, i) for i in range(len(make_flat_list_of_images(images)))]
+        return processed, replacements
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """The text that stands for one image: as many placeholders as it has features."""
+        return self.image_token * image_inputs["image_seq_length"]
+
+    def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs) -> MultiModalData:
+        """Placeholders and patches of images of the given (height, width), for vLLM's Transformers backend."""
+        if image_sizes is None:
+            return MultiModalData()
+        image_seq_length = self._merge_kwargs(**kwargs)["images_kwargs"]["image_seq_length"]
+        return MultiModalData(
+            num_image_tokens=[image_seq_length] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
+        )
+
+    def resize_images(self, images: list[Image.Image]) -> torch.Tensor:
+        """The transform without its normalisation, which the model does on its own device.
+
+        Args:
+            images (`list[PIL.Image.Image]`): RGB images of any size; may be empty.
+
+        Returns:
+            `torch.Tensor` of shape `(images, 3, height, width)`, uint8.
+        """
+        if not images:
+            size = self.image_processor.size
+            return torch.empty((0, 3, size["height"], size["width"]), dtype=torch.uint8)
+        pixels = self.image_processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")
+        return pixels["pixel_values"].to(torch.uint8)
+
+
+__all__ = ["OpenQwen2VLProcessor"]

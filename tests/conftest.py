@@ -1,0 +1,98 @@
+"""Tiny real models, tokenizers and processors, made on the spot and shared by all tests."""
+
+import os
+
+# Before torch is imported: the suite runs on several worker processes of one thread each.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from open_qwen2vl import OpenQwen2VLForConditionalGeneration, OpenQwen2VLProcessor
+from open_qwen2vl.processing.text_formats import prepare_tokenizer
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<s>"]
+TEXTS = [
+    "a photo of a cat on a mat",
+    "two dogs run in the park",
+    "what is shown in the image?\n",
+    "blue and green squares, red circles",
+    "You are a helpful assistant.",
+    "system user assistant",
+]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of a few hundred tokens with Qwen2.5's special tokens."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=380,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(TEXTS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=4096
+    )
+
+
+@pytest.fixture(scope="session")
+def backbones(tmp_path_factory) -> dict[str, str]:
+    """Folders of a tiny SigLIP (4x4 patches of 8 px, 3 blocks) and a tiny Qwen2 with its tokenizer."""
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("backbones")
+    vision, text = root / "vision", root / "text"
+    vision_config = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    SiglipVisionModel(vision_config).save_pretrained(vision)
+    SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(vision)
+    tokenizer = make_tokenizer()
+    text_config = Qwen2Config(
+        vocab_size=len(tokenizer) + 8,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.convert_tokens_to_ids("<s>"),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.2,
+    )
+    Qwen2ForCausalLM(text_config).save_pretrained(text)
+    tokenizer.save_pretrained(text)
+    return {"vision": str(vision), "text": str(text)}
+
+
+@pytest.fixture(scope="session")
+def tokenizer(backbones) -> PreTrainedTokenizerFast:
+    """The tiny tokenizer, prepared as the processor prepares it."""
+    return prepare_tokenizer(PreTrainedTokenizerFast.from_pretrained(backbones["text"]))
+
+
+@pytest.fixture(scope="session")
+def processor(backbones) -> OpenQwen2VLProcessor:
+    """Processor of the tiny model: 32 px images, 4 tokens each."""
+    return OpenQwen2VLProcessor.from_vision_text_pretrained(**backbones, image_seq_length=4)
+
+
+@pytest.fixture
+def tiny_model(backbones) -> OpenQwen2VLForConditionalGeneration:
+    """A fresh tiny model in fp32 and evaluation mode, the same weights each time."""
+    torch.manual_seed(0)
+    return OpenQwen2VLForConditionalGeneration.from_vision_text_pretrained(**backbones, image_seq_length=4)
