@@ -75,8 +75,6 @@ def selected_position_loss(
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     loss = _LinearCrossEntropySum.apply(hidden, weight, targets, torch.is_grad_enabled())
-    if num_items_in_batch is None:
-        num_items_in_batch = max(targets.numel(), 1)
-    elif isinstance(num_items_in_batch, torch.Tensor):
-        num_items_in_batch = num_items_in_batch.to(loss.device).clamp(min=1)
-    return loss / num_items_in_batch
+    items = targets.numel() if num_items_in_batch is None else num_items_in_batch
+    # At least 1: a batch without labels has the sum 0, and 0 / 0 would poison every weight.
+    return loss / (items.to(loss.device).clamp(min=1) if isinstance(items, torch.Tensor) else max(items, 1))
