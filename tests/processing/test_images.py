@@ -1,0 +1,82 @@
+"""Images as they come from the web: each is decoded right or refused under a name."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from open_qwen2vl.processing.images import MAX_PIXELS, ImageError, decode_image
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def gradient(width: int = 20, height: int = 10) -> Image.Image:
+    array = np.zeros((height, width, 3), np.uint8)
+    array[..., 0] = np.linspace(0, 255, width)[None]
+    array[..., 1] = np.linspace(0, 255, height)[:, None]
+    return Image.fromarray(array)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_formats(kind):
+    image = decode_image(encode(gradient(), kind))
+    assert (image.mode, image.size) == ("RGB", (20, 10))
+    assert np.abs(np.asarray(image, int) - np.asarray(gradient(), int)).mean() < 8
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "LA", "RGBA", "1"])
+def test_modes_equal_plain_conversion(mode):
+    converted = gradient().convert(mode)
+    assert np.array_equal(decode_image(encode(converted)), converted.convert("RGB"))
+
+
+def test_cmyk():
+    image = decode_image(encode(gradient().convert("CMYK"), "JPEG", quality=95))
+    assert image.mode == "RGB"
+    assert np.abs(np.asarray(image, int) - np.asarray(gradient(), int)).mean() < 12
+
+
+def test_palette_with_transparency():
+    palette = gradient().convert("P")
+    assert decode_image(encode(palette, transparency=bytes(range(256)))).mode == "RGB"
+
+
+def test_sixteen_bit_is_scaled_not_clipped():
+    values = np.linspace(0, 65535, 200).astype(np.uint16).reshape(10, 20)
+    pixels = np.asarray(decode_image(encode(Image.fromarray(values))))
+    assert np.array_equal(pixels[..., 0], values >> 8)
+
+
+def test_exif_orientation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode_image(encode(gradient(20, 10), "JPEG", exif=exif)).size == (10, 20)
+
+
+def test_one_pixel():
+    assert decode_image(encode(Image.new("RGB", (1, 1), (1, 2, 3)))).getpixel((0, 0)) == (1, 2, 3)
+
+
+@pytest.mark.parametrize("data", [b"", b"not an image", encode(gradient(200, 200))[:300], encode(gradient(), "JPEG")[:200]])
+def test_corrupt_is_refused(data):
+    with pytest.raises(ImageError) as error:
+        decode_image(data)
+    assert error.value.reason == "corrupt_image"
+
+
+@pytest.mark.parametrize("side", [int(MAX_PIXELS**0.5) + 1, 60_000])
+def test_decompression_bomb_is_refused_from_its_header(side):
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(header)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    data += struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    with pytest.raises(ImageError) as error:
+        decode_image(data)
+    assert error.value.reason == "image_too_large"

@@ -1,0 +1,93 @@
+"""The processor: budgets per call, chat template, saving and loading, errors that count."""
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from open_qwen2vl import OpenQwen2VLProcessor
+
+IMAGE = Image.linear_gradient("L").convert("RGB").resize((50, 40))
+MESSAGES = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is shown in the image?"}]},
+    {"role": "assistant", "content": "a cat"},
+]
+
+
+def test_image_becomes_budget_tokens(processor):
+    for budget, options in [(4, {}), (16, {"image_seq_length": 16}), (1, {"images_kwargs": {"image_seq_length": 1}})]:
+        inputs = processor(images=[IMAGE], text="<s><|image_pad|>\na cat", return_tensors="pt", **options)
+        assert (inputs["input_ids"] == processor.image_token_id).sum() == budget
+        assert inputs["image_seq_length"] == budget
+        assert inputs["pixel_values"].shape == (1, 3, 32, 32)
+
+
+def test_text_only_has_no_image_entries(processor):
+    assert set(processor(text=["a cat"])) == {"input_ids", "attention_mask"}
+
+
+def test_placeholders_and_images_must_agree(processor):
+    with pytest.raises(ValueError, match="2 .* and 1 images"):
+        processor(images=[IMAGE], text="<|image_pad|><|image_pad|>")
+
+
+def test_chat_template(processor):
+    text = processor.apply_chat_template(MESSAGES, tokenize=False)
+    assert text == (
+        "<s><|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<|image_pad|>what is shown in the image?<|im_end|>\n"
+        "<|im_start|>assistant\na cat<|im_end|>\n"
+    )
+    prompt = processor.apply_chat_template(MESSAGES[:1], add_generation_prompt=True, tokenize=False)
+    assert text.startswith(prompt) and prompt.endswith("<|im_start|>assistant\n")
+    own_system = [{"role": "system", "content": "Be brief."}, *MESSAGES]
+    assert processor.apply_chat_template(own_system, tokenize=False).startswith(
+        "<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user"
+    )
+
+
+def test_generation_marks_cover_the_answer_and_its_end(processor):
+    messages = [{"role": "user", "content": [{"type": "image", "image": IMAGE}, MESSAGES[0]["content"][1]]}, MESSAGES[1]]
+    encoded = processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
+    )
+    supervised = encoded["input_ids"][encoded["assistant_masks"].bool()]
+    assert processor.tokenizer.decode(supervised) == "a cat<|im_end|>\n"
+
+
+def test_unknown_content_is_an_error(processor):
+    with pytest.raises(Exception, match="audio is not supported"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "audio"}]}], tokenize=False)
+
+
+def test_save_and_load(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert type(loaded) is OpenQwen2VLProcessor
+    assert loaded.image_seq_length == 4
+    assert loaded.chat_template == processor.chat_template
+    # The Auto classes would give the torchvision resize, which differs from the one of training.
+    assert type(loaded.image_processor) is SiglipImageProcessorPil
+    text = "<s><|image_pad|>\na cat"
+    before, after = (p(images=[IMAGE], text=text, return_tensors="pt") for p in (processor, loaded))
+    assert torch.equal(before["pixel_values"], after["pixel_values"])
+    assert torch.equal(before["input_ids"], after["input_ids"])
+
+
+def test_uint8_path_equals_the_float_path(processor):
+    floats = processor(images=[IMAGE], text="<|image_pad|>", return_tensors="pt")["pixel_values"]
+    quantised = processor.resize_images([IMAGE])
+    assert quantised.dtype == torch.uint8
+    torch.testing.assert_close((quantised.float() / 255 - 0.5) / 0.5, floats, atol=1e-6, rtol=0)
+    assert processor.resize_images([]).shape == (0, 3, 32, 32)
+
+
+def test_a_tokenizer_without_image_token_is_refused(backbones, tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0, "<|im_end|>": 1}, [])))
+    bare.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no <\|image_pad\|> token"):
+        OpenQwen2VLProcessor.from_vision_text_pretrained(backbones["vision"], str(tmp_path))
