@@ -75,7 +75,7 @@ def alone(model, documents: list[dict]) -> tuple[list[torch.Tensor], torch.Tenso
 def test_packed_equals_alone(backbones, documents, attention, train, packs, checkpointing):
     model = load(backbones, attention).train(train)
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     solo_logits, solo_loss = alone(model, documents)
     solo_loss.backward()
     solo_gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -95,7 +95,9 @@ def test_packed_equals_alone(backbones, documents, attention, train, packs, chec
             torch.testing.assert_close(logits[start : start + length], expected, **TOLERANCE)
             start += length
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, solo_gradients[name], **TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            parameter.grad, solo_gradients[name], **TOLERANCE, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
@@ -135,7 +137,11 @@ def test_what_would_join_documents_is_an_error(backbones, documents, changes, me
 
 
 @settings(max_examples=40, deadline=None)
-@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12), groups=st.sampled_from([1, 2]), seed=st.integers(0, 99))
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12),
+    groups=st.sampled_from([1, 2]),
+    seed=st.integers(0, 99),
+)
 def test_varlen_attention_equals_each_document_alone(lengths, groups, seed):
     generator = torch.Generator().manual_seed(seed)
     total = sum(lengths)

@@ -14,7 +14,9 @@ def make_item(lengths: list[int], images: int = 1, budget: int = 4, **extra) -> 
     labels[torch.tensor([0, *lengths]).cumsum(0)[:-1]] = -100 if total else labels[:0]
     return {
         "input_ids": torch.arange(100, 100 + total),
-        "position_ids": torch.cat([torch.arange(n) for n in lengths]) if lengths else torch.zeros(0, dtype=torch.int64),
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])
+        if lengths
+        else torch.zeros(0, dtype=torch.int64),
         "labels": labels,
         "pixel_values": torch.zeros(images, 3, 8, 8, dtype=torch.uint8),
         "image_seq_length": budget,
@@ -73,7 +75,10 @@ def test_every_document_dropped():
 
 
 def test_dropped_counts_add_up():
-    items = [make_item([2], dropped={"corrupt_image": 1}), make_item([2], dropped={"corrupt_image": 2, "moved_member": 1})]
+    items = [
+        make_item([2], dropped={"corrupt_image": 1}),
+        make_item([2], dropped={"corrupt_image": 2, "moved_member": 1}),
+    ]
     assert PackingCollator()(items)["packing_stats"]["dropped"] == {"corrupt_image": 3, "moved_member": 1}
 
 

@@ -64,7 +64,9 @@ def test_one_pixel():
     assert decode_image(encode(Image.new("RGB", (1, 1), (1, 2, 3)))).getpixel((0, 0)) == (1, 2, 3)
 
 
-@pytest.mark.parametrize("data", [b"", b"not an image", encode(gradient(200, 200))[:300], encode(gradient(), "JPEG")[:200]])
+@pytest.mark.parametrize(
+    "data", [b"", b"not an image", encode(gradient(200, 200))[:300], encode(gradient(), "JPEG")[:200]]
+)
 def test_corrupt_is_refused(data):
     with pytest.raises(ImageError) as error:
         decode_image(data)

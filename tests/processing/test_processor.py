@@ -48,7 +48,10 @@ def test_chat_template(processor):
 
 
 def test_generation_marks_cover_the_answer_and_its_end(processor):
-    messages = [{"role": "user", "content": [{"type": "image", "image": IMAGE}, MESSAGES[0]["content"][1]]}, MESSAGES[1]]
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": IMAGE}, MESSAGES[0]["content"][1]]},
+        MESSAGES[1],
+    ]
     encoded = processor.apply_chat_template(
         messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
     )

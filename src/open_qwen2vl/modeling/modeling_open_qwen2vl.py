@@ -113,7 +113,9 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
         pooled_grid_side(image_seq_length, self.config.patches_per_side)
         size = self.config.vision_config.image_size
         if tuple(pixel_values.shape[-2:]) != (size, size):
-            raise ValueError(f"pixel_values are {tuple(pixel_values.shape)}; the vision tower takes {size}x{size} images")
+            raise ValueError(
+                f"pixel_values are {tuple(pixel_values.shape)}; the vision tower takes {size}x{size} images"
+            )
         if not pixel_values.is_floating_point():
             pixel_values = (pixel_values.float() / 255 - 0.5) / 0.5
         trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
@@ -132,11 +134,6 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
         size = self.config.vision_config.image_size
         blank = torch.zeros((1, 3, size, size), dtype=torch.uint8, device=inputs_embeds.device)
         return self.get_image_features(blank).pooler_output[0].sum().to(inputs_embeds.dtype) * 0
-
-    def _merge_image_features(self, input_ids, inputs_embeds, image_features: list[torch.Tensor]) -> torch.Tensor:
-        image_features = torch.stack(image_features).to(inputs_embeds.device, inputs_embeds.dtype)
-        mask = self.get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=image_features)
-        return inputs_embeds.masked_scatter(mask, image_features)
 
     @can_return_tuple
     def forward(
@@ -169,8 +166,12 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
         image_outputs = (mm_encoder_outputs or {}).get("image")
         if image_outputs is None and pixel_values is not None:
             image_outputs = self.get_image_features(pixel_values, image_seq_length)
+        image_features = None
         if image_outputs is not None:
-            inputs_embeds = self._merge_image_features(input_ids, inputs_embeds, image_outputs.pooler_output)
+            image_features = torch.stack(list(image_outputs.pooler_output))
+            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=image_features)
+            inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
         elif self.training and past_key_values is None:
             inputs_embeds = inputs_embeds + self._zero_image_term(inputs_embeds)
 
@@ -187,7 +188,7 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=None if image_outputs is None else torch.stack(list(image_outputs.pooler_output)),
+            image_hidden_states=image_features,
         )
 
     def _packed_attention_mask(self) -> dict[str, None] | None:

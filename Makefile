@@ -1,0 +1,38 @@
+# Two commands set everything up on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+CORES := $(shell nproc)
+
+.PHONY: quickstart test test-slow style precommit bench clean
+
+# Installed again whenever the dependencies change.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# Pre-train a small model on real image-text pairs (OpenMoji), caption held-out images, write runs/quickstart/report.html.
+quickstart: .venv/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=$(CORES) sh recipes/quickstart/run.sh
+
+# Two worker processes of one thread each (tests/conftest.py sets the threads).
+test: .venv/.installed
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-slow: .venv/.installed
+	$(BIN)/python -m pytest -m slow
+
+style: .venv/.installed
+	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+
+precommit: .venv/.installed
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+# Each script prints its table and rewrites its file in benchmarks/results/.
+bench: .venv/.installed
+	$(BIN)/python benchmarks/packing.py
+	$(BIN)/python benchmarks/train_step.py
+
+clean:
+	rm -rf runs build dist .pytest_cache .ruff_cache .hypothesis
