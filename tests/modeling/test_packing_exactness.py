@@ -8,36 +8,11 @@ from hypothesis import strategies as st
 from open_qwen2vl import PackingCollator
 from open_qwen2vl.modeling.attention import packed_varlen_attention
 from open_qwen2vl.modeling.modeling_open_qwen2vl import OpenQwen2VLForConditionalGeneration
-from open_qwen2vl.processing.text_formats import caption_document, tokenize_captions
+from tests.modeling.packs import forward_inputs, join, make_document
 
 CAPTIONS = ["a cat", "two dogs run in the park", "x", "blue and green squares, red circles on a mat"]
 ATTENTION = ["eager", "sdpa", "packed_varlen"]
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
-
-
-def make_document(tokenizer, caption: str, seed: int, image_seq_length: int = 4) -> dict:
-    input_ids, labels = caption_document(tokenize_captions(tokenizer, [caption])[0], tokenizer, image_seq_length)
-    pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    return {
-        "input_ids": torch.from_numpy(input_ids),
-        "position_ids": torch.arange(len(input_ids)),
-        "labels": torch.from_numpy(labels),
-        "pixel_values": pixels,
-        "image_seq_length": image_seq_length,
-    }
-
-
-def join(documents: list[dict]) -> dict:
-    keys = ("input_ids", "position_ids", "labels", "pixel_values")
-    return {key: torch.cat([d[key] for d in documents]) for key in keys} | {
-        "image_seq_length": documents[0]["image_seq_length"]
-    }
-
-
-def forward_inputs(items: list[dict]) -> dict:
-    batch = PackingCollator()(items)
-    batch.pop("packing_stats")
-    return batch
 
 
 def load(backbones, attention: str) -> OpenQwen2VLForConditionalGeneration:

@@ -43,6 +43,7 @@ def packed_varlen_attention(
         cu_seq_lens_q (`torch.IntTensor` of shape `(documents + 1,)`, *optional*): document boundaries in the flattened
             batch.
         max_length_q (`int`, *optional*): length of the longest document.
+        **kwargs: what else the attention layer passes on.
 
     Returns:
         `tuple[torch.Tensor, None]`: output of shape `(packs, sequence, heads, head_dim)`, and no weights.
@@ -63,7 +64,7 @@ def packed_varlen_attention(
 
 @lru_cache(maxsize=1)
 def _varlen_options() -> tuple[bool, bool]:
-    """Whether this torch's `varlen_attn` takes `window_size` (2.12) rather than `is_causal` (2.11), and `enable_gqa`."""
+    """Whether torch's `varlen_attn` has `window_size` (2.12 on) rather than `is_causal`, and `enable_gqa`."""
     parameters = inspect.signature(varlen_attn).parameters
     return "window_size" in parameters, "enable_gqa" in parameters
 

@@ -99,6 +99,7 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
             pixel_values (`torch.Tensor` of shape `(images, 3, height, width)`): uint8 pixels, which are normalised
                 here with mean = std = 0.5, or floats, which are taken as they are.
             image_seq_length (`int`, *optional*): tokens per image; the config's where not given.
+            **kwargs: passed to the vision tower.
 
         Returns:
             `BaseModelOutputWithPooling`: `last_hidden_state` has the patch features of shape
@@ -130,7 +131,7 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
         )
 
     def _zero_image_term(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """0 computed from a blank image, so that a text-only batch has the same collectives and gradients as others."""
+        """0 computed from a blank image: a text-only batch has the same collectives and gradients as others."""
         size = self.config.vision_config.image_size
         blank = torch.zeros((1, 3, size, size), dtype=torch.uint8, device=inputs_embeds.device)
         return self.get_image_features(blank).pooler_output[0].sum().to(inputs_embeds.dtype) * 0
@@ -251,13 +252,13 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
                 where they restart at 0 for each document.
             past_key_values (`Cache`, *optional*): as in any transformers model. An error in a packed batch.
             inputs_embeds (`torch.Tensor` of shape `(batch, sequence, hidden)`, *optional*): instead of `input_ids`.
-            labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): token ids, -100 where nothing is to be
-                predicted; shifted inside. The loss is computed at the labelled positions only.
+            labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): token ids, -100 where nothing is to
+                be predicted; shifted inside. The loss is computed at the labelled positions only.
             image_seq_length (`int`, *optional*): tokens per image of this call; the config's where not given. It is
                 never inferred from counts.
             use_cache (`bool`, *optional*): False where not given and no `past_key_values` are passed.
-            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): last positions, or the positions, whose
-                logits are returned; 0 for all.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): last positions, or the positions,
+                whose logits are returned; 0 for all.
             skip_logits (`bool`, *optional*): return no logits; by default True in training with labels.
             mm_encoder_outputs (`dict`, *optional*): `{"image": output of get_image_features}` instead of
                 `pixel_values`.

@@ -1,10 +1,10 @@
 """From packs to the tensors of one forward: rows are packs, documents are told apart by boundaries, not by a mask.
 
-    items      input_ids, position_ids, labels (S_i,), pixel_values uint8 (images_i, 3, H, W)
-      │ pad every row to the longest; the padded tail is a document of its own, labels -100
-      ▼
-    batch      input_ids, position_ids, labels (packs, S), pixel_values (images, 3, H, W), image_seq_length,
-               cu_seq_lens_q/k (documents + 1,) int32 over the flattened batch, max_length_q/k
+items      input_ids, position_ids, labels (S_i,), pixel_values uint8 (images_i, 3, H, W)
+  │ pad every row to the longest; the padded tail is a document of its own, labels -100
+  ▼
+batch      input_ids, position_ids, labels (packs, S), pixel_values (images, 3, H, W), image_seq_length,
+           cu_seq_lens_q/k (documents + 1,) int32 over the flattened batch, max_length_q/k
 """
 
 from collections import Counter

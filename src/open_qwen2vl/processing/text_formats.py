@@ -1,4 +1,4 @@
-"""From a caption to token ids and labels.
+r"""From a caption to token ids and labels.
 
     caption document   <s> image*N "\n" caption <|im_end|>        labels: all but the image and the first token
 
@@ -61,7 +61,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def tokenize_captions(tokenizer: PreTrainedTokenizerBase, captions: list[str]) -> list[list[int]]:
-    """Token ids of the text part of caption documents, `"\\n" + caption`.
+    r"""Token ids of the text part of caption documents, `"\n" + caption`.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
