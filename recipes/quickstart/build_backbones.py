@@ -1,0 +1,194 @@
+"""Step 2: the two backbones that a real run takes from the Hub, small and randomly initialised.
+
+    data/train-*.tar  ->  backbones/vision  a SigLIP vision tower and its image processor
+                          backbones/text    a Qwen2 language model and a byte-level BPE trained on the captions
+
+Both are ordinary Hugging Face folders, so `recipes/pretrain.py` treats them like `google/siglip-so400m-patch14-384`
+and `Qwen/Qwen2.5-1.5B-Instruct`. Nothing in them has learned anything yet: the quickstart trains all three parts.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+# The block after the features is neither built nor run, so `num_hidden_layers` is one more than what runs.
+VISION = {"image_size": 96, "patch_size": 16, "hidden_size": 192, "num_hidden_layers": 5, "num_attention_heads": 4}
+TEXT = {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+# Upper bound; the captions have fewer different words than that.
+VOCABULARY = 2500
+
+# Qwen2.5's own pre-tokenizer and special tokens, and `<s>`, which Qwen2.5 has as an ordinary entry.
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<s>",
+    "<|endofchunk|>",
+)
+
+
+def read_captions(shards: list[Path]) -> list[str]:
+    """The captions of WebDataset tars, in their order."""
+    captions = []
+    for shard in shards:
+        with tarfile.open(shard) as tar:
+            captions += [tar.extractfile(member).read().decode() for member in tar if member.name.endswith(".txt")]
+    return captions
+
+
+def train_tokenizer(captions: list[str], vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer as Qwen2.5's, with a vocabulary for these captions.
+
+    Args:
+        captions (`list[str]`): texts to learn the merges from.
+        vocabulary (`int`, *optional*, defaults to 2500): entries at most, special tokens included.
+
+    Returns:
+        `PreTrainedTokenizerFast`: any text round-trips through it.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["\n" + caption for caption in captions], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def save_vision(folder: Path, options: dict) -> int:
+    """Save a random SigLIP vision tower with its image processor; returns its number of parameters."""
+    options = {"intermediate_size": 4 * options["hidden_size"], "vision_use_head": False} | options
+    model = SiglipVisionModel(SiglipVisionConfig(**options))
+    model.save_pretrained(folder)
+    side = options["image_size"]
+    SiglipImageProcessor(size={"height": side, "width": side}).save_pretrained(folder)
+    return model.num_parameters()
+
+
+def save_text(folder: Path, options: dict, tokenizer: PreTrainedTokenizerFast) -> int:
+    """Save a random Qwen2 with its tokenizer; returns its number of parameters."""
+    config = Qwen2Config(
+        # A multiple of 64, as matrix kernels like it.
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        tie_word_embeddings=True,
+        max_position_embeddings=4096,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **({"intermediate_size": 4 * options["hidden_size"]} | options),
+    )
+    model = Qwen2ForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model.num_parameters()
+
+
+def build(data: Path, output: Path, vision: dict | None = None, text: dict | None = None, seed: int = 0) -> dict:
+    """Train the tokenizer and save both backbones; a folder that is there already is left as it is.
+
+    Args:
+        data (`Path`): folder of step 1.
+        output (`Path`): gets `vision/` and `text/`; it appears whole or not at all.
+        vision (`dict`, *optional*): entries that replace those of `VISION`.
+        text (`dict`, *optional*): entries that replace those of `TEXT`.
+        seed (`int`, *optional*, defaults to 0): of the random weights.
+
+    Returns:
+        `dict`: options, sizes and numbers of parameters, also in `backbones.json`.
+
+    Raises:
+        ValueError: if `data` holds no training shards, or `output` was made with other options.
+    """
+    options = {"vision": VISION | (vision or {}), "text": TEXT | (text or {}), "seed": seed}
+    summary_file = output / "backbones.json"
+    if summary_file.exists():
+        summary = json.loads(summary_file.read_text())
+        if summary["options"] != options:
+            raise ValueError(f"{output} was made with {summary['options']}, not {options}: delete it or name another")
+        return summary
+    shards = sorted(data.glob("train-*.tar"))
+    if not shards:
+        raise ValueError(f"{data} holds no train-*.tar: run build_data.py first")
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    torch.manual_seed(seed)
+    tokenizer = train_tokenizer(read_captions(shards))
+    summary = {
+        "options": options,
+        "vocabulary": len(tokenizer),
+        "vision_parameters": save_vision(partial / "vision", options["vision"]),
+        "text_parameters": save_text(partial / "text", options["text"], tokenizer),
+    }
+    (partial / "backbones.json").write_text(json.dumps(summary, indent=2) + "\n")
+    os.replace(partial, output)
+    return summary
+
+
+def entry(text: str) -> tuple[str, int]:
+    """A command-line pair such as `hidden_size=192`."""
+    name, _, value = text.partition("=")
+    return name, int(value)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, default=Path("runs/quickstart/data"), help="folder of the tars")
+    parser.add_argument("--output", type=Path, default=Path("runs/quickstart/backbones"))
+    for part, size in (("vision", VISION), ("text", TEXT)):
+        help_text = f"entries of the config that replace {size}"
+        parser.add_argument(f"--{part}", type=entry, nargs="+", default=[], metavar="NAME=VALUE", help=help_text)
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    args = parser.parse_args()
+    try:
+        summary = build(args.data, args.output, dict(args.vision), dict(args.text), args.seed)
+    except ValueError as error:
+        parser.error(str(error))
+    print(
+        f"random backbones in {args.output}: SigLIP {summary['vision_parameters'] / 1e6:.2f}M parameters, Qwen2 "
+        f"{summary['text_parameters'] / 1e6:.2f}M, vocabulary {summary['vocabulary']}"
+    )
+
+
+if __name__ == "__main__":
+    main()

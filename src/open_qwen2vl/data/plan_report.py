@@ -1,0 +1,115 @@
+"""The figures of a plan: of one part, of all parts together, and as lines to print."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+
+@dataclass
+class PlanReport:
+    """Figures of a plan or of one part of it.
+
+    Attributes:
+        samples (`int`): documents and skipped samples together.
+        documents (`int`): documents planned.
+        packs (`int`): rows of the plan.
+        tokens (`int`): positions of all documents.
+        images (`int`): images of all documents.
+        max_length (`int`): positions of a pack.
+        skipped (`dict[str, int]`): samples left out, by reason.
+        ignored_members (`int`): members of the tars that belong to no sample, as folders and links.
+        documents_per_pack (`Sequence[int]`): fewest and most; empty without packs.
+        images_per_pack (`Sequence[int]`): fewest and most; empty without packs.
+    """
+
+    samples: int
+    documents: int
+    packs: int
+    tokens: int
+    images: int
+    max_length: int
+    skipped: dict[str, int]
+    ignored_members: int
+    documents_per_pack: Sequence[int]
+    images_per_pack: Sequence[int]
+
+    @classmethod
+    def of_part(
+        cls, packs: pa.Table, max_length: int, skipped: Sequence[tuple[str, str, str]], ignored_members: int
+    ) -> "PlanReport":
+        """Figures of a part.
+
+        Args:
+            packs (`pa.Table`): its rows.
+            max_length (`int`): positions of a pack.
+            skipped (`Sequence[tuple[str, str, str]]`): tar, key and reason of each sample left out.
+            ignored_members (`int`): members of the tars that belong to no sample.
+
+        Returns:
+            [`PlanReport`].
+        """
+        documents = np.asarray(packs["documents"].combine_chunks().value_lengths())
+        images = np.asarray(packs["images"])
+        return cls(
+            samples=int(documents.sum()) + len(skipped),
+            documents=int(documents.sum()),
+            packs=len(documents),
+            tokens=int(np.asarray(packs["tokens"]).sum(dtype=np.int64)),
+            images=int(images.sum(dtype=np.int64)),
+            max_length=max_length,
+            skipped=dict(Counter(reason for _, _, reason in skipped)),
+            ignored_members=ignored_members,
+            documents_per_pack=_extremes(documents.tolist()),
+            images_per_pack=_extremes(images.tolist()),
+        )
+
+    @classmethod
+    def of_parts(cls, parts: Sequence["PlanReport"]) -> "PlanReport":
+        """Figures of a whole plan.
+
+        Args:
+            parts (`Sequence[PlanReport]`): at least one, all with the same `max_length`.
+
+        Returns:
+            [`PlanReport`].
+        """
+        summed = ("samples", "documents", "packs", "tokens", "images", "ignored_members")
+        joined = ("documents_per_pack", "images_per_pack")
+        skipped = sum((Counter(part.skipped) for part in parts), Counter())
+        return cls(
+            max_length=parts[0].max_length,
+            skipped=dict(sorted(skipped.items())),
+            **{name: sum(getattr(part, name) for part in parts) for name in summed},
+            **{name: _extremes([n for part in parts for n in getattr(part, name)]) for name in joined},
+        )
+
+    @property
+    def fill(self) -> float:
+        """Share of the packs' positions that documents take, 0 to 1."""
+        return self.tokens / (self.packs * self.max_length) if self.packs else 0.0
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.skipped.items())
+        lines = {
+            "samples": f"{self.samples:,}",
+            "packed": f"{self.documents:,}",
+            "skipped": f"{sum(self.skipped.values()):,}" + (f" ({reasons})" if reasons else ""),
+            "packs": f"{self.packs:,} of {self.max_length:,} positions",
+            "fill": f"{self.fill:.2%}",
+            "documents": _per_pack(self.documents, self.packs, self.documents_per_pack),
+            "images": _per_pack(self.images, self.packs, self.images_per_pack),
+        }
+        if self.ignored_members:
+            lines["ignored"] = f"{self.ignored_members:,} members that are no file of a sample (folders, links, ...)"
+        return "\n".join(f"{name:<11}{value}" for name, value in lines.items())
+
+
+def _extremes(counts: Sequence[int]) -> list[int]:
+    return [min(counts), max(counts)] if counts else []
+
+
+def _per_pack(count: int, packs: int, extremes: Sequence[int]) -> str:
+    return f"{count / packs:.1f} a pack (min {extremes[0]}, max {extremes[1]})" if packs else "none"

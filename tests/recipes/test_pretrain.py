@@ -1,0 +1,202 @@
+"""The recipe end to end: tars, plan, `accelerate launch`, kill, rerun, and what a user can get wrong."""
+
+import io
+import json
+import os
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from open_qwen2vl import cli
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def write_tar(path: Path, samples: int, seed: int) -> None:
+    """Small random pictures with captions; two of the pictures are cut off."""
+    rng, pixels = random.Random(seed), np.random.default_rng(seed)
+    with tarfile.open(path, "w") as tar:
+        for i in range(samples):
+            picture = io.BytesIO()
+            Image.fromarray(pixels.integers(0, 256, (24, 40, 3), dtype=np.uint8)).save(picture, "JPEG")
+            data = picture.getvalue()[: 200 if i in (3, 7) else None]
+            caption = " ".join(rng.choices(["a", "photo", "of", "two", "dogs", "blue", "cat"], k=rng.randint(1, 9)))
+            for name, content in ((f"{i:04}.jpg", data), (f"{i:04}.txt", caption.encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, backbones) -> Path:
+    """A YAML for 30 steps of two packs on a plan of 80 pairs."""
+    folder = tmp_path_factory.mktemp("pretrain")
+    for i in range(2):
+        write_tar(folder / f"{i}.tar", 40, seed=i)
+    packs = ["--output", str(folder / "packs"), "--image-seq-length", "4", "--max-length", "64", "--num-workers", "1"]
+    assert cli.main(["pack", str(folder), "--tokenizer", backbones["text"], *packs]) == 0
+    options = {
+        "vision_model": backbones["vision"],
+        "text_model": backbones["text"],
+        "train_packs": str(folder / "packs"),
+        "eval_packs": str(folder / "packs"),
+        "eval_strategy": "steps",
+        "eval_steps": 20,
+        "per_device_train_batch_size": 2,
+        "max_steps": 30,
+        "learning_rate": 2e-3,
+        "weight_decay": 0.01,
+        "logging_steps": 2,
+        "save_steps": 5,
+        "dataloader_num_workers": 1,
+        "use_cpu": True,
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(options))
+    return path
+
+
+def run_here(monkeypatch, *argv) -> None:
+    """The script as `python recipes/pretrain.py ARGV` runs it, without starting Python again."""
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, argv)])
+    runpy.run_path(str(RECIPES / "pretrain.py"), run_name="__main__")
+
+
+def losses(checkpoint: Path) -> list[tuple[int, float]]:
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return [(log["step"], log.get("loss", log.get("eval_loss"))) for log in history]
+
+
+@pytest.fixture(scope="module")
+def launched(config) -> tuple[Path, subprocess.CompletedProcess]:
+    output_dir = config.parent / "launched"
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
+    command = [*accelerate, "--config_file", str(RECIPES / "accelerate" / "single_process.yaml")]
+    command += [str(RECIPES / "pretrain.py"), str(config), "--output_dir", str(output_dir)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return output_dir, done
+
+
+def test_accelerate_launch_trains_and_saves_all(launched, backbones):
+    output_dir, done = launched
+    assert {path.name for path in output_dir.iterdir()} == {
+        "model",
+        "loss.png",
+        "train_results.json",
+        *(f"checkpoint-{step}" for step in range(5, 31, 5)),
+    }
+    with Image.open(output_dir / "loss.png") as image:
+        image.load()
+    results = json.loads((output_dir / "train_results.json").read_text())
+    assert results["steps"] == 30 and results["images"] == results["documents"] > 60
+    assert results["final_loss"] < losses(output_dir / "checkpoint-5")[0][1]
+    # Four cut-off pictures, met in every epoch.
+    assert set(results["dropped_documents"]) == {"corrupt_image"}
+    assert results["dropped_documents"]["corrupt_image"] >= 4 * int(results["epochs"])
+    assert f"{results['dropped_documents']['corrupt_image']} corrupt_image" in done.stdout
+    assert f"{results['tokens']:,}" in done.stdout and "tokens/s" in done.stdout
+    assert "tok/s" in done.stderr and "30/30" in done.stderr and "eval loss" in done.stderr
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr, done.stderr
+
+    model = AutoModelForImageTextToText.from_pretrained(output_dir / "model")
+    processor = AutoProcessor.from_pretrained(output_dir / "model")
+    image = Image.new("RGB", (50, 30), "red")
+    inputs = processor(images=[image], text=f"<s>{processor.image_token}\n", return_tensors="pt")
+    generated = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    assert generated.shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_a_killed_run_goes_on_with_the_very_same_losses(launched, config, monkeypatch, capsys):
+    whole, _ = launched
+    output_dir = config.parent / "killed"
+    command = [sys.executable, str(RECIPES / "pretrain.py"), str(config), "--output_dir", str(output_dir)]
+    process = subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    while not (output_dir / "checkpoint-10" / "model.safetensors").exists():
+        assert process.poll() is None, "the run ended before it was killed"
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (output_dir / "model").exists()
+
+    run_here(monkeypatch, config, "--output_dir", output_dir)
+    assert losses(output_dir / "checkpoint-30") == losses(whole / "checkpoint-30")
+    expected, found = (json.loads((run / "train_results.json").read_text()) for run in (whole, output_dir))
+    for name in ("steps", "tokens", "documents", "images", "flops", "final_loss", "dropped_documents"):
+        assert found[name] == expected[name], name
+    weights = [(run / "model" / "model.safetensors").read_bytes() for run in (whole, output_dir)]
+    assert weights[0] == weights[1]
+
+    # Once more: nothing is left to train, and nothing changes.
+    capsys.readouterr()
+    run_here(monkeypatch, config, "--output_dir", output_dir)
+    assert json.loads((output_dir / "train_results.json").read_text()) == found
+    assert (output_dir / "model" / "model.safetensors").read_bytes() == weights[0]
+    assert f"{found['tokens']:,}" in capsys.readouterr().out
+
+
+def test_a_checkpoint_trains_on(launched, tmp_path, config, monkeypatch, backbones):
+    options = yaml.safe_load(config.read_text())
+    del options["vision_model"], options["text_model"]
+    options |= {"model_name_or_path": str(launched[0] / "model"), "dataloader_num_workers": 0, "max_steps": 2}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(options))
+    run_here(monkeypatch, path, "--output_dir", tmp_path / "run", "--eval_strategy", "no", "--eval_packs=")
+    assert json.loads((tmp_path / "run" / "train_results.json").read_text())["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--train_packs", "nowhere"], "nowhere has no plan.json"),
+        (["--image_seq_length", "16"], "was planned for 4"),
+        (["--model_name_or_path", "x"], "either vision_model and text_model, or model_name_or_path"),
+        (["--eval_strategy", "no"], "eval_packs and eval_strategy"),
+        (["--vision_model", "/nowhere"], "/nowhere"),
+        (["--learning_rat", "1"], "did you mean 'learning_rate'"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_line(config, tmp_path, monkeypatch, capsys, options, message):
+    with pytest.raises(SystemExit) as stop:
+        run_here(monkeypatch, config, "--output_dir", tmp_path / "run", *options)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2
+    assert error.startswith("pretrain.py: error: ") and message in error
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_help_lists_options_and_defaults(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_here(monkeypatch, "--help")
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert all(option in text for option in ("CONFIG.yaml", "--train_packs", "--vision_model", "(default: cosine)"))
+
+
+def test_the_full_size_config_is_valid(tmp_path):
+    from open_qwen2vl import PackedTrainingArguments
+    from open_qwen2vl.trainer import parse_arguments
+
+    recipe = runpy.run_path(str(RECIPES / "pretrain.py"))
+    classes = (recipe["ModelArguments"], recipe["DataArguments"], PackedTrainingArguments)
+    path = str(RECIPES / "pretrain_2b.yaml")
+    model, data, args = parse_arguments(
+        classes, "", [path, "--bf16=false", "--use_cpu", "--output_dir", str(tmp_path)]
+    )
+    assert (model.image_seq_length, data.train_packs, args.weight_decay) == (144, "packs", 0.01)
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps * 8 == 256
+    assert args.learning_rate == 5e-5 and args.get_warmup_steps(4768) == 144
