@@ -94,7 +94,7 @@ def main() -> None:
     ]
     table = ["| " + " | ".join(row) + " |" for row in [HEADER, *rows]]
     table.insert(1, "|---|" + "---:|" * (len(HEADER) - 1))
-    note = f"{args.capacity} tokens a pack. Seconds are CPU seconds of one core; `bound` may be out of reach of any packing."
+    note = f"{args.capacity} tokens a pack. Seconds are CPU seconds of one core; no packing is below `bound`."
     write_result("packing", [*table, "", note], describe_machine(shlex.join(["python", *sys.argv])))
 
 

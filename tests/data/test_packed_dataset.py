@@ -1,3 +1,4 @@
+import copy
 import json
 import logging
 import os
@@ -86,11 +87,10 @@ def test_indices(caption_tars, packs, processor):
     assert len(list(dataset)) == len(dataset)
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_loader_workers_read_what_the_main_process_reads(caption_tars, packs, processor, context):
+def test_loader_workers_read_what_the_main_process_reads(caption_tars, packs, processor):
     dataset = PackedDataset(packs(caption_tars), processor)
     expected = [dataset[i] for i in range(len(dataset))]  # opens the files here before the workers start
-    loader = DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context=context)
+    loader = DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context="fork")
     for item, reference in zip(loader, expected, strict=True):
         for name in ("input_ids", "position_ids", "labels", "pixel_values"):
             assert item[name].equal(reference[name])
@@ -103,8 +103,8 @@ def test_open_files_are_not_pickled_and_stay_few(write_tar, sample, packs, proce
     before = len(os.listdir("/proc/self/fd"))
     assert all(len(dataset[i]["pixel_values"]) == 1 for _ in range(2) for i in range(8))
     assert len(os.listdir("/proc/self/fd")) <= before + 2 * 3
-    copy = pickle.loads(pickle.dumps(dataset))
-    assert copy[3]["input_ids"].equal(dataset[3]["input_ids"])
+    clone = pickle.loads(pickle.dumps(dataset))  # what a spawned worker gets
+    assert clone[3]["input_ids"].equal(dataset[3]["input_ids"])
 
 
 def test_plan_and_tars_move_together(caption_tars, packs, processor, tmp_path):
@@ -116,10 +116,14 @@ def test_plan_and_tars_move_together(caption_tars, packs, processor, tmp_path):
     assert moved[0]["input_ids"].equal(linked[0]["input_ids"])
 
 
-def noise(width, height, mode="RGB"):
-    channels = len(Image.new(mode, (1, 1)).getbands())
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
-    return Image.fromarray(pixels.squeeze(-1) if channels == 1 else pixels, mode)
+def picture(width, height, mode="RGB"):
+    """A smooth picture without any symmetry, which JPEG keeps well."""
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    pixels = np.stack([255 * x, 255 * y, 200 * x * (1 - y)], axis=-1).astype(np.uint8)
+    image = Image.fromarray(pixels).convert(mode)
+    if "A" in mode:
+        image.putalpha(Image.fromarray((255 * x * y).astype(np.uint8)))
+    return image
 
 
 GREY_STRIPES = np.tile(np.linspace(0, 65535, 40).astype(np.uint16), (40, 1))
@@ -134,16 +138,16 @@ EXIF_ROTATED[0x0112] = 6  # the camera was held upright: turn by 90 degrees
         (Image.new("RGB", (1, 500), (10, 20, 30)), "PNG", {}),
         (Image.new("RGB", (500, 1), (10, 20, 30)), "PNG", {}),
         (Image.new("RGB", (40, 3), (10, 20, 30)), "PNG", {}),
-        (noise(40, 30).quantize(16), "PNG", {}),
-        (noise(40, 30).quantize(16), "PNG", {"transparency": 3}),
-        (noise(40, 30, "RGBA"), "PNG", {}),
-        (noise(40, 30, "LA"), "PNG", {}),
-        (noise(40, 30, "L"), "JPEG", {}),
-        (noise(40, 30, "CMYK"), "JPEG", {}),
+        (picture(40, 30).quantize(16), "PNG", {}),
+        (picture(40, 30).quantize(16), "PNG", {"transparency": 3}),
+        (picture(40, 30, "RGBA"), "PNG", {}),
+        (picture(40, 30, "LA"), "PNG", {}),
+        (picture(40, 30, "L"), "JPEG", {}),
+        (picture(40, 30, "CMYK"), "JPEG", {}),
         (Image.fromarray(GREY_STRIPES), "PNG", {}),
-        (noise(40, 30).convert("1"), "PNG", {}),
-        (noise(40, 20), "JPEG", {"exif": EXIF_ROTATED, "quality": 100}),
-        (noise(40, 30), "WEBP", {}),
+        (picture(40, 30).convert("1"), "PNG", {}),
+        (picture(40, 20), "JPEG", {"exif": EXIF_ROTATED, "quality": 100}),
+        (picture(40, 30), "WEBP", {}),
     ],
     ids=lambda value: f"{value.mode}-{value.size[0]}x{value.size[1]}" if isinstance(value, Image.Image) else None,
 )
@@ -159,7 +163,7 @@ def test_unusual_images_are_read(write_tar, sample, encode, packs, processor, im
     if image.mode == "I;16":
         expected = Image.fromarray((GREY_STRIPES >> 8).astype(np.uint8)).convert("RGB")
     reference = np.asarray(expected.resize((32, 32), Image.Resampling.BICUBIC)).astype(float)
-    assert np.abs(pixels - reference).mean() < (12 if image_format in ("JPEG", "WEBP") else 2)
+    assert np.abs(pixels - reference).mean() < (4 if image_format in ("JPEG", "WEBP") else 1)
 
 
 def png_bomb(width, height):
@@ -174,7 +178,7 @@ def png_bomb(width, height):
 
 
 def test_bad_images_drop_their_whole_document(write_tar, sample, encode, packs, processor, caplog):
-    whole = encode(noise(64, 64), "JPEG", quality=95)
+    whole = encode(picture(64, 64), "JPEG", quality=95)
     members = (
         sample("good1", "a cat")
         + sample("cut", "never seen", image=whole[: len(whole) // 2])
@@ -238,9 +242,10 @@ def test_changes_behind_the_plan_drop_the_document(write_tar, sample, packs, pro
     assert len(documents_of(item)) == len(item["pixel_values"]) == 1
 
 
-def test_what_does_not_match_the_plan_is_refused(caption_tars, packs, processor, qwen_tokenizer, tmp_path):
+def test_what_does_not_match_the_plan_is_refused(caption_tars, packs, processor, tmp_path):
     folder = packs(caption_tars)
-    other = type(processor)(processor.image_processor, qwen_tokenizer)
+    other = copy.deepcopy(processor)
+    other.tokenizer.add_tokens(["photo"])
     with pytest.raises(ValueError, match="planned with another tokenizer"):
         PackedDataset(folder, other)
     plan = json.loads((folder / "plan.json").read_text())

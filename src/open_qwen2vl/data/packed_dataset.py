@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from ..processing.images import ImageError, decode_image
 from ..processing.text_formats import caption_document, tokenize_captions, tokenizer_fingerprint
 from .captions import decode_caption
-from .plan_files import describe_shard, read_plan, shard_path
+from .plan_files import read_plan, shard_path
 from .shards import MemberError, read_member
 
 logger = logging.getLogger(__name__)
@@ -40,8 +40,8 @@ class PackedDataset(Dataset):
       document): int64 `(S,)`;
     - `pixel_values`: uint8 `(images, 3, H, W)`;
     - `image_seq_length`: the plan's, an int;
-    - `dropped`: number of documents, by reason, that the plan holds but that could not be read. Such a document is left
-      out whole; `S` is 0 where a pack has no other.
+    - `dropped`: number of documents, by reason, that the plan holds but that could not be read. Such a document is
+      left out whole; `S` is 0 where a pack has no other.
 
     Args:
         packs_dir (`str | Path`): folder of the plan.
@@ -190,12 +190,12 @@ def _check_shards(folder: Path, shards: list[dict[str, Any]]) -> None:
     for shard in shards:
         path = shard_path(folder, shard)
         try:
-            found = describe_shard(path, folder)
+            stat = os.stat(path)
         except FileNotFoundError:
             raise ValueError(f"{folder}: the tar {path} of this plan is gone") from None
-        for name in ("size", "mtime_ns"):
-            if found[name] != shard[name]:
+        for name, found in (("size", stat.st_size), ("mtime_ns", stat.st_mtime_ns)):
+            if found != shard[name]:
                 raise ValueError(
-                    f"{folder}: the tar {path} has changed since it was planned ({name} {shard[name]}, now "
-                    f"{found[name]}): plan it again"
+                    f"{folder}: the tar {path} has changed since it was planned ({name} {shard[name]}, now {found}): "
+                    "plan it again"
                 )

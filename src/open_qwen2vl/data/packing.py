@@ -73,7 +73,7 @@ def pack_lengths(lengths: Sequence[int] | np.ndarray, max_length: int) -> np.nda
     Distributes documents over as few packs as it can find, none longer than `max_length`.
 
     The result depends on the arguments alone and never has more packs than first-fit-decreasing. A million lengths
-    take one to two seconds at `max_length=4096`: a sort, first-fit-decreasing, and a search of bounded length.
+    take at most about two seconds at `max_length=4096`: two sorts, first-fit-decreasing, and a search of bounded work.
 
     Args:
         lengths (`Sequence[int]` or `np.ndarray` of shape `(n,)`):
@@ -152,9 +152,8 @@ def _fewest_packs(sizes: list[int], counts: list[int], max_length: int) -> list[
         return best
     bound = _lower_bound(np.array(sizes[1:]), np.array(counts[1:]), max_length)
     uniform = random.Random(0).random
-    effort = (3 << 30) // (
-        max_length + (1 << 17)
-    )  # patterns in all passes together: 1 to 2 seconds, counted not timed
+    # Patterns that all passes together may make: one to two seconds, but counted, so that results are repeatable.
+    effort = (3 << 30) // (max_length + (1 << 17))
     value = [float(size * size) for size in sizes]  # how eagerly a size is drawn: long documents are hard to place
     for _ in range(_PASSES):
         if _number_of_packs(best) <= bound:

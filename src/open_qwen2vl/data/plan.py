@@ -182,16 +182,16 @@ def _start_worker() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-@functools.cache
-def _load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    return prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
-
-
 def _make_part_in_worker(task: _Task, tokenizer_folder: str) -> _Done:
-    tokenizer = _load_tokenizer(tokenizer_folder)
-    if tokenizer_fingerprint(tokenizer) != task.recipe["tokenizer"]:
+    return _make_part(task, _load_tokenizer(tokenizer_folder, task.recipe["tokenizer"]))
+
+
+@functools.cache
+def _load_tokenizer(folder: str, fingerprint: str) -> PreTrainedTokenizerBase:
+    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
+    if tokenizer_fingerprint(tokenizer) != fingerprint:
         raise ValueError("the tokenizer is another one after save_pretrained; use num_workers 1")
-    return _make_part(task, tokenizer)
+    return tokenizer
 
 
 def _make_part(task: _Task, tokenizer: PreTrainedTokenizerBase) -> _Done:

@@ -196,8 +196,9 @@ def remove_temporaries(folder: Path) -> None:
     Args:
         folder (`Path`): folder of the plan.
     """
-    for temporary in folder.glob("*.tmp"):
-        temporary.unlink(missing_ok=True)
+    for name in ("part-*.parquet", "skipped-*.parquet", PLAN_NAME):
+        for temporary in folder.glob(f"{name}.*.tmp"):
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +240,7 @@ def _has_valid_checksum(header: bytes) -> bool:
         return False
 
 
-def _parse(file, header: bytes, offset: int) -> tuple[_Member, int]:
+def _parse(file: BinaryIO, header: bytes, offset: int) -> tuple[_Member, int]:
     """The member whose header block is given, and the offset of the next header."""
     has_prefix = header[345] and header[257:263] == b"ustar\0"
     if header[156:157] in (b"0", b"\0") and not has_prefix:

@@ -1,9 +1,9 @@
 """Exact attention over packed documents, for `attn_implementation="packed_varlen"`.
 
 `cu_seq_lens_q` of the batch says where documents begin; a token attends to the earlier tokens of its own document and
-no mask is built. On a GPU in half precision this is `torch.nn.attention.varlen`; elsewhere documents of equal length
-are batched through SDPA, which costs the sum of their squared lengths instead of the square of the pack's. Without
-`cu_seq_lens_q` (generation, padded batches, the vision tower) it is transformers' own `sdpa`.
+no mask is built. On a GPU in half precision this is `torch.nn.attention.varlen`; elsewhere documents of similar length
+are batched through SDPA, which costs about the sum of their squared lengths instead of the square of the pack's.
+Without `cu_seq_lens_q` (generation, padded batches, the vision tower) it is transformers' own `sdpa`.
 """
 
 import inspect
@@ -58,7 +58,7 @@ def packed_varlen_attention(
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
         output = _flash_varlen(*flat, cu_seq_lens_q, max_length_q, scaling)
     else:
-        output = _equal_length_sdpa(*flat, cu_seq_lens_q, scaling)
+        output = _bucketed_sdpa(*flat, cu_seq_lens_q, scaling)
     return output.view(packs, sequence, heads, head_dim), None
 
 
@@ -82,24 +82,39 @@ def _flash_varlen(query, key, value, cu_seq_lens, max_length, scaling) -> torch.
     return varlen_attn(query, key, value, cu_seq_lens, cu_seq_lens, max_length, max_length, **options)
 
 
-def _equal_length_sdpa(query, key, value, cu_seq_lens, scaling) -> torch.Tensor:
-    """SDPA over groups of documents of one length each; a document's tokens stay in order inside its group."""
+def _bucketed_sdpa(query, key, value, cu_seq_lens, scaling) -> torch.Tensor:
+    """SDPA over documents of similar length, padded at their end: causal attention never looks at what comes later."""
     starts, lengths = cu_seq_lens[:-1].long(), cu_seq_lens.diff().long()
-    by_length = torch.argsort(lengths, stable=True)
-    group_lengths, group_sizes = torch.unique_consecutive(lengths[by_length], return_counts=True)
-    groups = list(zip(group_sizes.tolist(), group_lengths.tolist(), strict=True))
-    offsets = torch.cat([torch.arange(length).repeat(size) for size, length in groups]).to(starts.device)
-    order = torch.repeat_interleave(starts[by_length], lengths[by_length]) + offsets
-    split = [states[order].split([size * length for size, length in groups]) for states in (query, key, value)]
-    outputs = []
-    for (size, length), *states in zip(groups, *split, strict=True):
-        # (documents * length, heads, head_dim) -> (documents, heads, length, head_dim)
-        q, k, v = (s.view(size, length, *s.shape[1:]).transpose(1, 2) for s in states)
-        out = torch.nn.functional.scaled_dot_product_attention(
+    output = torch.empty_like(query)
+    for documents in _buckets(lengths.tolist()):
+        documents = torch.tensor(documents, device=starts.device)
+        own_lengths = lengths[documents, None]
+        offsets = torch.arange(int(own_lengths.max()), device=starts.device)
+        # (documents, longest): position of each token; the padding repeats a document's last token.
+        positions = starts[documents, None] + torch.minimum(offsets, own_lengths - 1)
+        # (documents, longest, heads, head_dim) -> (documents, heads, longest, head_dim)
+        q, k, v = (
+            states.index_select(0, positions.flatten()).view(*positions.shape, *states.shape[1:]).transpose(1, 2)
+            for states in (query, key, value)
+        )
+        attended = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
         )
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)[torch.argsort(order)]
+        real = torch.nonzero((offsets < own_lengths).flatten()).squeeze(1)
+        real_outputs = attended.transpose(1, 2).flatten(0, 1).index_select(0, real)
+        output = output.index_copy(0, positions.flatten()[real], real_outputs)
+    return output
+
+
+def _buckets(lengths: list[int]) -> list[list[int]]:
+    """Documents by length, those of a bucket within a factor of 1.5: few calls, little padding."""
+    buckets: list[list[int]] = []
+    for document in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if buckets and lengths[document] <= 1.5 * lengths[buckets[-1][0]]:
+            buckets[-1].append(document)
+        else:
+            buckets.append([document])
+    return buckets
 
 
 AttentionInterface.register(PACKED_VARLEN, packed_varlen_attention)
