@@ -72,7 +72,8 @@ def test_wrong_input_is_one_line_and_exit_code_2(shards, backbones, tmp_path, ca
 def test_unknown_tokenizer_is_one_line(shards, tmp_path, capsys):
     assert pack(shards, tokenizer=tmp_path / "no-such-tokenizer", output=tmp_path / "packs") == 2
     error = capsys.readouterr().err
-    assert error.startswith("open-qwen2vl pack: error: ") and error.count("\n") == 1
+    assert error.startswith(f"open-qwen2vl pack: error: --tokenizer {tmp_path}/no-such-tokenizer: ")
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The command `open-qwen2vl`: one subcommand for each step of the data pipeline.
+"""The command `open-qwen2vl`: one subcommand for each step from data to model.
 
 What a user can get wrong (`ValueError`, `OSError`) ends in one line and exit code 2. The libraries of a step are
 imported when it runs, so that `--help` is quick.
@@ -25,16 +25,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         `int`: exit code, 0 if all went well and 2 after an error of the user's making.
     """
-    parser = _Parser(prog="open-qwen2vl", description="Data steps of Open-Qwen2VL.")
+    parser = _Parser(prog="open-qwen2vl", description="Steps around the training of Open-Qwen2VL.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_pack(commands)
+    _add_convert(commands)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
         args.run(args)
     except (ValueError, OSError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        print(f"{parser.prog} {args.command}: error: {first_line}", file=sys.stderr)
+        print(f"{parser.prog} {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
@@ -69,7 +69,10 @@ def _pack(args: argparse.Namespace) -> None:
     from .processing.text_formats import prepare_tokenizer
 
     shards = find_shards(args.shards)
-    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(args.tokenizer))
+    try:
+        tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(args.tokenizer))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--tokenizer {args.tokenizer}: {error}") from error
     with logging_redirect_tqdm():
         report = plan_packs(
             shards,
@@ -81,6 +84,47 @@ def _pack(args: argparse.Namespace) -> None:
             num_workers=args.num_workers,
         )
     print(report)
+
+
+def _add_convert(commands) -> None:
+    summary = "make a folder for the Auto classes from a checkpoint of the original code"
+    parser = commands.add_parser("convert", help=summary, description=summary[0].upper() + summary[1:] + ".")
+    parser.add_argument(
+        "source", metavar="ORIGINAL_DIR", help="holds config.json and checkpoints/latest-checkpoint.pt"
+    )
+    parser.add_argument("output", metavar="OUT_DIR", help="folder to make")
+    parser.add_argument(
+        "--text-model",
+        metavar="ID_OR_DIR",
+        help="hub id or folder of the language model's config and tokenizer, as Qwen/Qwen2.5-1.5B-Instruct",
+    )
+    parser.add_argument(
+        "--vision-weights",
+        metavar="FILE_OR_TIMM_ID",
+        help="SigLIP with timm's names (default: the checkpoint's own, or else hf-hub:timm/ViT-SO400M-14-SigLIP-384)",
+    )
+    parser.add_argument(
+        "--vision-heads", type=int, metavar="N", help="attention heads of a vision tower of unusual width"
+    )
+    parser.add_argument(
+        "--to-original",
+        action="store_true",
+        help="the other way: ORIGINAL_DIR is a model's folder, OUT_DIR gets the original's layout",
+    )
+    parser.set_defaults(run=_convert)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from .convert import convert_checkpoint, convert_to_original
+
+    if args.to_original:
+        if args.text_model or args.vision_heads:
+            raise ValueError("--to-original takes no --text-model and no --vision-heads: the model's folder has both")
+        print(convert_to_original(args.source, args.output, args.vision_weights))
+        return
+    if not args.text_model:
+        raise ValueError("--text-model is required (a hub id or folder, as Qwen/Qwen2.5-1.5B-Instruct)")
+    print(convert_checkpoint(args.source, args.output, args.text_model, args.vision_weights, args.vision_heads))
 
 
 if __name__ == "__main__":

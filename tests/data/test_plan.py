@@ -114,14 +114,18 @@ def test_every_bad_sample_is_named(write_tar, sample, tmp_path, tokenizer, caplo
     assert "empty_caption 2" in str(report) and "samples    12\n" in str(report)
 
 
-def test_only_the_first_of_a_reason_are_logged(write_tar, sample, tmp_path, tokenizer, caplog):
+def test_the_first_of_a_reason_and_each_damaged_tar_are_logged(write_tar, sample, tmp_path, tokenizer, caplog):
     shards = []
     for shard in range(2):
         members = [m for i in range(20) for m in sample(f"{shard}-{i}", "")] + sample(f"ok{shard}")
         shards.append(write_tar(members, f"{shard}.tar"))
-    plan(shards, tmp_path / "packs", tokenizer)
+    for shard in range(4):
+        (tmp_path / f"cut{shard}.tar").write_bytes(b"")
+        shards.append(tmp_path / f"cut{shard}.tar")
+    plan(shards, tmp_path / "packs", tokenizer, shards_per_group=3)
     assert caplog.text.count("empty_caption") == 3
-    assert len(read_rows(tmp_path / "packs", "skipped")) == 40
+    assert [f"cut{shard}.tar/: truncated_tar" in caplog.text for shard in range(4)] == [True] * 4
+    assert len(read_rows(tmp_path / "packs", "skipped")) == 44
 
 
 def test_a_document_of_exactly_the_maximum_is_packed(write_tar, sample, tmp_path, tokenizer):
@@ -194,7 +198,7 @@ def test_parts_of_another_plan_are_refused(caption_tars, tmp_path, tokenizer):
         plan(caption_tars, folder, other)
     with pytest.raises(ValueError, match="other or changed tars"):
         plan(caption_tars[::-1], folder, tokenizer)
-    with pytest.raises(ValueError, match="part-00002.parquet: part of a plan with more shards"):
+    with pytest.raises(ValueError, match="part-00002.parquet: part of a plan with more groups of tars"):
         plan(caption_tars[:2], folder, tokenizer)
     os.utime(caption_tars[1])
     with pytest.raises(ValueError, match="part-00001.parquet: made with other or changed tars"):
@@ -229,10 +233,12 @@ def test_nothing_to_pack_is_an_error(write_tar, sample, tmp_path, tokenizer):
 
 
 def test_a_shard_without_any_usable_sample_is_an_empty_part(caption_tars, write_tar, tmp_path, tokenizer):
-    empty = write_tar([], "empty.tar")
-    report = plan([empty, *caption_tars], tmp_path / "packs", tokenizer)
-    assert report.documents == 120 and report.skipped == {}
-    assert read_part_metadata(tmp_path / "packs/part-00000.parquet")["report"]["packs"] == 0
+    no_bytes = tmp_path / "no-bytes.tar"
+    no_bytes.touch()
+    report = plan([no_bytes, write_tar([], "empty.tar"), *caption_tars], tmp_path / "packs", tokenizer)
+    assert report.documents == 120 and report.skipped == {"truncated_tar": 1}
+    for part in ("part-00000.parquet", "part-00001.parquet"):
+        assert read_part_metadata(tmp_path / "packs" / part)["report"]["packs"] == 0
 
 
 def test_row_groups_are_small(write_tar, sample, tmp_path, tokenizer):

@@ -1,6 +1,5 @@
 import gzip
 import hashlib
-import logging
 import os
 import tarfile
 
@@ -136,7 +135,7 @@ def test_name_that_is_not_utf8_is_unsafe(write_tar):
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_tar_cut_anywhere_keeps_what_is_whole(write_tar, tmp_path, caplog, tar_format):
+def test_tar_cut_anywhere_keeps_what_is_whole(write_tar, tmp_path, tar_format):
     keys = ["0001", "n" * 130, "0003"]
     members = [(f"{key}.{ext}", key.encode() * 9) for key in keys for ext in ("jpg", "txt")]
     path = write_tar(members, tar_format=tar_format)
@@ -145,11 +144,9 @@ def test_tar_cut_anywhere_keeps_what_is_whole(write_tar, tmp_path, caplog, tar_f
     cut = tmp_path / "cut.tar"
     for length in range(0, max(ends.values()) + 511, 37):
         cut.write_bytes(whole[:length])
-        caplog.clear()
         index = index_shard(cut)
         reasons = [reason for _, reason in index.skipped]
         assert reasons == ["truncated_tar"], length
-        assert "cut.tar: truncated_tar" in caplog.text
         kept = [sample.key for sample in index.samples if len(sample.members) == 2]
         assert kept == [key for key in keys if ends[key] <= length], length
         for (key, _), data in read_all(cut, index).items():
@@ -166,16 +163,14 @@ def test_cut_sample_is_named(write_tar):
     assert index.skipped == [("0002", "truncated_tar")]
 
 
-def test_damaged_header_ends_the_tar_and_is_counted(write_tar, caplog):
+def test_damaged_header_ends_the_tar_and_is_counted(write_tar):
     path = write_tar([(f"{i}.jpg", b"x") for i in range(4)])
     data = bytearray(path.read_bytes())
     data[2 * 1024 + 3] ^= 0xFF
     path.write_bytes(data)
-    with caplog.at_level(logging.WARNING):
-        index = index_shard(path)
+    index = index_shard(path)
     assert [sample.key for sample in index.samples] == ["0", "1"]
     assert index.skipped == [("", "corrupt_tar")]
-    assert "00000.tar: corrupt_tar" in caplog.text
 
 
 @pytest.mark.parametrize(

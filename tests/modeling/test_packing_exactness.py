@@ -135,3 +135,34 @@ def test_varlen_attention_equals_each_document_alone(lengths, groups, seed):
             is_causal=True,
         )
         torch.testing.assert_close(output[:, part].transpose(1, 2), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_autocast_keeps_documents_apart(backbones, documents, attention):
+    """Under autocast RoPE gives fp32 queries and keys beside bf16 values."""
+    model = load(backbones, attention).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(**forward_inputs([join(documents)]), skip_logits=False)
+        expected, _ = alone(model, documents)
+    assert output.logits.dtype == torch.bfloat16
+    torch.testing.assert_close(output.logits[0], torch.cat(expected), atol=0.25, rtol=0.05)
+    output.loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_packed_batch_without_images_evaluates_like_one_with(backbones, tokenizer):
+    """On several ranks evaluation, too, has to run the same collectives whether a rank's packs have images or not."""
+    model = load(backbones, "packed_varlen")
+    ran = []
+    model.model.multi_modal_projector.register_forward_hook(lambda *_: ran.append(1))
+    ids = torch.tensor(tokenizer("a cat on a mat")["input_ids"])
+    item = {
+        "input_ids": ids,
+        "position_ids": torch.arange(len(ids)),
+        "labels": ids.clone(),
+        "pixel_values": torch.empty(0, 3, 32, 32, dtype=torch.uint8),
+        "image_seq_length": 4,
+    }
+    logits = model(**forward_inputs([item])).logits
+    assert ran
+    torch.testing.assert_close(logits, model(input_ids=ids[None]).logits, **TOLERANCE)

@@ -39,10 +39,11 @@ from .plan_files import (
     write_skipped,
 )
 from .plan_report import PlanReport
+from .shards import TAR_DAMAGE
 
 logger = logging.getLogger(__name__)
 
-LOGGED_SKIPS = 3  # of each reason; all of them stand in the skipped files
+LOGGED_SKIPS = 3  # of each reason, and each damaged tar; all of them stand in the skipped files
 
 
 @dataclass(frozen=True)
@@ -147,15 +148,18 @@ def _missing_parts(folder: Path, tasks: list[_Task]) -> list[_Task]:
     advice = f"delete {folder} or choose another output"
     strangers = sorted(set(folder.glob("part-*.parquet")) - {task.part for task in tasks})
     if strangers:
-        raise ValueError(f"{strangers[0]}: part of a plan with more shards; {advice}")
-    done = [task for task in tasks if task.part.exists()]
-    for task in done:
+        raise ValueError(f"{strangers[0]}: part of a plan with more groups of tars; {advice}")
+    missing = []
+    for task in tasks:
+        if not task.part.exists():
+            missing.append(task)
+            continue
         made = read_part_metadata(task.part)["recipe"]
         for name, value in task.recipe.items():
             if made.get(name) != value:
                 found = "other or changed tars" if name == "shards" else f"{name} {made.get(name)}, now {value}"
                 raise ValueError(f"{task.part}: made with {found}; {advice}")
-    return [task for task in tasks if task not in done]
+    return missing
 
 
 def _run(tasks: list[_Task], tokenizer: PreTrainedTokenizerBase, num_workers: int) -> Iterator[_Done]:
@@ -209,13 +213,13 @@ def _make_part(task: _Task, tokenizer: PreTrainedTokenizerBase) -> _Done:
     report = PlanReport.of_part(table, recipe["max_length"], skipped, ignored)
     write_skipped(task.skipped, skipped)
     write_part(task.part, table, {"recipe": recipe, "report": asdict(report)})
-    return _Done(report.samples, task.bytes, list(_first_of_each_reason(skipped, Counter())))
+    return _Done(report.samples, task.bytes, list(_worth_logging(skipped, Counter())))
 
 
-def _first_of_each_reason(skipped: Iterable[tuple[str, str, str]], seen: Counter) -> Iterator[tuple[str, str, str]]:
+def _worth_logging(skipped: Iterable[tuple[str, str, str]], seen: Counter) -> Iterator[tuple[str, str, str]]:
     for row in skipped:
         seen[row[2]] += 1
-        if seen[row[2]] <= LOGGED_SKIPS:
+        if seen[row[2]] <= LOGGED_SKIPS or row[2] in TAR_DAMAGE:
             yield row
 
 
@@ -227,9 +231,9 @@ def _follow(parts: Iterator[_Done], total_bytes: int) -> None:
         for part in parts:
             finished_bytes += part.bytes
             # How many samples there are is known at the end only; the bytes left tell about how many.
-            bar.total = round((bar.n + part.samples) * total_bytes / finished_bytes)
+            bar.total = round((bar.n + part.samples) * total_bytes / max(1, finished_bytes))
             bar.update(part.samples)
-            for tar, key, reason in _first_of_each_reason(part.skipped, seen):
+            for tar, key, reason in _worth_logging(part.skipped, seen):
                 logger.warning("skipped %s/%s: %s", tar, key, reason)
 
 

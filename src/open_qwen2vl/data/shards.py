@@ -6,7 +6,6 @@ a damaged header and is four times slower; it still parses whatever a plain head
 """
 
 import hashlib
-import logging
 import os
 import re
 import tarfile
@@ -15,8 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-logger = logging.getLogger(__name__)
-
+TAR_DAMAGE = ("truncated_tar", "corrupt_tar")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
@@ -112,7 +110,7 @@ def index_shard(path: str | Path) -> ShardIndex:
     """Index a tar by its headers.
 
     Of two samples with the same key the first wins. A tar that ends too early or is damaged keeps all samples that are
-    whole before the place; the loss is logged and counted once.
+    whole before the place; the loss stands in `skipped` once, whatever its extent.
 
     Args:
         path (`str | Path`): an uncompressed tar (ustar, GNU or pax).
@@ -151,7 +149,6 @@ def index_shard(path: str | Path) -> ShardIndex:
         if last is current is not None and last.key == damage.key and damage.extension not in last.members:
             index.samples.pop()  # the cut goes through it
         index.skipped.append((_loggable(damage.key), damage.reason))
-        logger.warning("%s: %s after %d whole samples", path, damage.reason, len(index.samples))
     return index
 
 

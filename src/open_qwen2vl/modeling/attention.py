@@ -53,9 +53,11 @@ def packed_varlen_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     packs, heads, sequence, head_dim = query.shape
+    # RoPE leaves queries and keys in fp32 under autocast, and not the values.
+    dtype = torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else query.dtype
     # (packs, heads, sequence, head_dim) -> (packs * sequence, heads, head_dim)
-    flat = [states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)]
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+    flat = [states.to(dtype).transpose(1, 2).flatten(0, 1) for states in (query, key, value)]
+    if query.is_cuda and dtype in (torch.float16, torch.bfloat16):
         output = _flash_varlen(*flat, cu_seq_lens_q, max_length_q, scaling)
     else:
         output = _bucketed_sdpa(*flat, cu_seq_lens_q, scaling)
@@ -85,7 +87,7 @@ def _flash_varlen(query, key, value, cu_seq_lens, max_length, scaling) -> torch.
 def _bucketed_sdpa(query, key, value, cu_seq_lens, scaling) -> torch.Tensor:
     """SDPA over documents of similar length, padded at their end: causal attention never looks at what comes later."""
     starts, lengths = cu_seq_lens[:-1].long(), cu_seq_lens.diff().long()
-    output = torch.empty_like(query)
+    outputs, targets = [], []
     for documents in _buckets(lengths.tolist()):
         documents = torch.tensor(documents, device=starts.device)
         own_lengths = lengths[documents, None]
@@ -101,9 +103,9 @@ def _bucketed_sdpa(query, key, value, cu_seq_lens, scaling) -> torch.Tensor:
             q, k, v, is_causal=True, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
         )
         real = torch.nonzero((offsets < own_lengths).flatten()).squeeze(1)
-        real_outputs = attended.transpose(1, 2).flatten(0, 1).index_select(0, real)
-        output = output.index_copy(0, positions.flatten()[real], real_outputs)
-    return output
+        outputs.append(attended.transpose(1, 2).flatten(0, 1).index_select(0, real))
+        targets.append(positions.flatten()[real])
+    return torch.cat(outputs).index_select(0, torch.argsort(torch.cat(targets)))
 
 
 def _buckets(lengths: list[int]) -> list[list[int]]:

@@ -78,6 +78,17 @@ class OpenQwen2VLPreTrainedModel(LlavaPreTrainedModel):
     config: OpenQwen2VLConfig
     config_class = OpenQwen2VLConfig
 
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """As in transformers, but `auto_map` names both classes of this file, not only the one that is saved."""
+        if self.is_remote_code():
+            module = __name__.rpartition(".")[2]
+            self.config.auto_map = {
+                **(getattr(self.config, "auto_map", None) or {}),
+                "AutoModel": f"{module}.OpenQwen2VLModel",
+                "AutoModelForImageTextToText": f"{module}.OpenQwen2VLForConditionalGeneration",
+            }
+        super().save_pretrained(*args, **kwargs)
+
 
 class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
     """Vision tower, projector and language model, without the language-modelling head."""
@@ -173,7 +184,7 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
-        elif self.training and past_key_values is None:
+        elif past_key_values is None and (self.training or packed):
             inputs_embeds = inputs_embeds + self._zero_image_term(inputs_embeds)
 
         outputs = self.language_model(
@@ -302,6 +313,20 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
             image_hidden_states=outputs.image_hidden_states,
         )
 
+    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs) -> dict:
+        """As in transformers; placeholders for which there are no images end here instead of in nonsense.
+
+        Raises:
+            ValueError: with the number of placeholders.
+        """
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        without_images = inputs.get("pixel_values") is None and not inputs.get("mm_encoder_outputs")
+        if kwargs.get("is_first_iteration") and without_images and inputs.get("input_ids") is not None:
+            placeholders = (inputs["input_ids"] == self.config.image_token_id).sum().item()
+            if placeholders:
+                raise ValueError(f"the prompts have {placeholders} image placeholder tokens, but 0 images were given")
+        return inputs
+
     @classmethod
     def from_vision_text_pretrained(
         cls, vision: str, text: str, image_seq_length: int = 144, **kwargs
@@ -352,8 +377,12 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
         self.model.multi_modal_projector = projector.to(language_model.device, language_model.dtype)
         given = language_model.generation_config
         # Greedy by default, unlike Qwen2.5's own sampling settings; the token ids are what must not be lost.
+        # Nothing teaches the model not to write a placeholder: as a label it never occurs.
         self.generation_config = GenerationConfig(
-            bos_token_id=given.bos_token_id, eos_token_id=given.eos_token_id, pad_token_id=given.pad_token_id
+            bos_token_id=given.bos_token_id,
+            eos_token_id=given.eos_token_id,
+            pad_token_id=given.pad_token_id,
+            suppress_tokens=[self.config.image_token_id],
         )
         return self
 

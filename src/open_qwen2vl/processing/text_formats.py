@@ -1,8 +1,11 @@
-r"""From a caption to token ids and labels.
+r"""From captions, interleaved documents and conversations to token ids and labels.
 
-    caption document   <s> image*N "\n" caption <|im_end|>        labels: all but the image and the first token
+    caption       <s> image*N "\n" caption <|im_end|>
+    interleaved   <s> text <|endofchunk|> image*N "\n" text <|endofchunk|> ... <|im_end|>
+    conversation  <s> system, then <|im_start|>user "\n" text image*N text <|im_end|>assistant "\n" answer <|im_end|> "\n"
 
-One function tokenises, one lays the document out, one counts: the planner needs only the count, the dataset all three.
+Labels: the answers of conversations; elsewhere all but images and the first token. For captions one function tokenises,
+one lays the document out, one counts: the planner needs only the count, the dataset all three.
 Text from data never becomes a control token: a special token's string inside a caption stays text.
 """
 
@@ -17,6 +20,8 @@ EOS_TOKEN = "<|im_end|>"
 END_OF_CHUNK_TOKEN = "<|endofchunk|>"
 IMAGE_TOKEN = "<|image_pad|>"
 IGNORE_INDEX = -100
+SYSTEM_PROMPT = "You are a helpful assistant."
+MAX_INTERLEAVED_IMAGES = 9
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -39,8 +44,9 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
         if token not in vocabulary:
             raise ValueError(f"{tokenizer.name_or_path}: the tokenizer has no {token} token; a Qwen2.5 tokenizer has")
     if tokenizer.bos_token != BOS_TOKEN or END_OF_CHUNK_TOKEN not in vocabulary:
-        tokenizer.add_special_tokens({"bos_token": BOS_TOKEN})
+        # In the original's order, which decides the ids where a vocabulary has neither.
         tokenizer.add_tokens([END_OF_CHUNK_TOKEN], special_tokens=True)
+        tokenizer.add_special_tokens({"bos_token": BOS_TOKEN})
     return tokenizer
 
 
@@ -68,11 +74,12 @@ def tokenize_captions(tokenizer: PreTrainedTokenizerBase, captions: list[str]) -
         captions (`list[str]`): captions as they are in the data.
 
     Returns:
-        `list[list[int]]`: one list of ids for each caption; special tokens' strings are tokenised as text.
+        `list[list[int]]`: one list of ids for each caption; special tokens' strings are tokenised as text, and a
+        literal `<image>` as `<image-placeholder>` (the original's rule).
     """
     if not captions:
         return []
-    texts = ["\n" + caption for caption in captions]
+    texts = ["\n" + caption.replace("<image>", "<image-placeholder>") for caption in captions]
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
@@ -108,3 +115,89 @@ def caption_document(
     labels = input_ids.copy()
     labels[: 1 + image_seq_length] = IGNORE_INDEX
     return input_ids, labels
+
+
+def interleaved_document(
+    texts: list[str | None], tokenizer: PreTrainedTokenizerBase, image_seq_length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    r"""Lay out a document of texts and images (OBELICS, MMC4), as the newer of the original's two versions does.
+
+    Each image is followed by a newline; each text ends in `<|endofchunk|>` where there are two or more images.
+
+    Args:
+        texts (`list[str | None]`): the texts in reading order, None where an image stands.
+        tokenizer (`PreTrainedTokenizerBase`): a tokenizer from [`prepare_tokenizer`].
+        image_seq_length (`int`): tokens of each image.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: int64 `input_ids` and `labels`; labels are -100 at the first token and at
+        images.
+
+    Raises:
+        ValueError: for no image, or ten and more: the original leaves such documents out.
+    """
+    images = texts.count(None)
+    if not 1 <= images <= MAX_INTERLEAVED_IMAGES:
+        raise ValueError(f"an interleaved document has 1 to {MAX_INTERLEAVED_IMAGES} images, this one {images}")
+    bos, eos, image, end_of_chunk = _special_ids(tokenizer)
+    ids, before = [bos], ""
+    for text in texts:
+        if text is None:
+            ids += _text_ids(tokenizer, before) + [image] * image_seq_length
+            before = "\n"
+        else:
+            ids += _text_ids(tokenizer, before + text) + [end_of_chunk] * (images > 1)
+            before = ""
+    input_ids = np.array(ids + _text_ids(tokenizer, before) + [eos], dtype=np.int64)
+    labels = np.where(input_ids == image, IGNORE_INDEX, input_ids)
+    labels[0] = IGNORE_INDEX
+    return input_ids, labels
+
+
+def original_conversation_document(
+    turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, image_seq_length: int, drop_newline: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    r"""Lay out a LLaVA conversation as the original's fine-tuning does: no `"\n<|im_start|>"` before `assistant`.
+
+    Args:
+        turns (`list[dict[str, str]]`): `{"from": "human" or "gpt", "value": text}`, `<image>` where an image stands.
+        tokenizer (`PreTrainedTokenizerBase`): a tokenizer from [`prepare_tokenizer`].
+        image_seq_length (`int`): tokens of each image.
+        drop_newline (`bool`, *optional*, defaults to `False`): drop the newline after an image, which released
+            weights never saw. Their tokeniser dropped any token there; only the newline is dropped here.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: int64 `input_ids` and `labels`; only answers with their `<|im_end|>\n` have
+        labels.
+
+    Raises:
+        ValueError: for a turn of another speaker.
+    """
+    bos, eos, image, _ = _special_ids(tokenizer)
+    start, newline = tokenizer.convert_tokens_to_ids("<|im_start|>"), _text_ids(tokenizer, "\n")
+    ids = [bos, start, *_text_ids(tokenizer, f"system\n{SYSTEM_PROMPT}"), eos, *newline]
+    labels = [IGNORE_INDEX] * len(ids)
+    for turn in turns:
+        if turn["from"] not in ("human", "gpt"):
+            raise ValueError(f"turn from {turn['from']!r}: a conversation is between 'human' and 'gpt'")
+        answer = turn["from"] == "gpt"
+        if answer:
+            new = [*_text_ids(tokenizer, turn["value"]), eos, *newline]
+        else:
+            first, *others = ("user\n" + turn["value"]).split("<image>")
+            new = [start, *_text_ids(tokenizer, first)]
+            for text in others:
+                text = text.removeprefix("\n") if drop_newline else text
+                new += [image] * image_seq_length + _text_ids(tokenizer, text)
+            new += [eos, *_text_ids(tokenizer, "assistant\n")]
+        ids += new
+        labels += new if answer else [IGNORE_INDEX] * len(new)
+    return np.array(ids, dtype=np.int64), np.array(labels, dtype=np.int64)
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return tokenizer.convert_tokens_to_ids([BOS_TOKEN, EOS_TOKEN, IMAGE_TOKEN, END_OF_CHUNK_TOKEN])
+
+
+def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]

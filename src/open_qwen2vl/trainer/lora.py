@@ -1,0 +1,142 @@
+"""LoRA for this model: low-rank updates of the language model's layers, the projector trained in full.
+
+Module names alone (`q_proj`) would hit SigLIP too, whose attention has the same names; so targets are a regular
+expression of full names. What adapts nothing, or something else than asked, is an error instead of a silent run.
+This module needs `peft`.
+"""
+
+import os
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from transformers import PreTrainedModel
+
+ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
+PROJECTOR = "multi_modal_projector"
+
+# For `BitsAndBytesConfig(llm_int8_skip_modules=...)` in QLoRA: what stays as it is, in 4 and in 8 bits.
+UNQUANTISED_MODULES = ["vision_tower", PROJECTOR, "lm_head"]
+
+
+def lora_config(
+    r: int = 16,
+    alpha: int = 32,
+    dropout: float = 0.05,
+    *,
+    modules: tuple[str, ...] = ATTENTION_MODULES + MLP_MODULES,
+    train_projector: bool = True,
+    **kwargs,
+) -> LoraConfig:
+    """The preset: every linear layer of the language model's blocks, and the whole projector.
+
+    Args:
+        r (`int`, *optional*, defaults to 16): rank of the updates.
+        alpha (`int`, *optional*, defaults to 32): updates are scaled by `alpha / r`.
+        dropout (`float`, *optional*, defaults to 0.05): dropout before the updates, in training.
+        modules (`tuple[str]`, *optional*): names of the linear layers of a block to adapt.
+        train_projector (`bool`, *optional*, defaults to `True`): train the projector in full and save it with the
+            adapter.
+        kwargs: further options of `peft.LoraConfig`.
+
+    Returns:
+        `peft.LoraConfig`: for [`add_lora`], `peft.get_peft_model` or the `peft_config` of a TRL trainer. Without a task
+        type, so that the adapted model takes this model's arguments as they are.
+
+    Raises:
+        ValueError: for a module that a block of the language model does not have.
+    """
+    unknown = sorted(set(modules) - set(ATTENTION_MODULES + MLP_MODULES))
+    if unknown or not modules:
+        raise ValueError(f"modules={modules}: choose from {', '.join(ATTENTION_MODULES + MLP_MODULES)}")
+    return LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=rf".*language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(modules)})",
+        modules_to_save=[PROJECTOR] if train_projector else None,
+        **kwargs,
+    )
+
+
+def add_lora(model: PreTrainedModel, config: LoraConfig | None = None) -> PeftModel:
+    """Put a new adapter on a model; everything else is frozen.
+
+    Args:
+        model (`OpenQwen2VLForConditionalGeneration`): changed in place, as by `peft.get_peft_model`.
+        config (`peft.LoraConfig`, *optional*): [`lora_config`] by default.
+
+    Returns:
+        `peft.PeftModel`: ready to train.
+
+    Raises:
+        ValueError: if the adapter would change no module of the language model, one of the vision tower, or if a
+            module that it shall train in full does not exist.
+    """
+    adapted = get_peft_model(model, lora_config() if config is None else config)
+    check_targets(adapted)
+    return adapted
+
+
+def check_targets(model: PeftModel) -> None:
+    """Refuse an adapter on the wrong modules.
+
+    Args:
+        model (`peft.PeftModel`): with its adapter in place.
+
+    Raises:
+        ValueError: as [`add_lora`] says.
+    """
+    adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    if not any(".language_model." in name for name in adapted):
+        raise ValueError("the adapter changes no module of the language model: no name matches its target_modules")
+    if vision := [name for name in adapted if ".vision_tower." in name]:
+        raise ValueError(f"the adapter changes {len(vision)} modules of the vision tower, the first is {vision[0]}")
+    whole = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    for wanted in model.peft_config[model.active_adapter].modules_to_save or []:
+        if not any(name.endswith("." + wanted) for name in whole):
+            raise ValueError(f"modules_to_save names {wanted!r}, which the model does not have")
+
+
+def load_lora(model: PreTrainedModel, adapter: str | os.PathLike, **kwargs) -> PeftModel:
+    """Load a saved adapter, and make sure that it does something.
+
+    Args:
+        model (`OpenQwen2VLForConditionalGeneration`): the base model, changed in place.
+        adapter (`str` or `os.PathLike`): hub id or folder.
+        kwargs: passed to `PeftModel.from_pretrained` (`is_trainable`, `revision`, ...).
+
+    Returns:
+        `peft.PeftModel`: the adapted model, in evaluation mode unless `is_trainable`.
+
+    Raises:
+        ValueError: if the adapter fits nothing in the model, or all its weights leave the model as it is.
+    """
+    adapted = PeftModel.from_pretrained(model, adapter, **kwargs)
+    check_targets(adapted)
+    if not changes_anything(adapted):
+        raise ValueError(f"{adapter}: the adapter changes nothing: its updates are zero, or were made for another model")
+    return adapted
+
+
+def changes_anything(model: PeftModel) -> bool:
+    """Whether the active adapter's weights differ from those of an adapter that was never trained.
+
+    Args:
+        model (`peft.PeftModel`): with its adapter in place.
+
+    Returns:
+        `bool`: True if an update is not zero, or a module that is saved in full differs from the base model's.
+    """
+    name = model.active_adapter
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and name in module.lora_B and module.lora_B[name].weight.any():
+            return True
+        if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
+            own = module.modules_to_save[name].state_dict()
+            base = module.original_module.state_dict()
+            if any(not torch.equal(own[key].to(value), value) for key, value in base.items()):
+                return True
+    return False
