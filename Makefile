@@ -1,7 +1,6 @@
 # Two commands set everything up on a fresh machine: `make quickstart` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
-CORES := $(shell nproc)
 
 .PHONY: quickstart test test-slow style precommit bench clean
 
@@ -14,7 +13,7 @@ CORES := $(shell nproc)
 
 # Pre-train a small model on real image-text pairs (OpenMoji), caption held-out images, write runs/quickstart/report.html.
 quickstart: .venv/.installed
-	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=$(CORES) sh recipes/quickstart/run.sh
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh recipes/quickstart/run.sh
 
 # Two worker processes of one thread each (tests/conftest.py sets the threads).
 test: .venv/.installed

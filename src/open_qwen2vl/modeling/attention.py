@@ -54,7 +54,8 @@ def packed_varlen_attention(
         )
     packs, heads, sequence, head_dim = query.shape
     # RoPE leaves queries and keys in fp32 under autocast, and not the values.
-    dtype = torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else query.dtype
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
     # (packs, heads, sequence, head_dim) -> (packs * sequence, heads, head_dim)
     flat = [states.to(dtype).transpose(1, 2).flatten(0, 1) for states in (query, key, value)]
     if query.is_cuda and dtype in (torch.float16, torch.bfloat16):
