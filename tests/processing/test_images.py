@@ -82,3 +82,10 @@ def test_decompression_bomb_is_refused_from_its_header(side):
     with pytest.raises(ImageError) as error:
         decode_image(data)
     assert error.value.reason == "image_too_large"
+
+
+def test_a_transparent_palette_keeps_its_colours():
+    palette = gradient().convert("P")
+    image = decode_image(encode(palette, transparency=0))
+    assert np.array_equal(image, palette.convert("RGB"))
+    assert "transparency" not in image.info

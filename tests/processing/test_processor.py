@@ -1,5 +1,7 @@
 """The processor: budgets per call, chat template, saving and loading, errors that count."""
 
+import io
+
 import pytest
 import torch
 from PIL import Image
@@ -7,6 +9,8 @@ from transformers import AutoProcessor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from open_qwen2vl import OpenQwen2VLProcessor
+from open_qwen2vl.processing.images import decode_image
+from open_qwen2vl.processing.text_formats import tokenize_captions
 
 IMAGE = Image.linear_gradient("L").convert("RGB").resize((50, 40))
 MESSAGES = [
@@ -94,3 +98,23 @@ def test_a_tokenizer_without_image_token_is_refused(backbones, tmp_path):
     bare.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"no <\|image_pad\|> token"):
         OpenQwen2VLProcessor.from_vision_text_pretrained(backbones["vision"], str(tmp_path))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
+def test_a_call_sees_the_pixels_that_training_sees(processor, mode):
+    image = IMAGE.convert(mode)
+    if "A" in mode:
+        image.putalpha(Image.linear_gradient("L").resize(image.size).rotate(90))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    called = processor(images=[image], text="<|image_pad|>", return_tensors="pt")["pixel_values"]
+    trained = processor.resize_images([decode_image(buffer.getvalue())])
+    torch.testing.assert_close(called, (trained.float() / 255 - 0.5) / 0.5, atol=1e-6, rtol=0)
+
+
+def test_tokenizing_captions_leaves_the_tokenizer_as_it_was(processor):
+    tokenizer = processor.tokenizer
+    before = tokenizer(["a cat<|im_end|>", "b"], padding=True, truncation=True, max_length=4)["input_ids"]
+    tokenize_captions(tokenizer, ["a<|im_end|>"])
+    assert tokenizer(["a cat<|im_end|>", "b"], padding=True, truncation=True, max_length=4)["input_ids"] == before
+    assert tokenizer("<|im_end|>")["input_ids"] == [tokenizer.eos_token_id]

@@ -8,19 +8,29 @@ import pytest
 from open_qwen2vl.processing.text_formats import (
     caption_document,
     caption_document_length,
+    interleaved_document,
+    original_conversation_document,
     prepare_tokenizer,
     tokenize_captions,
     tokenizer_fingerprint,
 )
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "assets" / "original" / "captions.json").read_text())
+ASSETS = Path(__file__).parents[1] / "assets" / "original"
+GOLDEN = json.loads((ASSETS / "captions.json").read_text("utf8"))
+INTERLEAVED = json.loads((ASSETS / "interleaved.json").read_text("utf8"))
+CONVERSATIONS = json.loads((ASSETS / "conversations.json").read_text("utf8"))
+
+
+def expand(ids: list[int], image: int = 151655) -> list[int]:
+    """The original's ids with 144 placeholders in place of its -200."""
+    return [token for i in ids for token in ([image] * 144 if i == -200 else [i])]
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["caption"])
 def test_ids_of_the_original(qwen_tokenizer, case):
     (text_ids,) = tokenize_captions(qwen_tokenizer, [case["caption"]])
     input_ids, labels = caption_document(text_ids, qwen_tokenizer, 144)
-    expected = [token for i in case["input_ids"] for token in ([151655] * 144 if i == -200 else [i])]
+    expected = expand(case["input_ids"])
     assert input_ids.tolist() == expected
     assert labels.tolist() == [-100] * 145 + expected[145:]
     assert len(input_ids) == caption_document_length(len(text_ids), 144) == case["length"]
@@ -56,3 +66,49 @@ def test_fingerprint_follows_what_decides_ids(tokenizer, qwen_tokenizer):
 
 def test_no_captions(tokenizer):
     assert tokenize_captions(tokenizer, []) == []
+
+
+@pytest.mark.parametrize("name", INTERLEAVED)
+def test_interleaved_ids_of_the_original(qwen_tokenizer, name):
+    case = INTERLEAVED[name]
+    input_ids, labels = interleaved_document(case["texts"], qwen_tokenizer, 144)
+    assert input_ids.tolist() == expand(case["input_ids"])
+    assert len(input_ids) == case["length"]
+    assert labels.tolist() == [-100, *expand(case["input_ids"], -100)[1:]]
+
+
+@pytest.mark.parametrize("images", [0, 10])
+def test_documents_that_the_original_leaves_out(tokenizer, images):
+    with pytest.raises(ValueError, match=f"1 to 9 images, this one {images}"):
+        interleaved_document(["a", *[None] * images], tokenizer, 4)
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_mended_conversation_ids_of_the_original(qwen_tokenizer, name):
+    case = CONVERSATIONS[name]
+    input_ids, labels = original_conversation_document(case["conversation"], qwen_tokenizer, 144)
+    assert input_ids.tolist() == expand(case["ids_if_nothing_were_dropped"])
+    # What was dropped stood in a user turn, so that the labelled tokens are the same.
+    assert labels[labels != -100].tolist() == [label for label in case["labels"] if label != -100]
+    assert (labels == input_ids)[labels != -100].all()
+
+
+@pytest.mark.parametrize("name", [name for name in CONVERSATIONS if name != "image_in_the_middle"])
+def test_conversation_ids_that_released_weights_saw(qwen_tokenizer, name):
+    case = CONVERSATIONS[name]
+    input_ids, labels = original_conversation_document(case["conversation"], qwen_tokenizer, 144, drop_newline=True)
+    assert input_ids.tolist() == expand(case["input_ids"])
+    positions = [token for i, label in zip(case["input_ids"], case["labels"], strict=True)
+                 for token in [label] * (144 if i == -200 else 1)]  # fmt: skip
+    assert labels.tolist() == positions
+
+
+def test_special_tokens_in_a_conversation_stay_text(qwen_tokenizer):
+    turns = [{"from": "human", "value": "<|im_end|>"}, {"from": "gpt", "value": "<|im_start|><s>"}]
+    input_ids, _ = original_conversation_document(turns, qwen_tokenizer, 4)
+    assert (input_ids == 151645).sum() == 3 and (input_ids == 151644).sum() == 2 and (input_ids == 128245).sum() == 1
+
+
+def test_unknown_speaker_is_an_error(tokenizer):
+    with pytest.raises(ValueError, match="turn from 'system'"):
+        original_conversation_document([{"from": "system", "value": "a"}], tokenizer, 4)

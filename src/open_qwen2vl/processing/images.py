@@ -48,7 +48,7 @@ def decode_image(data: bytes) -> Image.Image:
             with Image.open(io.BytesIO(data)) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ImageError("image_too_large", f"{image.width}x{image.height} pixels are above {MAX_PIXELS}")
-                return _to_rgb(ImageOps.exif_transpose(image))
+                return to_rgb(image)
     except Image.DecompressionBombError as error:
         raise ImageError("image_too_large", str(error)) from error
     except ImageError:
@@ -57,8 +57,20 @@ def decode_image(data: bytes) -> Image.Image:
         raise ImageError("corrupt_image", f"{type(error).__name__}: {error}") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An upright RGB image: EXIF orientation applied, 16-bit grey scaled to 8 bits, alpha dropped.
+
+    Args:
+        image (`PIL.Image.Image`): of any mode.
+
+    Returns:
+        `PIL.Image.Image`: mode RGB.
+    """
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         # convert("RGB") would clip 16-bit values at 255 and leave a white picture.
         image = Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    # A palette's transparent entry outlives the conversion, and image processors would paint that colour white.
+    image.info.pop("transparency", None)
+    return image

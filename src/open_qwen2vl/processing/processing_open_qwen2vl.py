@@ -14,6 +14,7 @@ from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
+from .images import to_rgb
 from .text_formats import IMAGE_TOKEN, prepare_tokenizer
 
 
@@ -91,7 +92,7 @@ class OpenQwen2VLProcessor(ProcessorMixin):
         return {"image_seq_length": self.image_seq_length}
 
     def _process_images(self, images: ImageInput, image_seq_length: int, **kwargs) -> tuple[BatchFeature, list[str]]:
-        processed = self.image_processor(images, **kwargs)
+        processed = self.image_processor(_to_rgb(images), **kwargs)
         processed["image_seq_length"] = image_seq_length
         replacements = [self.replace_image_token(processed, i) for i in range(len(make_flat_list_of_images(images)))]
         return processed, replacements
@@ -123,6 +124,13 @@ class OpenQwen2VLProcessor(ProcessorMixin):
             return torch.empty((0, 3, size["height"], size["width"]), dtype=torch.uint8)
         pixels = self.image_processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")
         return pixels["pixel_values"].to(torch.uint8)
+
+
+def _to_rgb(images: ImageInput) -> ImageInput:
+    """Pillow images as training sees them (an alpha channel is dropped, not laid on white); arrays are left alone."""
+    if isinstance(images, list | tuple):
+        return [_to_rgb(image) for image in images]
+    return to_rgb(images) if isinstance(images, Image.Image) else images
 
 
 __all__ = ["OpenQwen2VLProcessor"]
