@@ -156,6 +156,9 @@ class _Handler(BaseHTTPRequestHandler):
     def validate(self, repo, body, query) -> None:
         self._json({"errors": [], "warnings": []})
 
+    def harnesses(self, repo, body, query) -> None:
+        self._json({"standardEnvVars": [], "harnesses": {}})
+
     def create(self, repo, body, query) -> None:
         asked = json.loads(body)
         kind = asked.get("type", "model") + "s"
@@ -221,6 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
 _ROUTES = [
     ("GET", r"/api/whoami-v2", _Handler.whoami),
     ("POST", r"/api/validate-yaml", _Handler.validate),
+    ("GET", r"/api/agent-harnesses", _Handler.harnesses),
     ("POST", r"/api/repos/create", _Handler.create),
     ("POST", rf"/api/{REPO}/preupload/(?P<rev>[^/]+)", _Handler.preupload),
     ("POST", rf"/api/{REPO}/commit/(?P<rev>[^/]+)", _Handler.commit),

@@ -162,10 +162,10 @@ def build(data: Path, output: Path, vision: dict | None = None, text: dict | Non
     return summary
 
 
-def entry(text: str) -> tuple[str, int]:
-    """A command-line pair such as `hidden_size=192`."""
+def entry(text: str) -> tuple[str, int | float]:
+    """A command-line pair such as `hidden_size=192` or `initializer_range=0.05`."""
     name, _, value = text.partition("=")
-    return name, int(value)
+    return name, float(value) if "." in value else int(value)
 
 
 def main() -> None:

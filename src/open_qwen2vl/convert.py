@@ -1,6 +1,6 @@
 """`open-qwen2vl convert`: a checkpoint of the original to a folder for the Auto classes, and back.
 
-config.json, checkpoints/latest-checkpoint.pt (mapped, not read; tensors only)  +  vision weights  +  text model's config
+config.json, checkpoints/latest-checkpoint.pt (mapped; tensors only)  +  vision weights  +  text model's config
   │ names and shapes are checked against the model on the meta device before anything is written
   ▼
 a hidden folder beside OUT_DIR: config.json, model-*.safetensors, processor  ─ rename ─▶  OUT_DIR
@@ -14,11 +14,10 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from .modeling.configuration_open_qwen2vl import OpenQwen2VLConfig
@@ -30,15 +29,13 @@ from .modeling.conversion import (
     write_arch_specifier,
 )
 from .modeling.modeling_open_qwen2vl import OpenQwen2VLForConditionalGeneration
+from .modeling.vision_weights import DEFAULT_VISION_WEIGHTS, load_pt, load_vision_weights
 from .processing import text_formats
 from .processing.processing_open_qwen2vl import OpenQwen2VLProcessor
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = Path("checkpoints") / "latest-checkpoint.pt"
-# The image tower of google/siglip-so400m-patch14-384 as timm released it, which the original froze.
-DEFAULT_VISION_WEIGHTS = "hf-hub:timm/ViT-SO400M-14-SigLIP-384"
-_HUB_FILES = ("model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _TEMPLATES = {"default": "chat_template_original.jinja", "chatml": "chat_template.jinja"}
 _MAX_NAMES = 20
 
@@ -70,7 +67,7 @@ class ConversionReport:
             "vision weights": self.vision_weights,
             "tokens per image": self.image_seq_length,
             "tensors": f"{self.num_tensors} ({self.num_parameters:,} parameters)",
-            "unused": f"{len(self.unused)} " + " ".join(self.unused),
+            "unused": " ".join([str(len(self.unused)), *self.unused]),
         }
         return "\n".join(f"{name:<18}{value}" for name, value in lines.items())
 
@@ -109,21 +106,23 @@ def convert_checkpoint(
         tensors["vision_backbone"], other = load_vision_weights(source)
         unused += [f"{name} (beside the vision tower)" for name in other]
     vision_config = read_vision_config(tensors["vision_backbone"], vision_heads)
-    processor = _build_processor(text_model, budget, vision_config["image_size"])
+    text_config, tokenizer = _load_text_model(text_model)
+    processor = _build_processor(tokenizer, budget, vision_config["image_size"])
     config = OpenQwen2VLConfig(
         vision_config=vision_config,
-        text_config=AutoConfig.from_pretrained(text_model),
+        text_config=text_config,
         image_token_id=processor.image_token_id,
         image_seq_length=budget,
     )
     state, no_place = convert_original_tensors(tensors, config)
-    model = _empty_model(config, processor.tokenizer, tensors["llm_backbone"])
-    _check_tensors(state, model, tensors["llm_backbone"])
+    model = _empty_model(config, tokenizer, tensors["llm_backbone"])
+    state = _check_tensors(state, model, tensors["llm_backbone"])
     report = ConversionReport(output, source or str(CHECKPOINT), budget, *_count(state.values()), unused + no_place)
+    # Saving takes the tensors out of the state shard by shard; with a file's last tensor goes its map.
+    del tensors
     with new_folder(output) as folder:
-        # Small shards bound what a writer that copies its shard would need; the tensors stay mapped.
         shard_size = max(1, sum(tensor.nbytes for tensor in state.values()) // 8)
-        model.save_pretrained(folder, state_dict=state, max_shard_size=shard_size)
+        model.save_pretrained(folder, state_dict=state, max_shard_size=shard_size, save_original_format=False)
         processor.save_pretrained(folder)
     logger.info("not used: %s", ", ".join(report.unused))
     return report
@@ -149,7 +148,9 @@ def convert_to_original(
         FileNotFoundError: if `model_folder` has no weights.
     """
     model_folder, output = Path(model_folder), Path(output)
-    config = OpenQwen2VLConfig.from_pretrained(model_folder)
+    config = AutoConfig.from_pretrained(model_folder)
+    if not isinstance(config, OpenQwen2VLConfig):
+        raise ValueError(f"{model_folder}: model type {config.model_type!r} instead of 'open_qwen2vl'")
     state = _load_model_folder(model_folder)
     backbone, other = load_vision_weights(vision_weights) if vision_weights else (None, [])
     tensors = restore_original_tensors(state, config, backbone)
@@ -168,31 +169,6 @@ def convert_to_original(
         (folder / CHECKPOINT).parent.mkdir()
         torch.save({"model": tensors}, folder / CHECKPOINT)
     return report
-
-
-def load_vision_weights(source: str) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Tensors of a SigLIP vision tower under the original's names.
-
-    Args:
-        source (`str`): a safetensors or .pt file (timm's names, open_clip's, or a checkpoint of the original), a hub
-            id (`hf-hub:OWNER/NAME` or `OWNER/NAME`), or a timm id (`vit_so400m_patch14_siglip_384`).
-
-    Returns:
-        `tuple[dict[str, torch.Tensor], list[str]]`: the tensors, and names of others in the file.
-
-    Raises:
-        ValueError: if the file or id cannot be found, or holds no vision tower.
-    """
-    path = Path(source) if Path(source).exists() else _download(source)
-    tensors = load_file(path) if path.suffix == ".safetensors" else _load_pt(path)
-    if "model" in tensors:
-        tensors = tensors["model"].get("vision_backbone", {})
-    for prefix in ("featurizer.", "visual.trunk.", ""):
-        if f"{prefix}pos_embed" in tensors:
-            tower = {name: t for name, t in tensors.items() if name.startswith(prefix)}
-            named = {"featurizer." + name.removeprefix(prefix): t for name, t in tower.items()}
-            return named, [name for name in tensors if name not in tower]
-    raise ValueError(f"{source}: no vision tower with timm's names (pos_embed, blocks.0...) in it")
 
 
 @contextlib.contextmanager
@@ -225,7 +201,7 @@ def _read_original(folder: Path) -> tuple[int, dict[str, dict[str, torch.Tensor]
         arch_specifier = json.loads((folder / "config.json").read_text(encoding="utf8"))["model"]["arch_specifier"]
     except (KeyError, TypeError, json.JSONDecodeError):
         raise ValueError(f"{folder / 'config.json'}: no model.arch_specifier in it") from None
-    checkpoint = _load_pt(folder / CHECKPOINT)
+    checkpoint = load_pt(folder / CHECKPOINT)
     tensors = dict(checkpoint.get("model", {}))
     if absent := [part for part in ("projector", "llm_backbone") if part not in tensors]:
         raise ValueError(f"{folder / CHECKPOINT}: no {' and no '.join(absent)} in it")
@@ -247,13 +223,6 @@ def _original_settings(config: OpenQwen2VLConfig, name: str) -> dict:
     return {"model": model, "mount_path": "Qwen"}
 
 
-def _load_pt(path: Path) -> dict:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path}: not a checkpoint of tensors ({str(error).splitlines()[0]})") from None
-
-
 def _load_model_folder(folder: Path) -> dict[str, torch.Tensor]:
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
@@ -261,42 +230,18 @@ def _load_model_folder(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-def _download(source: str) -> Path:
-    """The weights' file of a hub or timm id."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    repo = source.removeprefix("hf-hub:")
-    if "/" not in repo:
-        repo = _hub_id_of_timm(repo)
-    for name in _HUB_FILES:
-        try:
-            return Path(hf_hub_download(repo, name))
-        except EntryNotFoundError as error:
-            reason = error
-        except (OSError, ValueError) as error:
-            reason = error
-            break
-    raise ValueError(f"vision weights {source}: no such file, and {str(reason).strip().splitlines()[0]}")
-
-
-def _hub_id_of_timm(name: str) -> str:
+def _load_text_model(source: str) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
     try:
-        from timm.models import get_pretrained_cfg
-
-        config = get_pretrained_cfg(name)
-    except ImportError:
-        raise ValueError(f"vision weights {name}: no such file; timm ids need the package timm") from None
-    except RuntimeError:
-        config = None
-    if config is None or not config.hf_hub_id:
-        raise ValueError(f"vision weights {name}: neither a file nor a model that timm knows")
-    return config.hf_hub_id
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        return AutoConfig.from_pretrained(source), text_formats.prepare_tokenizer(tokenizer)
+    except OSError as error:
+        raise ValueError(f"text model {source}: {str(error).strip().splitlines()[0]}") from None
 
 
-def _build_processor(text_model: str, image_seq_length: int, image_size: int) -> OpenQwen2VLProcessor:
+def _build_processor(
+    tokenizer: PreTrainedTokenizerBase, image_seq_length: int, image_size: int
+) -> OpenQwen2VLProcessor:
     """The original's prompt format by default, that of new models as `chat_template="chatml"`."""
-    tokenizer = text_formats.prepare_tokenizer(AutoTokenizer.from_pretrained(text_model))
     folder = Path(text_formats.__file__).parent
     templates = {name: (folder / file).read_text(encoding="utf8") for name, file in _TEMPLATES.items()}
     tokenizer.chat_template = templates
@@ -317,8 +262,8 @@ def _empty_model(config: OpenQwen2VLConfig, tokenizer, language: dict[str, torch
     return model
 
 
-def _check_tensors(state: dict[str, torch.Tensor], model, language: dict[str, torch.Tensor]) -> None:
-    """Every tensor of the model is there, in its shape, and a head that is to be tied equals the embedding."""
+def _check_tensors(state: dict[str, torch.Tensor], model, language: dict[str, torch.Tensor]) -> dict:
+    """The state in the model's order, if every tensor is there, in its shape, and a tied head equals the embedding."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     head = language.get("llm.lm_head.weight")
     if model.config.tie_word_embeddings:
@@ -337,6 +282,7 @@ def _check_tensors(state: dict[str, torch.Tensor], model, language: dict[str, to
     ]
     if shapes:
         raise ValueError(f"shapes do not fit the text model: {_name_some(shapes)}")
+    return {name: state[name] for name in expected}
 
 
 def _name_some(names: list[str]) -> str:

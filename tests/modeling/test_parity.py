@@ -11,11 +11,23 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2Config, SiglipVisionConfig
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from open_qwen2vl import OpenQwen2VLConfig, OpenQwen2VLForConditionalGeneration, OpenQwen2VLProcessor
+from open_qwen2vl import (
+    OpenQwen2VLConfig,
+    OpenQwen2VLForConditionalGeneration,
+    OpenQwen2VLProcessor,
+    PackingCollator,
+)
 from open_qwen2vl.modeling.configuration_open_qwen2vl import pooled_grid_side
 from open_qwen2vl.modeling.conversion import convert_original_tensors
 from open_qwen2vl.modeling.modeling_open_qwen2vl import OpenQwen2VLMultiModalProjector
 from open_qwen2vl.processing.images import decode_image
+from open_qwen2vl.processing.text_formats import (
+    caption_document,
+    interleaved_document,
+    prepare_tokenizer,
+    tokenize_captions,
+)
+from tests.modeling.packs import join
 
 ASSETS = Path(__file__).parents[1] / "assets" / "original"
 IMAGES = sorted((ASSETS / "images").glob("*.png"))
@@ -137,6 +149,62 @@ def test_forward_of_one_image(attention):
         output = model(input_ids=input_ids, pixel_values=golden["pixel_values"], labels=labels)
     assert_parity(output.logits, golden["logits"])
     assert_parity(output.loss, golden["loss"])
+
+
+def packed_item(tokenizer, pixel_values: torch.Tensor) -> dict:
+    """The original's pack of five documents, laid out by this package from its texts."""
+    golden = json.loads((ASSETS / "packed_documents.json").read_text())
+    documents = {"doc": interleaved_document(golden["interleaved_texts"], tokenizer, 16)}
+    for i, text_ids in enumerate(tokenize_captions(tokenizer, golden["captions"])):
+        documents[f"k{i}"] = caption_document(text_ids, tokenizer, 16)
+    image = [tokenizer.convert_tokens_to_ids("<|image_pad|>")] * 16
+    for name, (input_ids, _) in documents.items():
+        assert input_ids.tolist() == [token for i in golden["ids"][name] for token in (image if i == -200 else [i])]
+    items = [
+        {
+            "input_ids": torch.from_numpy(input_ids),
+            "labels": torch.from_numpy(labels),
+            "position_ids": torch.arange(len(input_ids)),
+            "pixel_values": pixel_values[:0],
+            "image_seq_length": 16,
+        }
+        for input_ids, labels in (documents[name] for name in golden["order"])
+    ]
+    return join(items) | {"pixel_values": pixel_values}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "packed_varlen"])
+def test_pack_whose_documents_see_each_other(attention):
+    golden = load_file(ASSETS / "forward_packed.safetensors")
+    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(ASSETS / "Qwen2.5-tiny"))
+    item = packed_item(tokenizer, golden["pixel_values"])
+    batch = PackingCollator(cross_document_attention=True)([item])
+    assert batch.pop("packing_stats")["documents"] == 5
+    # A row's first label has nothing before it and counts for nothing.
+    assert torch.equal(batch["labels"][:, 1:], golden["labels"][:, 1:])
+    checkpoint = torch.load(ASSETS / "checkpoint" / "checkpoints" / "latest-checkpoint.pt", weights_only=True)
+    model = load_converted(checkpoint["model"], make_config(tokenizer.convert_tokens_to_ids("<|image_pad|>")))
+    model.set_attn_implementation(attention)
+    model.model.vision_tower.requires_grad_(False)
+
+    output = model(**batch)
+    assert_parity(output.logits[0, ::4], golden["logits"])
+    assert_parity(output.loss, golden["loss"])
+
+    model.train()(**batch).loss.backward()
+    parameters = dict(model.named_parameters())
+    assert all(parameter.grad is None for name, parameter in parameters.items() if "vision_tower" in name)
+    embedding = model.get_input_embeddings().weight.grad
+    assert_parity(embedding[golden["embedding_rows"]], golden["embedding_gradients"])
+    gradients = {"projector": {}, "llm_backbone": {}}
+    for name, tensor in golden.items():
+        if name.startswith("gradients/"):
+            part, rest = name.removeprefix("gradients/").split(".", 1)
+            gradients[part][rest] = tensor
+    expected, unused = convert_original_tensors(gradients, model.config)
+    assert len(expected) == 6 and not unused
+    for name, gradient in expected.items():
+        assert_parity(parameters[name].grad, gradient)
 
 
 def test_unknown_tensors_are_named():

@@ -6,6 +6,7 @@ This module needs `peft`.
 """
 
 import os
+import warnings
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -42,8 +43,8 @@ def lora_config(
         kwargs: further options of `peft.LoraConfig`.
 
     Returns:
-        `peft.LoraConfig`: for [`add_lora`], `peft.get_peft_model` or the `peft_config` of a TRL trainer. Without a task
-        type, so that the adapted model takes this model's arguments as they are.
+        `peft.LoraConfig`: for [`add_lora`], `peft.get_peft_model` or the `peft_config` of a TRL trainer. It has no
+        task type, so that the adapted model takes this model's arguments as they are.
 
     Raises:
         ValueError: for a module that a block of the language model does not have.
@@ -112,12 +113,19 @@ def load_lora(model: PreTrainedModel, adapter: str | os.PathLike, **kwargs) -> P
         `peft.PeftModel`: the adapted model, in evaluation mode unless `is_trainable`.
 
     Raises:
-        ValueError: if the adapter fits nothing in the model, or all its weights leave the model as it is.
+        ValueError: if the adapter's file lacks weights that the model needs (it was made for another model), or all
+            its weights leave the model as it is.
     """
-    adapted = PeftModel.from_pretrained(model, adapter, **kwargs)
+    try:
+        with warnings.catch_warnings():
+            # PEFT goes on with fresh weights where it finds none.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(model, adapter, **kwargs)
+    except (KeyError, UserWarning) as error:
+        raise ValueError(f"{adapter}: the adapter was made for another model: {error}") from error
     check_targets(adapted)
     if not changes_anything(adapted):
-        raise ValueError(f"{adapter}: the adapter changes nothing: its updates are zero, or were made for another model")
+        raise ValueError(f"{adapter}: the adapter changes nothing; it was never trained")
     return adapted
 
 

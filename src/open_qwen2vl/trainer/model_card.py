@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from transformers import TrainingArguments
 
-LIBRARIES = ("open-qwen2vl", "torch", "transformers", "accelerate", "datasets", "tokenizers", "peft", "trl", "lmms-eval")
+LIBRARIES = ("open-qwen2vl", "torch", "transformers", "accelerate", "tokenizers", "peft", "trl", "lmms-eval")
 
 HYPERPARAMETERS = (
     "learning_rate",
