@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from PIL import Image
 from report_pages import write_html, write_png
 from tqdm.auto import tqdm
@@ -232,6 +233,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("runs/quickstart/data"), help="folder of the tars")
     parser.add_argument("--batch-size", type=int, default=64, help="pictures at a time")
     args = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()  # of loading one small file
     try:
         metrics = build(args.run, args.data, args.batch_size)
     except ValueError as error:

@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_pack(commands)
     _add_convert(commands)
+    _add_chat(commands)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
@@ -125,6 +126,28 @@ def _convert(args: argparse.Namespace) -> None:
     if not args.text_model:
         raise ValueError("--text-model is required (a hub id or folder, as Qwen/Qwen2.5-1.5B-Instruct)")
     print(convert_checkpoint(args.source, args.output, args.text_model, args.vision_weights, args.vision_heads))
+
+
+def _add_chat(commands) -> None:
+    summary = "talk with a model in the terminal"
+    parser = commands.add_parser("chat", help=summary, description=summary[0].upper() + summary[1:] + ".")
+    parser.add_argument("model", metavar="MODEL", help="hub id or folder of a model with its processor")
+    parser.add_argument("--image", action="append", metavar="FILE", help="image of the first message; may be repeated")
+    parser.add_argument(
+        "--image-seq-length", type=int, metavar="N", help="tokens per image, a square number (default: the processor's)"
+    )
+    for name, kind, default, text in (
+        ("max-new-tokens", int, 512, "longest answer"),
+        ("temperature", float, 0.0, "of sampling; 0 takes the likeliest token"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{text} (default: %(default)s)")
+    parser.set_defaults(run=_chat)
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from .chat import chat
+
+    chat(args.model, args.image, args.image_seq_length, args.max_new_tokens, args.temperature)
 
 
 if __name__ == "__main__":

@@ -258,6 +258,7 @@ def _empty_model(config: OpenQwen2VLConfig, tokenizer, language: dict[str, torch
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.convert_tokens_to_ids(text_formats.EOS_TOKEN),
         pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=[config.image_token_id],
     )
     return model
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.hub_server import hub_server
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "checkpoints_hub.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 
 
 def blocks(*titles: str) -> list[tuple[str, str]]:

@@ -118,3 +118,11 @@ def test_tokenizing_captions_leaves_the_tokenizer_as_it_was(processor):
     tokenize_captions(tokenizer, ["a<|im_end|>"])
     assert tokenizer(["a cat<|im_end|>", "b"], padding=True, truncation=True, max_length=4)["input_ids"] == before
     assert tokenizer("<|im_end|>")["input_ids"] == [tokenizer.eos_token_id]
+
+
+def test_images_of_another_prompt_do_not_make_up_for_missing_ones(processor):
+    prompts = ["<|image_pad|><|image_pad|>a cat", "two dogs"]
+    with pytest.raises(ValueError, match="prompt 0 has 2 .* tokens and 1 images"):
+        processor(images=[[IMAGE], [IMAGE]], text=prompts)
+    assert processor(images=[[IMAGE, IMAGE], []], text=prompts)["pixel_values"][0].shape == (3, 32, 32)
+    assert processor(images=[IMAGE, IMAGE], text=prompts)["pixel_values"][0].shape == (3, 32, 32)

@@ -6,6 +6,8 @@ batches isolate documents, and the loss never builds the logits of unlabelled po
 This file travels with checkpoints: it imports installed libraries and its siblings only.
 """
 
+import os
+
 import torch
 from torch import nn
 from transformers import (
@@ -354,6 +356,10 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
             raise ValueError(f"{text}: the tokenizer has no {IMAGE_TOKEN} token, which stands for an image feature")
         language_model = AutoModelForCausalLM.from_pretrained(text, **kwargs)
         vision_tower = SiglipVisionModel.from_pretrained(vision, config=vision_config, **kwargs)
+        for backbone in (vision_tower, language_model):
+            if os.path.isdir(backbone.config._name_or_path):
+                # It would be saved and published; a hub id may stand there, a path of this machine should not.
+                backbone.config._name_or_path = ""
         config = OpenQwen2VLConfig(
             vision_config=vision_tower.config,
             text_config=language_model.config,

@@ -91,6 +91,26 @@ class OpenQwen2VLProcessor(ProcessorMixin):
         """Defaults of a call's image options."""
         return {"image_seq_length": self.image_seq_length}
 
+    def validate_inputs(self, images: ImageInput | None = None, text: list[str] | None = None, **kwargs) -> None:
+        """Refuse a prompt whose placeholders and images differ in number, also where the totals agree.
+
+        Args:
+            images (`ImageInput`, *optional*): images, flat or one list per prompt.
+            text (`list[str]`, *optional*): prompts.
+            **kwargs: videos and audio, of which there are none.
+
+        Raises:
+            ValueError: with both numbers.
+        """
+        super().validate_inputs(images=images, text=text, **kwargs)
+        nested = isinstance(images, list) and all(isinstance(own, list | tuple) for own in images)
+        if not nested or text is None or len(images) != len(text):
+            return
+        for number, (prompt, own) in enumerate(zip(text, images, strict=True)):
+            placeholders = prompt.count(self.image_token)
+            if placeholders != len(own):
+                raise ValueError(f"prompt {number} has {placeholders} {self.image_token} tokens and {len(own)} images")
+
     def _process_images(self, images: ImageInput, image_seq_length: int, **kwargs) -> tuple[BatchFeature, list[str]]:
         processed = self.image_processor(_to_rgb(images), **kwargs)
         processed["image_seq_length"] = image_seq_length
