@@ -4,8 +4,8 @@
 
 The sizes are those at which the original's own code was measured on a CPU (22.0 user CPU seconds and 9.3 GB on one
 thread in fp32): a 12-block ViT of width 192 on 384 px images, frozen; 144 tokens an image; a 6-layer Qwen2 of width
-512 with 151,936 rows; 20 captions, 3,525 positions. Every variant runs in a process of its own, so that its peak memory
-is its own. Prints a Markdown table and writes it to benchmarks/results/train_step.md.
+512 with 151,936 rows; 20 captions, 3,525 positions. Every variant runs in a process of its own, so that its peak
+memory is its own. Prints a Markdown table and writes it to benchmarks/results/train_step.md.
 """
 
 import argparse

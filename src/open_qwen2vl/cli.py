@@ -134,13 +134,14 @@ def _add_chat(commands) -> None:
     parser.add_argument("model", metavar="MODEL", help="hub id or folder of a model with its processor")
     parser.add_argument("--image", action="append", metavar="FILE", help="image of the first message; may be repeated")
     parser.add_argument(
-        "--image-seq-length", type=int, metavar="N", help="tokens per image, a square number (default: the processor's)"
+        "--image-seq-length", type=int, metavar="N", help="tokens per image (default: the processor's)"
     )
     for name, kind, default, text in (
         ("max-new-tokens", int, 512, "longest answer"),
         ("temperature", float, 0.0, "of sampling; 0 takes the likeliest token"),
     ):
-        parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{text} (default: %(default)s)")
+        shown = f"{text} (default: %(default)s)"
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=shown)
     parser.set_defaults(run=_chat)
 
 

@@ -196,6 +196,7 @@ def test_the_base_model_saves_code_that_names_both_classes(folder, tmp_path):
         "AutoConfig": "configuration_open_qwen2vl.OpenQwen2VLConfig",
         "AutoModel": "modeling_open_qwen2vl.OpenQwen2VLModel",
         "AutoModelForImageTextToText": "modeling_open_qwen2vl.OpenQwen2VLForConditionalGeneration",
+        "AutoModelForMultimodalLM": "modeling_open_qwen2vl.OpenQwen2VLForConditionalGeneration",
     }
 
 

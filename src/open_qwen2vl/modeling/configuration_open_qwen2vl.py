@@ -8,6 +8,7 @@ import math
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 
 @strict
@@ -115,5 +116,8 @@ def pooled_grid_side(image_seq_length: int, patches_per_side: int) -> int:
         )
     return side
 
+
+# `transformers serve` finds classes and what they take by these tables of names, which `register` does not reach.
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault("open_qwen2vl", "OpenQwen2VLForConditionalGeneration")
 
 __all__ = ["OpenQwen2VLConfig"]

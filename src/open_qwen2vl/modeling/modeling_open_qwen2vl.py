@@ -88,6 +88,7 @@ class OpenQwen2VLPreTrainedModel(LlavaPreTrainedModel):
                 **(getattr(self.config, "auto_map", None) or {}),
                 "AutoModel": f"{module}.OpenQwen2VLModel",
                 "AutoModelForImageTextToText": f"{module}.OpenQwen2VLForConditionalGeneration",
+                "AutoModelForMultimodalLM": f"{module}.OpenQwen2VLForConditionalGeneration",
             }
         super().save_pretrained(*args, **kwargs)
 
@@ -104,14 +105,18 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor, image_seq_length: int | None = None, **kwargs: Unpack[TransformersKwargs]
+        self,
+        pixel_values: torch.Tensor,
+        image_seq_length: int | list[int] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Encode images to language-model embeddings.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(images, 3, height, width)`): uint8 pixels, which are normalised
                 here with mean = std = 0.5, or floats, which are taken as they are.
-            image_seq_length (`int`, *optional*): tokens per image; the config's where not given.
+            image_seq_length (`int` or `list[int]`, *optional*): tokens per image; the config's where not given. A list
+                has an entry for each image, all the same.
             **kwargs: passed to the vision tower.
 
         Returns:
@@ -124,6 +129,11 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
         """
         if image_seq_length is None:
             image_seq_length = self.config.image_seq_length
+        elif isinstance(image_seq_length, list | tuple):
+            budgets = set(image_seq_length)
+            if len(budgets) != 1:
+                raise ValueError(f"images of one call must have the same image_seq_length, not {sorted(budgets)}")
+            image_seq_length = budgets.pop()
         pooled_grid_side(image_seq_length, self.config.patches_per_side)
         size = self.config.vision_config.image_size
         if tuple(pixel_values.shape[-2:]) != (size, size):
@@ -158,7 +168,7 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        image_seq_length: int | None = None,
+        image_seq_length: int | list[int] | None = None,
         use_cache: bool | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -230,7 +240,10 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
         return self.lm_head
 
     def get_image_features(
-        self, pixel_values: torch.Tensor, image_seq_length: int | None = None, **kwargs: Unpack[TransformersKwargs]
+        self,
+        pixel_values: torch.Tensor,
+        image_seq_length: int | list[int] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """See [`OpenQwen2VLModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, image_seq_length, **kwargs)
@@ -245,7 +258,7 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
-        image_seq_length: int | None = None,
+        image_seq_length: int | list[int] | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
@@ -267,8 +280,8 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
             inputs_embeds (`torch.Tensor` of shape `(batch, sequence, hidden)`, *optional*): instead of `input_ids`.
             labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): token ids, -100 where nothing is to
                 be predicted; shifted inside. The loss is computed at the labelled positions only.
-            image_seq_length (`int`, *optional*): tokens per image of this call; the config's where not given. It is
-                never inferred from counts.
+            image_seq_length (`int` or `list[int]`, *optional*): tokens per image of this call; the config's where not
+                given. It is never inferred from counts.
             use_cache (`bool`, *optional*): False where not given and no `past_key_values` are passed.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): last positions, or the positions,
                 whose logits are returned; 0 for all.

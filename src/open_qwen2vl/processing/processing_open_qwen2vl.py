@@ -113,13 +113,15 @@ class OpenQwen2VLProcessor(ProcessorMixin):
 
     def _process_images(self, images: ImageInput, image_seq_length: int, **kwargs) -> tuple[BatchFeature, list[str]]:
         processed = self.image_processor(_to_rgb(images), **kwargs)
-        processed["image_seq_length"] = image_seq_length
-        replacements = [self.replace_image_token(processed, i) for i in range(len(make_flat_list_of_images(images)))]
+        number = len(make_flat_list_of_images(images))
+        # One entry per image, as for every other output: servers cut a batch image by image.
+        processed["image_seq_length"] = [image_seq_length] * number
+        replacements = [self.replace_image_token(processed, i) for i in range(number)]
         return processed, replacements
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The text that stands for one image: as many placeholders as it has features."""
-        return self.image_token * image_inputs["image_seq_length"]
+        return self.image_token * image_inputs["image_seq_length"][image_idx]
 
     def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs) -> MultiModalData:
         """Placeholders and patches of images of the given (height, width), for vLLM's Transformers backend."""
