@@ -72,7 +72,7 @@ def headline(metrics: dict[str, Any]) -> list[tuple[str, str]]:
         (f"{metrics['blanked_exact_match']:.1%}", "the same with grey images"),
         (f"{metrics['train_seconds'] / 60:.1f} min", f"training, {metrics['steps']:,} steps"),
         (f"{metrics['tokens_per_second']:,.0f}", "tokens per second"),
-        (f"{metrics['fill']:.1%}", "of the packs filled"),
+        (f"{metrics['fill']:.2%}", "of the packs filled"),
     ]
 
 
