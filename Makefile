@@ -32,6 +32,7 @@ precommit: .venv/.installed
 bench: .venv/.installed
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/generate.py
 
 clean:
 	rm -rf runs build dist .pytest_cache .ruff_cache .hypothesis

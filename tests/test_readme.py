@@ -1,0 +1,70 @@
+"""The README's commands, run as they stand there on tiny backbones (its quickstart: recipes/test_quickstart.py)."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.tars import write_caption_tar
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf8")
+ENVIRONMENT = {
+    **os.environ,
+    "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def blocks(kind: str, heading: str) -> list[str]:
+    """The code blocks of a kind below a heading."""
+    section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return re.findall(rf"^```{kind}\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def place(tmp_path, tiny_model, processor):
+    """A folder with what the README's commands read."""
+    tiny_model.save_pretrained(tmp_path / "runs/quickstart/model")
+    processor.save_pretrained(tmp_path / "runs/quickstart/model")
+    Image.linear_gradient("L").convert("RGB").save(tmp_path / "emoji.png")
+    (tmp_path / "shards").mkdir()
+    write_caption_tar(tmp_path / "shards/0.tar", ["a cat", "two dogs run", "blue and green"] * 8)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    return tmp_path
+
+
+def test_use_a_model(place, backbones):
+    code = "\n".join(blocks("python", "Use a model"))
+    # The budgets are those of a 27x27 grid; the tiny tower has 4x4 patches.
+    for full, tiny in (("144", "4"), ("729", "16")):
+        code = code.replace(f"image_seq_length={full}", f"image_seq_length={tiny}")
+    for part, hub_id in (("vision", "google/siglip-so400m-patch14-384"), ("text", "Qwen/Qwen2.5-1.5B-Instruct")):
+        assert hub_id in code
+        code = code.replace(hub_id, backbones[part])
+    done = subprocess.run([sys.executable, "-c", code], cwd=place, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_pre_train_at_full_size(place, backbones):
+    (commands,) = blocks("bash", "Pre-train at full size")
+    tiny = f"--vision_model {backbones['vision']} --text_model {backbones['text']} --image_seq_length 4"
+    changes = {
+        "Qwen/Qwen2.5-1.5B-Instruct --image-seq-length 144 --max-length 4096": f"{backbones['text']} "
+        "--image-seq-length 4 --max-length 64",
+        "--num_processes 8": "--cpu --num_processes 1",
+        "--output_dir runs/2b": f"--output_dir runs/2b {tiny} --max_steps 2 --gradient_accumulation_steps 1 "
+        "--dataloader_num_workers 1 --use_cpu",
+    }
+    for there, here in changes.items():
+        assert there in commands
+        commands = commands.replace(there, here)
+    done = subprocess.run(["sh", "-ec", commands], cwd=place, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("model/model.safetensors", "loss.png", "train_results.json"):
+        assert (place / "runs/2b" / name).exists()
+    assert (place / "packs/plan.json").exists()
