@@ -4,11 +4,12 @@ import re
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import AutoPeftModel, LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from open_qwen2vl import OpenQwen2VLForConditionalGeneration, PackingCollator
 from open_qwen2vl.trainer.lora import UNQUANTISED_MODULES, add_lora, changes_anything, load_lora, lora_config
@@ -198,7 +199,23 @@ def test_a_new_adapter_changes_nothing_yet(tiny_model, inputs):
     assert changes_anything(model)
 
 
-def test_what_quantisation_skips_exists(tiny_model):
-    """QLoRA itself needs bitsandbytes; the names it is given must be those of real modules."""
-    names = {name.split(".")[-1] for name, _ in tiny_model.named_modules()}
-    assert set(UNQUANTISED_MODULES) <= names
+def test_qlora_quantises_the_language_model_only(base_folder, inputs):
+    """4-bit on a CPU: only the blocks of the language model are quantised, and a step trains."""
+    options = BitsAndBytesConfig(
+        load_in_4bit=True, llm_int8_skip_modules=UNQUANTISED_MODULES, bnb_4bit_compute_dtype=torch.float32
+    )
+    base = AutoModelForImageTextToText.from_pretrained(base_folder, quantization_config=options)
+    quantised = {name for name, module in base.named_modules() if isinstance(module, Linear4bit)}
+    assert len(quantised) == 7 * len(base.model.language_model.layers)
+    assert all(name.startswith("model.language_model.layers.") for name in quantised)
+    adapted = add_lora(base, lora_config(dropout=0.0)).train()
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = adapted(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[2] < losses[0]
+    assert changes_anything(adapted)

@@ -19,7 +19,7 @@ MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
 PROJECTOR = "multi_modal_projector"
 
 # For `BitsAndBytesConfig(llm_int8_skip_modules=...)` in QLoRA: what stays as it is, in 4 and in 8 bits.
-UNQUANTISED_MODULES = ["vision_tower", PROJECTOR, "lm_head"]
+UNQUANTISED_MODULES = ["model.vision_tower", f"model.{PROJECTOR}", "lm_head"]
 
 
 def lora_config(
