@@ -17,10 +17,6 @@ from PIL import Image
 
 from tests.hub.conftest import bare_site  # noqa: F401 - a fixture
 
-pytest.importorskip("fastapi", reason="needs the `serve` extra")
-pytest.importorskip("uvicorn", reason="needs the `serve` extra")
-pytest.importorskip("openai", reason="needs the `serve` extra")
-
 DOCUMENT = Path(__file__).parents[1] / "docs" / "serving.md"
 NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
