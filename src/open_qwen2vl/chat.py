@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     ProcessorMixin,
     TextIteratorStreamer,
 )
@@ -113,7 +114,7 @@ class Conversation:
             yield piece
 
 
-def stream(model: PreTrainedModel, tokenizer, inputs: dict) -> Iterator[str]:
+def stream(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: dict) -> Iterator[str]:
     """Generate in a thread and yield the text as it comes; a caller that stops reading stops the generation.
 
     Args:

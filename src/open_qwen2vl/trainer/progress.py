@@ -4,13 +4,14 @@ import sys
 from typing import Any
 
 from tqdm.auto import tqdm
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 
 class ThroughputProgressCallback(ProgressCallback):
     """transformers' progress bar with the latest log behind it, in place of a printed dict per log."""
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Open the bar where training continues."""
         self.current_step = state.global_step
         if state.is_world_process_zero:
@@ -26,12 +27,19 @@ class ThroughputProgressCallback(ProgressCallback):
                 maxinterval=max(10, interval),
             )
 
-    def on_prediction_step(self, args, state, control, **kwargs):
+    def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Show an evaluation's own bar where somebody watches; in a log file its loss is enough."""
         if sys.stderr.isatty():
             super().on_prediction_step(args, state, control, **kwargs)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs,
+    ):
         """Show the log's figures behind the bar, and an evaluation's loss on a line above it."""
         if self.training_bar is None:
             return

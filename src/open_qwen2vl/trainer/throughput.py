@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object, reduce
-from transformers import PreTrainedConfig, TrainerCallback
+from transformers import PreTrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 # Dense bf16 FLOP/s by a part of torch's device name, the more special name first (NVIDIA's data sheets).
@@ -224,14 +224,14 @@ class ThroughputCallback(TrainerCallback, ExportableState):
         self._window_dropped.clear()
         self._window_start = time.perf_counter()
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Take up the totals of the checkpoint that training continues from."""
         name = type(self).__name__
         saved = type(self)().state() if state.global_step == 0 else state.stateful_callbacks[name]
         self.totals, self.dropped = saved["attributes"]["totals"], saved["attributes"]["dropped"]
         self._open_window()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """End the window before a checkpoint, an evaluation and the end of training, whatever `logging_steps`.
 
         So the window never holds anything but training, and the losses that a resumed run logs are averages over the
@@ -242,7 +242,7 @@ class ThroughputCallback(TrainerCallback, ExportableState):
 
     on_epoch_end = on_step_end
 
-    def on_evaluate(self, args, state, control, **kwargs):
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Leave the evaluation's time out of the window."""
         self._window_start = time.perf_counter()
 
