@@ -4,8 +4,8 @@
     accelerate launch recipes/pretrain.py recipes/pretrain_2b.yaml --train_packs packs/ --output_dir runs/2b
 
 Options stand in the YAML file; those on the command line win; `--help` lists them all. The same command again goes on
-from the newest complete checkpoint in `output_dir`, with the losses that an undisturbed run would have had. At the end
-`output_dir` holds `model/` (for the Auto classes), `loss.png` and `train_results.json`.
+from the newest checkpoint in `output_dir`, with the losses that an undisturbed run would have had. At the end
+`output_dir` holds `model/` (for the Auto classes), `loss.png` and `train_results.json`. docs/training.md tells more.
 
 On a CPU say how many threads to use: `accelerate launch` gives a single process one thread otherwise.
 
@@ -16,26 +16,20 @@ On a CPU say how many threads to use: `accelerate launch` gives a single process
 traceback after it.
 """
 
-import logging
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import transformers
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 from open_qwen2vl import (
     OpenQwen2VLForConditionalGeneration,
     OpenQwen2VLProcessor,
-    PackedDataset,
     PackedTrainer,
     PackedTrainingArguments,
 )
+from open_qwen2vl.data.mixture import PackMixture, parse_sources
 from open_qwen2vl.data.plan_files import read_plan
-from open_qwen2vl.trainer import newest_complete_checkpoint, parse_arguments, plot_loss, save_final_model
-from open_qwen2vl.trainer.progress import summary_lines
-
-logger = logging.getLogger("pretrain")
+from open_qwen2vl.trainer import parse_arguments, run_recipe
 
 
 @dataclass
@@ -53,7 +47,9 @@ class ModelArguments:
     )
     image_seq_length: int | None = field(
         default=None,
-        metadata={"help": "Tokens per image; must be the plan's, which is taken where this is not given."},
+        metadata={
+            "help": "Tokens per image; must be that of the (last) plan, which is taken where none is given."
+        },
     )
     attn_implementation: str = field(
         default="packed_varlen", metadata={"help": "Attention: packed_varlen, sdpa, eager or flash_attention_2."}
@@ -73,9 +69,13 @@ class ModelArguments:
 class DataArguments:
     """The packs to train on."""
 
-    train_packs: str = field(metadata={"help": "Folder that `open-qwen2vl pack` wrote."})
+    train_packs: str = field(
+        metadata={
+            "help": "Folder that `open-qwen2vl pack` wrote; in a YAML file also a list of {path, weight or epochs, name}"
+        }
+    )
     eval_packs: str | None = field(
-        default=None, metadata={"help": "Folder of packs to evaluate on, as `eval_strategy` says."}
+        default=None, metadata={"help": "The same for evaluation, which runs as `eval_strategy` says."}
     )
 
 
@@ -83,11 +83,12 @@ def build_trainer(
     model_args: ModelArguments, data_args: DataArguments, args: PackedTrainingArguments
 ) -> PackedTrainer:
     """Model, processor and packs, put together."""
-    # The plan says how many tokens an image takes: it reserved the places.
-    budget = read_plan(Path(data_args.train_packs))["image_seq_length"]
+    sources = parse_sources(data_args.train_packs)
+    # The plan says how many tokens an image takes: it reserved the places. Where it changes, the last is the model's.
+    budget = read_plan(Path(sources[-1].path))["image_seq_length"]
     if model_args.image_seq_length not in (None, budget):
         raise ValueError(
-            f"image_seq_length is {model_args.image_seq_length}, but {data_args.train_packs} was planned for {budget}"
+            f"image_seq_length is {model_args.image_seq_length}, but {sources[-1].path} was planned for {budget}"
         )
     if bool(data_args.eval_packs) == (args.eval_strategy == "no"):
         raise ValueError("eval_packs and eval_strategy (steps or epoch) go together")
@@ -102,15 +103,11 @@ def build_trainer(
         backbones = (model_args.vision_model, model_args.text_model)
         model = OpenQwen2VLForConditionalGeneration.from_vision_text_pretrained(*backbones, budget, **options)
         processor = OpenQwen2VLProcessor.from_vision_text_pretrained(*backbones, budget)
-
-    train_packs = PackedDataset(data_args.train_packs, processor)
-    if not len(train_packs):
-        raise ValueError(f"{data_args.train_packs} holds no packs")
     return PackedTrainer(
         model=model,
         args=args,
-        train_dataset=train_packs,
-        eval_dataset=PackedDataset(data_args.eval_packs, processor) if data_args.eval_packs else None,
+        train_dataset=PackMixture(sources, processor),
+        eval_dataset=PackMixture(parse_sources(data_args.eval_packs), processor) if data_args.eval_packs else None,
         processing_class=processor,
     )
 
@@ -120,35 +117,7 @@ def main() -> None:
     model_args, data_args, args = parse_arguments(
         (ModelArguments, DataArguments, PackedTrainingArguments), "Pre-train Open-Qwen2VL on packs."
     )
-    logging.basicConfig(
-        level=logging.INFO if args.process_index == 0 else logging.WARNING, format="%(levelname)s %(message)s"
-    )
-    try:
-        trainer = build_trainer(model_args, data_args, args)
-        checkpoint = args.resume_from_checkpoint or newest_complete_checkpoint(args.output_dir)
-    except (ValueError, OSError) as error:
-        # What a user can get wrong: one line. Whatever fails later is worth its traceback.
-        if args.process_index == 0:
-            print(f"pretrain.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-
-    parameters = [p.numel() for p in trainer.model.parameters()]
-    trained = [p.numel() for p in trainer.model.parameters() if p.requires_grad]
-    logger.info("training %s of %s parameters", f"{sum(trained):,}", f"{sum(parameters):,}")
-    logger.info("%s packs, %s devices", f"{len(trainer.train_dataset):,}", args.world_size)
-    if checkpoint is not None:
-        logger.info("going on from %s", checkpoint)
-    # Weights are loaded; from here a bar per saved file would break the bar of the training.
-    transformers.utils.logging.disable_progress_bar()
-    trainer.train(resume_from_checkpoint=checkpoint)
-
-    output_dir = Path(args.output_dir)
-    save_final_model(trainer, output_dir / "model")
-    if trainer.is_world_process_zero():
-        plot_loss(trainer.state.log_history, output_dir / "loss.png")
-        summary = trainer.summary()
-        trainer.save_metrics("train", summary, combined=False)
-        print(f"trained {output_dir / 'model'}\n{summary_lines(summary)}")
+    run_recipe("pretrain.py", lambda: build_trainer(model_args, data_args, args), args)
 
 
 if __name__ == "__main__":

@@ -183,7 +183,7 @@ def test_resume_continues_with_the_very_same_losses(make_trainer, packs, tmp_pat
     resumed.train(resume_from_checkpoint=checkpoint)
 
     assert losses(resumed) == losses(whole)
-    assert [step for step, _ in losses(whole)] == [3, 4, 6, 8, 9, 10]
+    assert [step for step, _ in losses(whole)] == [3, 6, 9, 10]
     for name, parameter in weights(resumed).items():
         assert torch.equal(parameter, weights(whole)[name]), name
     expected, summary = whole.summary(), resumed.summary()
@@ -250,7 +250,7 @@ def test_the_final_model_loads_with_the_auto_classes_and_generates_with_a_cache(
     save_final_model(trainer, folder)
     assert (folder / "model.safetensors").exists() and not list(folder.glob("*.bin"))
     assert not (folder / "stale.txt").exists()
-    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+    assert [path.name for path in folder.parent.iterdir() if path.name != ".lock"] == ["model"]
 
     model = AutoModelForImageTextToText.from_pretrained(folder)
     assert AutoProcessor.from_pretrained(folder).image_seq_length == 4

@@ -4,130 +4,72 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from open_qwen2vl import OpenQwen2VLConfig, OpenQwen2VLForConditionalGeneration, PackingCollator
 from open_qwen2vl.trainer.progress import progress_figures, summary_lines
-from open_qwen2vl.trainer.throughput import (
-    ThroughputCallback,
-    language_model_parameters,
-    peak_flops,
-    rates,
-    step_flops,
-    vision_parameters,
-)
+from open_qwen2vl.trainer.steps import Step
+from open_qwen2vl.trainer.throughput import ThroughputCallback, rates
 
 CPU = torch.device("cpu")
 
 
-def count(parameters, dims=None):
-    return sum(p.numel() for p in parameters if dims is None or p.ndim in dims)
-
-
-def test_parameter_counts_are_those_of_the_models(tiny_model):
-    with torch.device("meta"):
-        full_size = OpenQwen2VLForConditionalGeneration(OpenQwen2VLConfig())
-    for model in (tiny_model, full_size):
-        language = [*model.model.language_model.parameters()]
-        assert model.lm_head.weight is model.model.language_model.embed_tokens.weight or model is full_size
-        assert language_model_parameters(model.config.text_config) == count(language)
-        assert vision_parameters(model.config) == count(model.model.vision_tower.encoder.layers.parameters())
-    assert language_model_parameters(full_size.config.text_config) == 1_543_714_304
-
-
-def test_flops_of_a_full_size_pack_by_hand():
-    """23 documents of 178 tokens, an image of 144 tokens each, in the 2B model with its frozen vision tower."""
-    documents, length = 23, 178
-    language = 6 * 1_543_714_304 * documents * length + 6 * 28 * 1536 * documents * length**2
-    block = 4 * (1152 * 1152 + 1152) + (1152 * 4304 + 4304) + (4304 * 1152 + 1152) + 4 * 1152
-    vision = 26 * (2 * block * 729 + 4 * 1152 * 729**2) * documents
-    projector = 6 * (1152 * 1536 + 1536 + 1536 * 1536 + 1536) * 144 * documents
-    size = (OpenQwen2VLConfig(), documents * length, documents * length**2, documents, 144)
-    assert step_flops(*size) == language + vision + projector == 52_941_463_945_152
-    assert step_flops(*size, train_vision_tower=True) == language + 3 * vision + projector
-    assert step_flops(*size, train_projector=False) == language + vision + projector // 3
-    through = 4 * 1_543_714_304 * documents * length
-    assert step_flops(*size, train_language_model=False) == language + vision + projector - through // 2
-
-
-@pytest.mark.parametrize("train_vision_tower", [False, True])
-def test_flops_agree_with_what_torch_counts(tiny_model, make_pack, train_vision_tower):
-    """Equal to the last operation, once the differences that the definition makes on purpose are taken out."""
-    model, config = tiny_model.train(), tiny_model.config
-    model.set_attn_implementation("eager")
-    model.model.vision_tower.requires_grad_(train_vision_tower)
-    batch = PackingCollator()([make_pack(1, seed=3)])
-    stats = batch.pop("packing_stats")
-    batch["labels"] = batch["input_ids"].clone()  # the head is counted at every position, so let every one be labelled
-    with FlopCounterMode(display=False) as counter:
-        model(**batch, num_items_in_batch=1).loss.backward()
-
-    tokens, text, vision = stats["tokens"], config.text_config, config.vision_config
-    ours = step_flops(config, tokens, stats["squared_lengths"], 1, 4, train_vision_tower=train_vision_tower)
-    passes = 3 if train_vision_tower else 1
-    adjusted = (
-        ours
-        + 6 * text.num_hidden_layers * text.hidden_size * tokens**2  # torch: the upper triangle of the scores too
-        - 6 * text.vocab_size * text.hidden_size  # nothing follows the last position
-        - 6 * tokens * count(model.model.language_model.parameters(), dims={1})  # biases and norms multiply nothing
-        - 6 * 4 * count(model.model.multi_modal_projector.parameters(), dims={1})
-        - passes * 2 * 16 * count(model.model.vision_tower.encoder.parameters(), dims={1})
+def make_step(number=1, loss=2.0, tokens=100, sources=((3.0, 2, 60), (9.0, 3, 40))) -> Step:
+    counts = {"tokens": tokens, "positions": 125, "documents": 3, "images": 2, "flops": 5 * 10**15, "data_wait": 0.1}
+    return Step(
+        number,
+        loss=loss,
+        counts={**counts, "dropped": 0},
+        source_losses=[loss for loss, _, _ in sources],
+        sources=[{"labels": labels, "tokens": tokens, "packs": 1} for _, labels, tokens in sources],
     )
-    patch_embedding = 2 * 16 * 3 * 8 * 8 * vision.hidden_size  # not one of the blocks; pixels need no gradient
-    adjusted += patch_embedding * (2 if train_vision_tower else 1)
-    if not train_vision_tower:
-        adjusted -= 2 * 4 * vision.hidden_size * text.hidden_size  # pooled features need no gradient
-    assert counter.get_total_flops() == adjusted
-
-
-@pytest.mark.parametrize(
-    ("name", "teraflops"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H200", 989),
-        ("NVIDIA A100-SXM4-40GB", 312),
-        ("NVIDIA B200", 2250),
-        ("NVIDIA GB200", 2500),
-        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
-        ("NVIDIA GeForce GTX 1080", None),
-        ("cpu", None),
-    ],
-)
-def test_peaks_by_device_name(name, teraflops):
-    assert peak_flops(name) == (teraflops and teraflops * 1e12)
 
 
 def test_rates_are_per_second_and_per_device():
-    work = {"tokens": 8000, "images": 40, "flops": 6 * 10**12}
+    work = {"tokens": 8000, "positions": 10000, "images": 40, "flops": 6 * 10**12, "data_wait": 0.6}
     assert rates(work, 2.0, CPU, 3) == {
         "tokens_per_second": 4000,
         "images_per_second": 20,
         "tflops_per_second": pytest.approx(1.0),
+        "data_wait": pytest.approx(0.1),
+        "fill": 0.8,
     }
 
 
-def test_a_window_holds_what_came_since_the_last_log():
+def test_a_window_holds_the_steps_since_the_last_log():
     callback = ThroughputCallback()
-    stats = {"tokens": 100, "documents": 3, "images": 2, "dropped": {"corrupt_image": 1}}
-    callback.count(stats, 5 * 10**18)
-    callback.count(stats, 5 * 10**18)
-    first = callback.close_window(CPU, 1)
-    second = callback.close_window(CPU, 1)
+    callback.add(make_step(1, loss=2.0))
+    callback.add(make_step(2, loss=1.0))
+    first = callback.close_window(CPU, 1, ["a", "b"])
+    callback.add(make_step(3, loss=5.0, sources=((0.0, 0, 0), (8.0, 4, 100))))
+    second = callback.close_window(CPU, 1, ["a", "b"])
+    assert (first["loss"], second["loss"]) == (1.5, 5.0)
     assert first["tokens_per_second"] * callback.totals["seconds"] >= 200
-    assert (second["tokens_per_second"], second["images_per_second"], second["tflops_per_second"]) == (0, 0, 0)
-    assert first["dropped_documents"] == second["dropped_documents"] == 2
-    assert second["train_seconds"] == callback.totals["seconds"] > first["train_seconds"]
-    assert {name: callback.totals[name] for name in ("tokens", "documents", "images", "flops")} == {
-        "tokens": 200,
-        "documents": 6,
-        "images": 4,
-        "flops": 10**19,
-    }
-    assert json.loads(json.dumps(callback.state()))["attributes"] == {
-        "totals": callback.totals,
-        "dropped": {"corrupt_image": 2},
-    }
+    assert first["fill"] == 0.8
+    assert (first["loss/a"], first["loss/b"], second["loss/b"]) == (1.5, 3.0, 2.0)
+    assert "loss/a" not in second  # no labels of it
+    assert (first["share/a"], second["share/a"]) == (0.6, 0.4)
+    assert callback.totals["tokens"] == 300 and callback.totals["flops"] == 15 * 10**15
+    assert callback.sources[1] == {"labels": 10, "tokens": 180, "packs": 3}
+
+
+def test_one_source_needs_no_figures_of_its_own():
+    callback = ThroughputCallback()
+    callback.add(make_step(sources=((3.0, 2, 100),)))
+    assert not [name for name in callback.close_window(CPU, 1, ["packs"]) if "/" in name]
+
+
+def test_an_interrupted_window_goes_on_from_its_state():
+    whole, cut, resumed = ThroughputCallback(), ThroughputCallback(), ThroughputCallback()
+    steps = [make_step(number, loss=1 / number) for number in range(1, 5)]
+    for step in steps:
+        whole.add(step)
+    for step in steps[:3]:
+        cut.add(step)
+    for name, value in json.loads(json.dumps(cut.state()))["attributes"].items():
+        setattr(resumed, name, value)
+    resumed.add(steps[3])
+    expected, found = (callback.close_window(CPU, 1, ["a", "b"]) for callback in (whole, resumed))
+    for name in ("loss", "loss/a", "loss/b", "share/a", "fill"):
+        assert found[name] == expected[name], name
 
 
 class SlowPacks(list):
@@ -144,18 +86,21 @@ def test_every_log_has_the_figures_and_evaluation_is_not_in_them(make_trainer, p
     )
     output = trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
-    assert [log["step"] for log in logs] == [2, 4]  # an evaluation ends a window too
+    assert [log["step"] for log in logs] == [4]
     for log in logs:
         assert log["tokens_per_second"] > 0 and log["images_per_second"] > 0 and log["tflops_per_second"] > 0
         assert log["dropped_documents"] == 0 and "mfu" not in log
+        assert 0 < log["fill"] <= 1 and 0 <= log["data_wait"] < 0.9
     # Two evaluations of eight packs.
     assert output.metrics["train_runtime"] - logs[-1]["train_seconds"] >= 2 * 8 * 0.15
 
 
-def test_reading_is_part_of_the_window(make_trainer, packs):
+def test_waiting_for_data_is_part_of_the_window_and_named(make_trainer, packs):
     trainer = make_trainer(train_dataset=SlowPacks(packs), logging_steps=2, max_steps=4)
     trainer.train()
-    assert trainer.summary()["train_seconds"] >= 4 * 0.15
+    summary = trainer.summary()
+    assert summary["train_seconds"] >= 4 * 0.15
+    assert summary["data_wait"] * summary["train_seconds"] >= 4 * 0.15
 
 
 def test_the_bar_shows_the_figures_instead_of_dicts(make_trainer, packs, capsys):
@@ -174,9 +119,11 @@ def test_lines_of_figures():
         "images_per_second": 78.9,
         "tflops_per_second": 371.4,
         "mfu": 0.3755,
+        "data_wait": 0.01,
         "dropped_documents": 2,
     }
     assert progress_figures(logs) == "loss 2.3457, 12,346 tok/s, 78.9 img/s, 371 TFLOP/s, MFU 37.5%, 2 dropped"
+    assert progress_figures({**logs, "data_wait": 0.25}).endswith("waits 25%, 2 dropped")
 
 
 def test_the_summary_is_printable_and_json(make_trainer, packs, tmp_path):

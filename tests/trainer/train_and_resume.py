@@ -1,71 +1,116 @@
-"""A short training and its resumption, run by `test_two_processes.py` in this process and by launchers.
+"""Short trainings one after another, run by `test_two_processes.py` in its own process and by launchers.
 
-Usage: train_and_resume.py FOLDER NAME BATCH_SIZE VISION TEXT, with FOLDER/packs.pt; writes FOLDER/NAME.json, the
-checkpoints in FOLDER/NAME and FOLDER/NAME-model. The name `fsdp2` insists on real FSDP2, on CPUs too.
+Usage: train_and_resume.py FOLDER LABEL RUNS, with RUNS a JSON object of run name to options (see `train`); results go
+to FOLDER/LABEL.json, the runs' own files to FOLDER/LABEL/NAME. Launched with an FSDP config it insists on real FSDP2.
 """
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
 
-from open_qwen2vl import OpenQwen2VLForConditionalGeneration, PackedTrainer, PackedTrainingArguments
-from open_qwen2vl.trainer import newest_complete_checkpoint, save_final_model
+from open_qwen2vl import (
+    OpenQwen2VLForConditionalGeneration,
+    OpenQwen2VLProcessor,
+    PackedTrainer,
+    PackedTrainingArguments,
+)
+from open_qwen2vl.data.mixture import PackMixture, parse_sources
+from open_qwen2vl.trainer import save_final_model
+from open_qwen2vl.trainer.optimization import part_of
+
+FSDP = os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
-def make_trainer(folder: Path, name: str, batch_size: int, vision: str, text: str) -> PackedTrainer:
+class TerminateRank(TrainerCallback):
+    """SIGTERM to one rank, in the middle of a step."""
+
+    def __init__(self, rank: int, step: int):
+        self.rank, self.step = rank, step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step and args.process_index == self.rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def make_trainer(folder: Path, output_dir: Path, data: str, **options) -> PackedTrainer:
+    """A trainer of the tiny model on `FOLDER/packs.pt` (`packs`) or on the two plans in FOLDER (`mixture`)."""
     torch.manual_seed(0)
-    packs = torch.load(folder / "packs.pt", weights_only=True)
-    args = PackedTrainingArguments(
-        str(folder / name),
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_num_workers=0,
-        max_steps=3,
-        optim="sgd",
-        learning_rate=0.05,
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=batch_size,
-        gradient_accumulation_steps=2,
-        train_sampling_strategy="sequential",
-        logging_steps=2,
-        save_strategy="steps",
-        save_steps=1,
-    )
-    if name == "fsdp2":
+    backbones = json.loads((folder / "backbones.json").read_text())
+    defaults = {
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_num_workers": 0,
+        "gradient_accumulation_steps": 2,
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "save_strategy": "no",
+    }
+    args = PackedTrainingArguments(str(output_dir), **{**defaults, **options})
+    args.per_device_eval_batch_size = args.per_device_train_batch_size
+    if FSDP:
         # accelerate turns FSDP on only for GPUs, and else trains with DDP in silence.
         assert args.world_size > 1
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    model = OpenQwen2VLForConditionalGeneration.from_vision_text_pretrained(vision, text, image_seq_length=4)
-    trainer = PackedTrainer(model=model, args=args, train_dataset=packs, eval_dataset=packs)
-    assert trainer.is_fsdp_enabled == (name == "fsdp2")
+    model = OpenQwen2VLForConditionalGeneration.from_vision_text_pretrained(**backbones, image_seq_length=4)
+    processor = OpenQwen2VLProcessor.from_vision_text_pretrained(**backbones, image_seq_length=4)
+    if data == "mixture":
+        sources = [{"path": str(folder / "first")}, {"path": str(folder / "second"), "epochs": 1.5}]
+        dataset = PackMixture(parse_sources(sources), processor)
+    else:
+        dataset = torch.load(folder / "packs.pt", weights_only=True)
+    trainer = PackedTrainer(
+        model=model, args=args, train_dataset=dataset, eval_dataset=dataset, processing_class=processor
+    )
+    assert trainer.is_fsdp_enabled == FSDP
     return trainer
 
 
 def result(trainer: PackedTrainer) -> dict:
-    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-    return {"losses": losses, "evaluation": trainer.evaluate(), **trainer.summary()}
+    """What a training came to; `sharded` are the parts of the model with DTensor parameters, by their dtype."""
+    parameters = list(trainer.model.named_parameters())
+    tower = sum(p.double().abs().sum().item() for name, p in parameters if "vision_tower" in name and p.ndim < 3)
+    return {
+        **trainer.summary(),
+        "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
+        "rates": trainer._get_learning_rate(),
+        "evaluation": trainer.evaluate(),
+        "sharded": sorted({part_of(name) for name, p in parameters if isinstance(p, DTensor)}),
+        "tower_dtypes": sorted({str(p.dtype) for name, p in parameters if "vision_tower" in name}),
+        "ranks": gather_object(
+            [{"step": trainer.state.global_step, "interrupted": trainer.interrupted, "tower": tower}]
+        ),
+    }
 
 
-def main(folder: Path, name: str, *options) -> None:
-    trainer = make_trainer(folder, name, *options)
-    trainer.train()
-    results = {"whole": result(trainer)}
-    save_final_model(trainer, folder / f"{name}-model")
+def train(
+    folder: Path, output_dir: Path, data: str, resume: str | None = None, stop: dict | None = None, **arguments
+) -> dict:
+    """One run: from `resume`, a checkpoint in FOLDER, until `stop`, the arguments of [`TerminateRank`], or to the end."""
+    trainer = make_trainer(folder, output_dir, data, **arguments)
+    if stop:
+        trainer.add_callback(TerminateRank(**stop))
+    trainer.train(resume_from_checkpoint=resume and str(folder / resume))
+    found = result(trainer)
+    if not trainer.interrupted:
+        save_final_model(trainer, output_dir / "model")
+    return found
 
-    resumed = make_trainer(folder, name, *options)
-    resumed.accelerator.wait_for_everyone()
-    if resumed.is_world_process_zero():
-        (folder / name / "checkpoint-3" / "trainer_state.json").unlink()
-    resumed.accelerator.wait_for_everyone()
-    resumed.train(resume_from_checkpoint=newest_complete_checkpoint(folder / name))
-    results["resumed"] = result(resumed)
-    if resumed.is_world_process_zero():
-        (folder / f"{name}.json").write_text(json.dumps(results))
+
+def main(folder: Path, label: str, runs: dict[str, dict]) -> dict[str, dict]:
+    results = {name: train(folder, folder / label / name, **options) for name, options in runs.items()}
+    if PartialState().is_main_process:
+        (folder / f"{label}.json").write_text(json.dumps(results))
+    return results
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), *sys.argv[4:])
+    main(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]))

@@ -8,42 +8,80 @@ gradients of a chunk are formed while its logits exist, so that the head runs on
 import torch
 from torch import nn
 
-# Logits of one chunk: 2**26 fp32 values are 256 MB, 441 rows at a vocabulary of 151,936.
-CHUNK_LOGITS = 2**26
+# Logits of one chunk: 441 rows of fp32 or 883 of bf16 at a vocabulary of 151,936.
+CHUNK_BYTES = 2**28
+# Rows whose softmax is taken at once on a CPU: what fits into its cache (4.9 MB at that vocabulary).
+CACHED_ROWS = 8
+# Rows of the head whose bf16 gradient is added to the fp32 sum at once, for the same reason.
+HEAD_SLICE = 16_384
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
-    """Sum over rows of cross-entropy(hidden @ weight.T, target); gradients are computed in the forward."""
+    """Cross-entropy(hidden @ weight.T, target): the sum and, detached, each row's; gradients come in the forward."""
 
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, with_grad: bool):
         need_hidden, need_weight = (with_grad and needed for needed in ctx.needs_input_grad[:2])
-        loss = hidden.new_zeros((), dtype=torch.float32)
+        rows = _chunk_rows(hidden.shape[0], weight)
+        losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        # fp32, because a bf16 sum over many chunks would lose the small ones.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        rows = max(1, CHUNK_LOGITS // weight.shape[0])
+        # fp32 where chunks are added up, because a bf16 sum over many of them would lose the small ones.
+        sum_dtype = weight.dtype if rows >= hidden.shape[0] else torch.float32
+        grad_weight = torch.empty_like(weight, dtype=sum_dtype) if need_weight else None
+        # One buffer for all chunks: fresh memory costs a page fault per 4 kB, as much time as the softmax itself.
+        buffer = hidden.new_empty(rows, weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
-            chunk, chunk_target = hidden[start : start + rows], target[start : start + rows, None]
-            logits = (chunk @ weight.t()).float()
-            log_norm = logits.logsumexp(dim=-1, keepdim=True)
-            loss += (log_norm - logits.gather(1, chunk_target)).sum()
-            if need_hidden or need_weight:
-                # d(loss)/d(logits) = softmax - one-hot, written over the logits.
-                grad_logits = logits.sub_(log_norm).exp_()
-                grad_logits.scatter_add_(1, chunk_target, torch.full_like(log_norm, -1.0))
-                grad_logits = grad_logits.to(chunk.dtype)
+            here = slice(start, start + rows)
+            chunk = hidden[here]
+            logits = torch.mm(chunk, weight.t(), out=buffer[: chunk.shape[0]])
+            _cross_entropy_(logits, target[here], losses[here], need_hidden or need_weight)
             if need_hidden:
-                grad_hidden[start : start + rows] = grad_logits @ weight
+                torch.mm(logits, weight, out=grad_hidden[here])
             if need_weight:
-                grad_weight += grad_logits.t() @ chunk
+                _add_head_gradient_(grad_weight, logits, chunk, first=start == 0)
+        if need_weight and not hidden.shape[0]:
+            grad_weight.zero_()
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype) if need_weight else None)
-        return loss
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
 
     @staticmethod
-    def backward(ctx, grad_loss: torch.Tensor):
-        grads = [None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors]
-        return *grads, None, None
+    def backward(ctx, grad_loss: torch.Tensor, _):
+        # In place: nobody else holds them, and a second backward through the same graph is refused by torch.
+        return *(None if grad is None else grad.mul_(grad_loss) for grad in ctx.saved_tensors), None, None
+
+
+def _chunk_rows(total: int, weight: torch.Tensor) -> int:
+    """Rows of a chunk: as few chunks as fit into `CHUNK_BYTES` each, all of about the same size."""
+    most = max(1, CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
+    return -(-max(1, total) // -(-max(1, total) // most))
+
+
+def _cross_entropy_(logits: torch.Tensor, target: torch.Tensor, losses: torch.Tensor, with_grad: bool) -> None:
+    """Write each row's loss to `losses` and, with `with_grad`, its gradient (softmax - one-hot) over the logits."""
+    rows = min(CACHED_ROWS, logits.shape[0]) if logits.device.type == "cpu" else logits.shape[0]
+    buffer = logits.new_empty(rows, logits.shape[1], dtype=torch.float32)
+    for start in range(0, logits.shape[0], rows):
+        block, block_target = logits[start : start + rows], target[start : start + rows, None]
+        scores = torch.log_softmax(block, dim=-1, dtype=torch.float32, out=buffer[: block.shape[0]])
+        torch.neg(scores.gather(1, block_target), out=losses[start : start + rows, None])
+        if with_grad:
+            grad = scores.exp_()
+            grad.scatter_add_(1, block_target, grad.new_full(block_target.shape, -1.0))
+            block.copy_(grad)
+
+
+def _add_head_gradient_(
+    grad_weight: torch.Tensor, grad_logits: torch.Tensor, chunk: torch.Tensor, first: bool
+) -> None:
+    """Add `grad_logits.T @ chunk` to `grad_weight`, which holds nothing yet for the first chunk."""
+    if grad_weight.dtype == chunk.dtype:
+        torch.addmm(grad_weight, grad_logits.t(), chunk, beta=0.0 if first else 1.0, out=grad_weight)
+        return
+    for start in range(0, grad_weight.shape[0], HEAD_SLICE):
+        here = slice(start, start + HEAD_SLICE)
+        part = grad_logits[:, here].t() @ chunk
+        grad_weight[here].copy_(part) if first else grad_weight[here].add_(part)
 
 
 def selected_position_loss(
@@ -51,7 +89,8 @@ def selected_position_loss(
     lm_head: nn.Linear,
     labels: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None = None,
-) -> torch.Tensor:
+    return_row_losses: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Next-token cross-entropy computed at the labelled positions only.
 
     Equal to transformers' `ForCausalLMLoss` over the full logits, value and gradients.
@@ -63,9 +102,11 @@ def selected_position_loss(
             They are shifted here: position t is scored against label t + 1.
         num_items_in_batch (`int` or `torch.Tensor`, *optional*): divisor of the summed loss, the number of labels in
             all batches of an optimizer step; defaults to the number of labels here.
+        return_row_losses (`bool`, *optional*, defaults to `False`): also return what each row adds to the loss.
 
     Returns:
-        `torch.Tensor`: fp32 scalar; 0 with a graph to every parameter where no position is labelled.
+        `torch.Tensor`: fp32 scalar; 0 with a graph to every parameter where no position is labelled. With
+        `return_row_losses` a tuple of it and the detached fp32 sums, undivided, of each row's losses, `(batch,)`.
     """
     targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100).to(hidden_states.device)
     selected = targets != -100
@@ -74,7 +115,11 @@ def selected_position_loss(
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    loss = _LinearCrossEntropySum.apply(hidden, weight, targets, torch.is_grad_enabled())
+    loss, losses = _LinearCrossEntropySum.apply(hidden, weight, targets, torch.is_grad_enabled())
     items = targets.numel() if num_items_in_batch is None else num_items_in_batch
     # At least 1: a batch without labels has the sum 0, and 0 / 0 would poison every weight.
-    return loss / (items.to(loss.device).clamp(min=1) if isinstance(items, torch.Tensor) else max(items, 1))
+    loss = loss / (items.to(loss.device).clamp(min=1) if isinstance(items, torch.Tensor) else max(items, 1))
+    if not return_row_losses:
+        return loss
+    rows = selected.nonzero()[:, 0]
+    return loss, losses.new_zeros(len(labels)).index_add_(0, rows, losses)

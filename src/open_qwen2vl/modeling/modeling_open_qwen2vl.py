@@ -7,6 +7,7 @@ This file travels with checkpoints: it imports installed libraries and its sibli
 """
 
 import os
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -38,6 +39,18 @@ from .loss import selected_position_loss
 
 # Qwen2.5's own vocabulary has it (id 151655); the original left it unused.
 IMAGE_TOKEN = "<|image_pad|>"
+
+
+@dataclass
+class OpenQwen2VLCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
+    """LLaVA's output, with the losses of each row where they are asked for.
+
+    Args:
+        row_losses (`torch.FloatTensor` of shape `(batch,)`, *optional*): sum of the losses of each row's labels,
+            detached.
+    """
+
+    row_losses: torch.FloatTensor | None = None
 
 
 class OpenQwen2VLMultiModalProjector(nn.Module):
@@ -262,9 +275,10 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
+        return_row_losses: bool = False,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> LlavaCausalLMOutputWithPast:
+    ) -> OpenQwen2VLCausalLMOutputWithPast:
         r"""Run the model, with the loss where labels are given.
 
         Args:
@@ -286,13 +300,16 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): last positions, or the positions,
                 whose logits are returned; 0 for all.
             skip_logits (`bool`, *optional*): return no logits; by default True in training with labels.
+            return_row_losses (`bool`, *optional*, defaults to `False`): with labels, return the sum of the losses of
+                each row as well.
             mm_encoder_outputs (`dict`, *optional*): `{"image": output of get_image_features}` instead of
                 `pixel_values`.
             kwargs: `cu_seq_lens_q`, `cu_seq_lens_k` (int32, over the flattened batch), `max_length_q`, `max_length_k`
                 mark a packed batch; `num_items_in_batch` divides the summed loss.
 
         Returns:
-            `LlavaCausalLMOutputWithPast`: `loss` (fp32 scalar), `logits` of shape `(batch, kept, vocabulary)`.
+            `OpenQwen2VLCausalLMOutputWithPast`: `loss` (fp32 scalar), `logits` of shape
+            `(batch, kept, vocabulary)`, `row_losses` (fp32, `(batch,)`) where asked for.
 
         Raises:
             ValueError: if placeholders and image features differ in number, or a packed batch comes with an
@@ -311,16 +328,19 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
-        loss = None
+        loss = row_losses = None
         if labels is not None:
-            loss = selected_position_loss(outputs.last_hidden_state, self.lm_head, labels, num_items_in_batch)
+            loss, row_losses = selected_position_loss(
+                outputs.last_hidden_state, self.lm_head, labels, num_items_in_batch, return_row_losses=True
+            )
         if skip_logits is None:
             skip_logits = self.training and labels is not None
         logits = None
         if not skip_logits:
             logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        return LlavaCausalLMOutputWithPast(
+        return OpenQwen2VLCausalLMOutputWithPast(
             loss=loss,
+            row_losses=row_losses if return_row_losses else None,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,

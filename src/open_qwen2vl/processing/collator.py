@@ -40,8 +40,10 @@ class PackingCollator:
 
         Returns:
             `dict`: the tensors named at the head of this file, `pixel_values` only where there are images, and
-            `packing_stats` with the int counts `tokens` (no padding), `documents`, `images`, `squared_lengths` (sum
-            over documents of length squared) and the dict `dropped` (documents lost at reading, by reason).
+            `packing_stats` with the int counts `tokens` (no padding), `positions` (with it), `documents`, `images`,
+            `squared_lengths` (sum over documents of length squared), the dict `dropped` (documents lost at reading, by
+            reason), and for each row a dict in `rows`: `tokens`, `labels`, and `source` and `pack`, the numbers that
+            the item has (0 and -1 where it has none).
 
         Raises:
             ValueError: if the items were planned for different numbers of tokens per image.
@@ -67,10 +69,20 @@ class PackingCollator:
             batch.update(_isolate_documents([item["position_ids"] for item in items], longest))
         batch["packing_stats"] = {
             "tokens": int(lengths.sum()),
+            "positions": batch["input_ids"].numel(),
             "documents": len(lengths),
             "images": len(pixel_values),
             "squared_lengths": int(lengths.square().sum()),
             "dropped": dict(sum((Counter(item.get("dropped", {})) for item in items), Counter())),
+            "rows": [
+                {
+                    "source": item.get("source", 0),
+                    "pack": item.get("pack", -1),
+                    "tokens": len(item["input_ids"]),
+                    "labels": labels,
+                }
+                for item, labels in zip(items, (batch["labels"][:, 1:] != IGNORE_INDEX).sum(1).tolist(), strict=True)
+            ],
         }
         return batch
 

@@ -1,9 +1,11 @@
 """Training on packs under transformers' Trainer."""
 
-from .arguments import PackedTrainingArguments, parse_arguments
+from .arguments import PackedTrainingArguments
 from .checkpoints import newest_complete_checkpoint, save_final_model
+from .command_line import parse_arguments
 from .packed_trainer import PackedTrainer
 from .plots import plot_loss
+from .run import run_recipe
 
 __all__ = [
     "PackedTrainer",
@@ -11,5 +13,6 @@ __all__ = [
     "newest_complete_checkpoint",
     "parse_arguments",
     "plot_loss",
+    "run_recipe",
     "save_final_model",
 ]

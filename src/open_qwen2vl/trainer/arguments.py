@@ -1,25 +1,18 @@
-"""Arguments of a training on packs: transformers' own, three switches, and the defaults that packs ask for.
+"""Arguments of a training on packs: those of the stock trainers, a few of our own, and the defaults that packs need.
 
-All of `TrainingArguments` is available under its own name, in a YAML file or on the command line. Only what would be
-wrong or slow for packed documents has another default here. `parse_arguments` reads the file and the command line of a
-recipe; whatever is wrong with them ends in one line.
+All of `TrainingArguments` (and of TRL's `SFTConfig` in SFT) is available under its own name, in a YAML file or on the
+command line. Only what would be wrong or slow for packed documents has another default here.
 """
 
-import difflib
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 
 @dataclass
-class PackedTrainingArguments(TrainingArguments):
-    """Arguments of [`PackedTrainer`].
+class PackedArguments:
+    """What training on packs adds to the arguments of a stock trainer; a mixin in front of its class.
 
     Args:
         train_projector (`bool`, *optional*, defaults to `True`):
@@ -27,7 +20,18 @@ class PackedTrainingArguments(TrainingArguments):
         train_language_model (`bool`, *optional*, defaults to `True`):
             Train the language model: embeddings, blocks and head.
         train_vision_tower (`bool`, *optional*, defaults to `False`):
-            Train the vision tower.
+            Train the vision tower. A frozen one is kept in bf16 where `bf16` is set.
+        projector_learning_rate (`float`, *optional*):
+            Learning rate of the projector; `learning_rate` where not given. All follow the same schedule.
+        language_model_learning_rate (`float`, *optional*):
+            The same for the language model.
+        vision_tower_learning_rate (`float`, *optional*):
+            The same for the vision tower.
+        max_loss_rise (`float`, *optional*, defaults to 3.0):
+            Stop when the loss of a step is so much above its running average (nats per token), and name the samples;
+            0 never stops. A loss that is not finite stops always.
+        profile (`bool`, *optional*, defaults to `False`):
+            Record a few steps with torch's profiler into `output_dir/profile`.
         per_device_train_batch_size (`int`, *optional*, defaults to 1):
             Packs, not documents: one pack of 4096 positions already holds about 23 captioned images.
         per_device_eval_batch_size (`int`, *optional*, defaults to 1):
@@ -52,6 +56,22 @@ class PackedTrainingArguments(TrainingArguments):
         default=True, metadata={"help": "Train the language model: embeddings, blocks and head."}
     )
     train_vision_tower: bool = field(default=False, metadata={"help": "Train the vision tower."})
+    projector_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the projector; learning_rate where not given."}
+    )
+    language_model_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the language model; learning_rate where not given."}
+    )
+    vision_tower_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the vision tower; learning_rate where not given."}
+    )
+    max_loss_rise: float = field(
+        default=3.0,
+        metadata={"help": "Stop when a step's loss is so far above its running average (nats); 0 never stops."},
+    )
+    profile: bool = field(
+        default=False, metadata={"help": "Record a few steps with torch's profiler into output_dir/profile."}
+    )
 
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Packs per device and micro-batch."})
     per_device_eval_batch_size: int = field(default=1, metadata={"help": "Packs per device in evaluation."})
@@ -89,8 +109,6 @@ class PackedTrainingArguments(TrainingArguments):
             raise ValueError("nothing to train: switch on train_projector, train_language_model or train_vision_tower")
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor is not supported: it needs the logits of every position")
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must be false: the collator needs all that a pack carries")
         if self.dataloader_num_workers == 0:
             # torch refuses to keep workers where there are none.
             self.dataloader_persistent_workers = False
@@ -99,73 +117,11 @@ class PackedTrainingArguments(TrainingArguments):
             self.dataloader_pin_memory = False
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> None:
-        """End with one line instead of the usage, which has a page of options."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+@dataclass
+class PackedTrainingArguments(PackedArguments, TrainingArguments):
+    """Arguments of [`PackedTrainer`]: [`PackedArguments`] and all of `transformers.TrainingArguments`."""
 
-    def destinations(self) -> dict[str, list[Any]]:
-        """The actions of every option by its name (a switch that is on by default has a second, `--no_...`)."""
-        actions: dict[str, list[Any]] = {}
-        for action in self._actions:
-            if action.option_strings and action.dest != "help":
-                actions.setdefault(action.dest, []).append(action)
-        return actions
-
-    def unknown(self, option: str, where: str = "") -> None:
-        """End with the option's name and the nearest known one."""
-        name = option.lstrip("-").split("=")[0].replace("-", "_")
-        near = difflib.get_close_matches(name, self.destinations(), n=1)
-        self.error(f"{where}unknown option {option!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
-
-    def read_defaults(self, path: str) -> None:
-        """Take the options of a YAML file as defaults, read as the command line's are."""
-        try:
-            options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            self.error(f"cannot read {path}: {' '.join(str(error).split())}")
-        if not isinstance(options, dict):
-            self.error(f"{path}: not a YAML file of `option: value` lines")
-        known = self.destinations()
-        for name, value in options.items():
-            if name not in known:
-                self.unknown(str(name), f"{path}: ")
-            for action in known[name]:
-                # As a string, so that argparse converts it: YAML takes 5e-5 for a word.
-                action.default = str(value) if isinstance(value, bool | int | float | str) else value
-                action.required = False
-
-
-def parse_arguments(
-    dataclasses: Sequence[type], description: str, argv: Sequence[str] | None = None
-) -> tuple[Any, ...]:
-    """Arguments of a recipe from `CONFIG.yaml --option value ...`; an option on the command line wins.
-
-    Args:
-        dataclasses (`Sequence[type]`): their fields are the options.
-        description (`str`): shown by `--help`.
-        argv (`Sequence[str]`, *optional*): the command line; the process's by default.
-
-    Returns:
-        `tuple`: an instance of each dataclass. A wrong file, option or value ends the process with one line and exit
-        code 2.
-    """
-    parser = _Parser(
-        dataclasses, description=description, usage="%(prog)s [CONFIG.yaml] [--option value ...]", allow_abbrev=False
-    )
-    options = list(sys.argv[1:] if argv is None else argv)
-    if options and not options[0].startswith("-"):
-        parser.read_defaults(options.pop(0))
-    for option in options:
-        # Before anything else, or a mistyped option would be reported as another one that is missing.
-        if option.startswith("--") and option.split("=")[0] not in parser._option_string_actions:
-            parser.unknown(option)
-    try:
-        *parsed, unused = parser.parse_args_into_dataclasses(
-            options, return_remaining_strings=True, look_for_args_file=False
-        )
-    except ValueError as error:
-        parser.error(" ".join(str(error).split()))
-    if unused:
-        parser.error(f"{unused[0]!r} is no option")
-    return tuple(parsed)
+    def __post_init__(self):
+        super().__post_init__()
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must be false: the collator needs all that a pack carries")

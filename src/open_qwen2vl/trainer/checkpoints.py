@@ -1,10 +1,15 @@
-"""The folders that a training leaves behind: which checkpoint to continue from, and the model for use."""
+"""Checkpoints that are complete or absent, which of them to continue from, and the model for use.
+
+A checkpoint is written to `output_dir/.saving/checkpoint-N`, synced to disk and renamed. What a killed run left there
+is removed by the next save. Pruning renames first, too.
+"""
 
 import json
 import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from transformers import Trainer
@@ -12,12 +17,35 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 logger = logging.getLogger(__name__)
 
+STAGING_NAME = ".saving"
+DELETED_NAME = ".deleted"
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written; the ones before it are as they were."""
+
+
+def checkpoints_by_step(output_dir: str | os.PathLike) -> dict[int, Path]:
+    """The checkpoint folders of a run.
+
+    Args:
+        output_dir (`str` or `os.PathLike`): the run's folder; it need not exist.
+
+    Returns:
+        `dict[int, Path]`: `checkpoint-<step>` by step, the oldest first.
+    """
+    folders = {}
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        if match := re.fullmatch(r"checkpoint-(\d+)", folder.name):
+            folders[int(match[1])] = folder
+    return dict(sorted(folders.items()))
+
 
 def newest_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """The checkpoint to continue from.
 
-    A checkpoint's `trainer_state.json` is written last: where it is missing or cut off, the run was killed while it
-    saved, and the folder is passed over with a warning. It is overwritten when training comes by again.
+    `trainer_state.json` is written last, also by transformers' own Trainer, which does not rename: where it is missing
+    or cut off, the folder is passed over with a warning.
 
     Args:
         output_dir (`str` or `os.PathLike`): the run's folder; it need not exist.
@@ -25,11 +53,7 @@ def newest_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     Returns:
         `str`: the path of `checkpoint-<step>`, or None where there is no complete one.
     """
-    folders = {}
-    for folder in Path(output_dir).glob("checkpoint-*"):
-        if match := re.fullmatch(r"checkpoint-(\d+)", folder.name):
-            folders[int(match[1])] = folder
-    for _, folder in sorted(folders.items(), reverse=True):
+    for folder in reversed(checkpoints_by_step(output_dir).values()):
         try:
             json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -37,6 +61,59 @@ def newest_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
             continue
         return str(folder)
     return None
+
+
+def publish(staged: Path, final: Path) -> None:
+    """Give a finished checkpoint its name.
+
+    Args:
+        staged (`Path`): its folder, whole; it is synced to disk first.
+        final (`Path`): the name. What is there is replaced.
+    """
+    for path in _files_and_folders(staged):
+        _sync(path)
+    if final.exists():
+        _remove(final)
+    os.replace(staged, final)
+    _sync(final.parent)
+
+
+def prune(output_dir: str | os.PathLike, limit: int | None, keep: str | None) -> None:
+    """Delete the oldest checkpoints.
+
+    Args:
+        output_dir (`str` or `os.PathLike`): the run's folder.
+        limit (`int`, *optional*): how many to keep; all where not given.
+        keep (`str`, *optional*): one that stays in any case and counts, the best.
+    """
+    if not limit:
+        return
+    folders = [f for f in checkpoints_by_step(output_dir).values() if keep is None or str(f) != os.path.normpath(keep)]
+    # The newest is never deleted: training continues from it.
+    others = max(1, limit - (keep is not None))
+    for folder in folders[:-others]:
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    trash = folder.with_name(DELETED_NAME)
+    shutil.rmtree(trash, ignore_errors=True)
+    os.replace(folder, trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def _files_and_folders(folder: Path) -> Iterator[str]:
+    for path, _, files in os.walk(folder):
+        yield from (os.path.join(path, name) for name in files)
+        yield path
+
+
+def _sync(path: str | Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def save_final_model(trainer: Trainer, folder: str | os.PathLike) -> None:
@@ -47,7 +124,7 @@ def save_final_model(trainer: Trainer, folder: str | os.PathLike) -> None:
         folder (`str` or `os.PathLike`): the model folder.
     """
     folder = Path(folder)
-    partial, old = (folder.with_name(f"{folder.name}.{suffix}") for suffix in ("partial", "old"))
+    partial = folder.with_name(f"{folder.name}.partial")
     if trainer.is_world_process_zero():
         shutil.rmtree(partial, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
@@ -57,8 +134,4 @@ def save_final_model(trainer: Trainer, folder: str | os.PathLike) -> None:
         return
     # A pickle of the arguments: nothing that a model folder needs, and nothing that anybody should load.
     (partial / "training_args.bin").unlink(missing_ok=True)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    publish(partial, folder)

@@ -56,7 +56,8 @@ def progress_figures(logs: dict[str, float]) -> str:
         logs (`dict`): a log that [`PackedTrainer`] completed.
 
     Returns:
-        `str`: loss, tokens/s, images/s, TFLOP/s, and MFU and dropped documents where there are any.
+        `str`: loss, tokens/s, images/s, TFLOP/s, MFU where it is known, how much of the time is spent waiting for data
+        if that is worth a look, and dropped documents where there are any.
     """
     figures = [
         f"loss {logs['loss']:.4f}",
@@ -66,6 +67,8 @@ def progress_figures(logs: dict[str, float]) -> str:
     ]
     if "mfu" in logs:
         figures.append(f"MFU {logs['mfu']:.1%}")
+    if logs["data_wait"] >= 0.05:
+        figures.append(f"waits {logs['data_wait']:.0%}")
     if logs["dropped_documents"]:
         figures.append(f"{logs['dropped_documents']} dropped")
     return ", ".join(figures)
@@ -88,7 +91,11 @@ def summary_lines(summary: dict[str, Any]) -> str:
         "seconds": f"{summary['train_seconds']:,.1f}",
         "speed": f"{summary['tokens_per_second']:,.0f} tokens/s, {summary['images_per_second']:,.1f} images/s, "
         f"{summary['tflops_per_second']:.3g} TFLOP/s" + (f", MFU {summary['mfu']:.1%}" if "mfu" in summary else ""),
+        "waiting": f"{summary['data_wait']:.1%} of the time for data; fill {summary['fill']:.1%}",
         "final loss": f"{summary['final_loss']:.4f}",
         "dropped": ", ".join(f"{n:,} {reason}" for reason, n in summary["dropped_documents"].items()) or "none",
     }
+    if len(summary["sources"]) > 1:
+        shares = summary["sources"].items()
+        rows["sources"] = ", ".join(f"{name} {source['share']:.1%} of the tokens" for name, source in shares)
     return "\n".join(f"  {name:<11} {figure}" for name, figure in rows.items())

@@ -1,135 +1,39 @@
-"""What a training run achieves: FLOPs of a step, tokens and images per second, TFLOP/s, MFU, dropped documents.
+"""What a training run achieves: loss, tokens and images per second, TFLOP/s, MFU, waiting, fill, dropped documents.
 
-Figures are those of a logging window, the steps since the last log; evaluation and checkpoints are not in it. Ranks
-count on their own and add up once per log, so that no step waits for a figure. Totals travel in the checkpoint.
+Figures are those of a logging window, the steps since the last log; evaluation and checkpoints are not in its time.
+Window and totals travel in the checkpoint, so that a resumed run logs what an undisturbed one would have.
 """
 
 import time
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object, reduce
-from transformers import PreTrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-# Dense bf16 FLOP/s by a part of torch's device name, the more special name first (NVIDIA's data sheets).
-PEAK_FLOPS = {
-    "GB200": 2500e12,
-    "B200": 2250e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-}
+from .flops import peak_flops
+from .steps import BY_SOURCE, Step
 
-WORK = ("tokens", "documents", "images", "flops")
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 peak of a device.
-
-    Args:
-        device_name (`str`): as `torch.cuda.get_device_name` gives it.
-
-    Returns:
-        `float`: FLOP/s, or None where it is not known: CPUs, other GPUs, slices of a GPU.
-    """
-    if "MIG" in device_name:
-        return None
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in device_name), None)
-
-
-def language_model_parameters(config: PreTrainedConfig) -> int:
-    """Parameters of a Qwen2 model with embeddings and head counted once (1,543,714,304 for Qwen2.5-1.5B).
-
-    Args:
-        config (`PreTrainedConfig`): the text config.
-
-    Returns:
-        `int`: their number.
-    """
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    queries, keys_values = heads * head_dim, 2 * config.num_key_value_heads * head_dim
-    attention = (hidden + 1) * (queries + keys_values) + queries * hidden
-    block = attention + 3 * hidden * config.intermediate_size + 2 * hidden
-    return config.num_hidden_layers * block + hidden + config.vocab_size * hidden
-
-
-def vision_parameters(config: PreTrainedConfig) -> int:
-    """Parameters of the vision blocks that run (26 of the 27 of SigLIP-SO400M).
-
-    Args:
-        config (`OpenQwen2VLConfig`): the whole model's config.
-
-    Returns:
-        `int`: their number; embeddings and final norm are not blocks.
-    """
-    width, inner = config.vision_config.hidden_size, config.vision_config.intermediate_size
-    block = 4 * (width + 1) * width + (width + 1) * inner + (inner + 1) * width + 4 * width
-    return config.num_vision_blocks * block
-
-
-def step_flops(
-    config: PreTrainedConfig,
-    tokens: int,
-    squared_lengths: int,
-    images: int,
-    image_seq_length: int,
-    train_projector: bool = True,
-    train_language_model: bool = True,
-    train_vision_tower: bool = False,
-) -> int:
-    """FLOPs that a forward and backward over packed documents need.
-
-    A forward is 2 FLOPs per parameter and position, gradients of the activations 2 more, gradients of the weights
-    2 more; what nothing before it needs is left out. The head is counted at every real position, as is usual, though
-    only labelled ones are computed. Attention is causal within documents, and full within images.
-
-    Args:
-        config (`OpenQwen2VLConfig`): the model's config.
-        tokens (`int`): real positions; padding is no work to be proud of.
-        squared_lengths (`int`): sum over documents of their length squared.
-        images (`int`): number of images.
-        image_seq_length (`int`): tokens per image.
-        train_projector (`bool`, *optional*, defaults to `True`): whether it is trained.
-        train_language_model (`bool`, *optional*, defaults to `True`): whether it is trained.
-        train_vision_tower (`bool`, *optional*, defaults to `False`): whether it is trained.
-
-    Returns:
-        `int`: floating-point operations, a multiply-add being two.
-    """
-    text, vision = config.text_config, config.vision_config
-    # 6 N per position where it is trained; 4 N where gradients only pass through to the image features.
-    language = (6 if train_language_model else 4) * language_model_parameters(text) * tokens
-    language += 6 * text.num_hidden_layers * text.hidden_size * squared_lengths
-
-    projector_parameters = (vision.hidden_size + 1 + text.hidden_size + 1) * text.hidden_size
-    projector_passes = 3 if train_projector else 2 if train_vision_tower else 1
-    projector = 2 * projector_passes * projector_parameters * images * image_seq_length
-
-    patches = config.patches_per_side**2
-    vision_forward = 2 * vision_parameters(config) * patches
-    vision_forward += 4 * config.num_vision_blocks * vision.hidden_size * patches**2
-    return language + projector + (3 if train_vision_tower else 1) * vision_forward * images
+WORK = ("tokens", "positions", "documents", "images", "flops", "data_wait")
 
 
 def rates(work: dict[str, float], seconds: float, device: torch.device, world_size: int) -> dict[str, float]:
     """Work done to speed.
 
     Args:
-        work (`dict`): `tokens`, `images` and `flops` of all ranks.
+        work (`dict`): the counts `tokens`, `positions`, `images`, `flops`, and `data_wait` in seconds, of all ranks.
         seconds (`float`): the time that they took.
         device (`torch.device`): the training device.
         world_size (`int`): number of ranks.
 
     Returns:
         `dict`: `tokens_per_second` and `images_per_second` of all ranks together, `tflops_per_second` of one device,
-        and `mfu` (0 to 1) where the device's [`peak_flops`] is known.
+        `data_wait` (0 to 1: the part of the time in which a rank waited for its loader), `fill` (0 to 1: tokens by
+        positions) and `mfu` (0 to 1) where the device's [`peak_flops`] is known.
     """
     seconds = max(seconds, 1e-9)
     flops_per_device = work["flops"] / seconds / world_size
@@ -137,6 +41,8 @@ def rates(work: dict[str, float], seconds: float, device: torch.device, world_si
         "tokens_per_second": work["tokens"] / seconds,
         "images_per_second": work["images"] / seconds,
         "tflops_per_second": flops_per_device / 1e12,
+        "data_wait": work["data_wait"] / seconds / world_size,
+        "fill": work["tokens"] / max(work["positions"], 1),
     }
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return figures if peak is None else {**figures, "mfu": flops_per_device / peak}
@@ -155,95 +61,134 @@ def sum_over_ranks(values: list[float], device: torch.device, world_size: int) -
     """
     if world_size == 1:
         return values
-    # Not int64: the FLOPs of a long window on many ranks do not fit.
     return reduce(torch.tensor(values, dtype=torch.float64, device=device), "sum").tolist()
 
 
+def saved_attributes(callback: ExportableState, state: TrainerState) -> dict[str, Any]:
+    """The attributes that training continues with.
+
+    Args:
+        callback (`ExportableState`): one of a run's callbacks.
+        state (`TrainerState`): the run's state, from a checkpoint or new.
+
+    Returns:
+        `dict`: those in the checkpoint, or those of a new callback where there is none.
+    """
+    new = type(callback)().state()
+    saved = new if state.global_step == 0 else state.stateful_callbacks.get(type(callback).__name__, new)
+    return saved["attributes"]
+
+
 class ThroughputCallback(TrainerCallback, ExportableState):
-    """Counts the work of a run; [`PackedTrainer`] feeds it and puts its figures into every training log.
+    """Adds up the steps of a run; [`PackedTraining`] feeds it and puts its figures into every training log.
 
     Attributes:
-        totals (`dict`): `tokens`, `documents`, `images`, `flops` of all ranks and `seconds` since the first step of
-            the first run, up to the last log.
+        totals (`dict`): `tokens`, `positions`, `documents`, `images`, `flops`, `data_wait` of all ranks and `seconds`
+            since the first step of the first run.
+        sources (`list[dict]`): `labels`, `tokens` and `packs` of each source since then.
         dropped (`dict`): documents that could not be read, by reason; one that is met in every epoch counts each time.
+        window (`dict`): what the next log is made of.
     """
 
     def __init__(self):
         self.totals = dict.fromkeys((*WORK, "seconds"), 0)
+        self.sources: list[dict[str, int]] = []
         self.dropped: dict[str, int] = {}
-        self._window: Counter[str] = Counter()
-        self._window_dropped: Counter[str] = Counter()
-        self._window_start = time.perf_counter()
+        self.window = _new_window()
+        self._resumed_at = time.perf_counter()
 
     def state(self) -> dict[str, Any]:
         """What the checkpoint's `trainer_state.json` holds of this callback."""
-        return {"args": {}, "attributes": {"totals": dict(self.totals), "dropped": dict(self.dropped)}}
+        names = ("totals", "sources", "dropped", "window")
+        return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
 
-    def count(self, stats: dict[str, Any], flops: int) -> None:
-        """Add a micro-batch of this rank.
+    def add(self, step: Step) -> None:
+        """Add a step; every rank must call.
 
         Args:
-            stats (`dict`): the collator's `packing_stats`.
-            flops (`int`): its [`step_flops`].
+            step ([`Step`]): its figures.
         """
-        self._window.update({name: stats[name] for name in ("tokens", "documents", "images")}, flops=flops)
-        self._window_dropped.update(stats["dropped"])
+        window = self.window
+        window["losses"].append(step.loss)
+        for name in WORK:
+            window[name] += step.counts[name]
+            self.totals[name] += step.counts[name] if name == "data_wait" else int(step.counts[name])
+        if not self.sources:
+            self.sources = [dict.fromkeys(BY_SOURCE, 0) for _ in step.sources]
+        if not window["sources"]:
+            window["sources"] = [[0.0, 0] for _ in step.sources]
+        for total, part, loss, counts in zip(
+            self.sources, window["sources"], step.source_losses, step.sources, strict=True
+        ):
+            for name in BY_SOURCE:
+                total[name] += counts[name]
+            part[0] += loss
+            part[1] += counts["labels"]
+        if step.counts["dropped"]:
+            # The reasons are words, so they are gathered only when there is something to tell.
+            for reasons in gather_object([dict(step.dropped)]):
+                self.dropped = dict(Counter(self.dropped) + Counter(reasons))
 
-    def close_window(self, device: torch.device, world_size: int) -> dict[str, float]:
-        """End the window at this moment and open the next; every rank must call it.
+    def close_window(self, device: torch.device, world_size: int, names: Sequence[str]) -> dict[str, float]:
+        """End the window at this moment and open the next.
 
         Args:
-            device (`torch.device`): the training device, which is waited for.
+            device (`torch.device`): the training device.
             world_size (`int`): number of ranks.
+            names (`Sequence[str]`): the sources' names.
 
         Returns:
-            `dict`: `tokens_per_second` and `images_per_second` of all ranks, `tflops_per_second` and `mfu` (where
-            [`peak_flops`] is known) per device, and since the start `train_seconds` and `dropped_documents`.
+            `dict`: `loss`, [`rates`], since the start `train_seconds` and `dropped_documents`, and where there are
+            several sources `loss/NAME` of the window and `share/NAME`, the part of all tokens so far.
         """
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        seconds = time.perf_counter() - self._window_start
-        counts = [*(self._window[name] for name in WORK), self._window_dropped.total()]
-        *sums, dropped = sum_over_ranks(counts, device, world_size)
-        work = {name: int(value) for name, value in zip(WORK, sums, strict=True)}
-        if dropped:
-            # The reasons are words, so they are gathered only when there is something to tell.
-            for reasons in gather_object([dict(self._window_dropped)]):
-                self.dropped = dict(Counter(self.dropped) + Counter(reasons))
-        for name, value in {**work, "seconds": seconds}.items():
-            self.totals[name] += value
-        self._open_window()
-        return {
-            **rates(work, seconds, device, world_size),
+        self._add_time()
+        window, self.window = self.window, _new_window()
+        figures = {
+            "loss": sum(window["losses"]) / max(len(window["losses"]), 1),
+            **rates(window, window["seconds"], device, world_size),
             "train_seconds": self.totals["seconds"],
             "dropped_documents": sum(self.dropped.values()),
         }
+        if len(names) > 1:
+            for name, (loss, labels) in zip(names, window["sources"], strict=False):
+                if labels:
+                    figures[f"loss/{name}"] = loss / labels
+            figures |= {f"share/{name}": share for name, share in self.shares(names).items()}
+        return figures
 
-    def _open_window(self) -> None:
-        self._window.clear()
-        self._window_dropped.clear()
-        self._window_start = time.perf_counter()
+    def shares(self, names: Sequence[str]) -> dict[str, float]:
+        """The part of all tokens so far that each source gave.
+
+        Args:
+            names (`Sequence[str]`): the sources' names.
+
+        Returns:
+            `dict[str, float]`: by name, 0 to 1.
+        """
+        tokens = max(sum(source["tokens"] for source in self.sources), 1)
+        return {name: source["tokens"] / tokens for name, source in zip(names, self.sources, strict=False)}
+
+    def _add_time(self) -> None:
+        now = time.perf_counter()
+        self.window["seconds"] += now - self._resumed_at
+        self.totals["seconds"] += now - self._resumed_at
+        self._resumed_at = now
+
+    @contextmanager
+    def paused(self):
+        """Time in here is not training: evaluation, checkpoints."""
+        self._add_time()
+        try:
+            yield
+        finally:
+            self._resumed_at = time.perf_counter()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Take up the totals of the checkpoint that training continues from."""
-        name = type(self).__name__
-        saved = type(self)().state() if state.global_step == 0 else state.stateful_callbacks[name]
-        self.totals, self.dropped = saved["attributes"]["totals"], saved["attributes"]["dropped"]
-        self._open_window()
+        for name, value in saved_attributes(self, state).items():
+            setattr(self, name, value)
+        self._resumed_at = time.perf_counter()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        """End the window before a checkpoint, an evaluation and the end of training, whatever `logging_steps`.
 
-        So the window never holds anything but training, and the losses that a resumed run logs are averages over the
-        same steps as those of a run that was never stopped.
-        """
-        if control.should_save or control.should_evaluate or control.should_training_stop:
-            control.should_log = True
-
-    on_epoch_end = on_step_end
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        """Leave the evaluation's time out of the window."""
-        self._window_start = time.perf_counter()
-
-    on_save = on_evaluate
+def _new_window() -> dict[str, Any]:
+    return {"losses": [], "sources": [], "seconds": 0.0, **dict.fromkeys(WORK, 0)}

@@ -1,0 +1,172 @@
+"""Several pack sets as one dataset: what `train_packs` of a recipe may name, and which pack each index stands for.
+
+    a folder, or a YAML list of {path, name?, weight? | epochs?} ──► Source ──► PackedDataset of each ──► PackMixture
+
+Indices run through the sources one after the other; how often and in which order they are read is the business of
+`pack_order.py`. Behind the last pack stands one empty pack for each source, which fills up an optimizer step.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from .packed_dataset import PackedDataset
+
+_KEYS = ("path", "name", "weight", "epochs")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One pack set of a mixture, with either `weight` or `epochs`.
+
+    Attributes:
+        name (`str`): shown in logs; unique within the mixture.
+        path (`str`): folder of its plan.
+        weight (`float`, *optional*): share of its packs among those read, relative to the other sources' weights.
+        epochs (`float`, *optional*): how often each of its packs is read in an epoch of the run.
+    """
+
+    name: str
+    path: str
+    weight: float | None = None
+    epochs: float | None = None
+
+
+def parse_sources(value: str | list[dict[str, Any]]) -> list[Source]:
+    """Read what names the packs of a run.
+
+    Args:
+        value (`str | list[dict]`): a folder, or a list of entries with `path` and, each optional, `name` (the folder's
+            by default) and either `weight` (in all entries or in none) or `epochs` (1 by default).
+
+    Returns:
+        `list[Source]`: at least one.
+
+    Raises:
+        ValueError: for anything else; it names the entry.
+    """
+    entries = [{"path": value}] if isinstance(value, str) else value
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"packs must be a folder or a list of {{path, name, weight or epochs}}, got {value!r}")
+    sources = [_parse_source(number, entry) for number, entry in enumerate(entries, start=1)]
+    weighted = [source.weight is not None for source in sources]
+    if any(weighted) and not all(weighted):
+        raise ValueError(
+            f"source {sources[weighted.index(False)].name!r} has no weight: give all of them one, or none"
+        )
+    names = [source.name for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two sources are named {name!r}: give one of them another `name`")
+    return sources
+
+
+def _parse_source(number: int, entry: Any) -> Source:
+    where = f"source {number} of the packs"
+    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not entry["path"]:
+        raise ValueError(f"{where} needs a `path`, got {entry!r}")
+    unknown = [key for key in entry if key not in _KEYS]
+    if unknown:
+        raise ValueError(f"{where} has the unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}")
+    name = entry.get("name", os.path.basename(os.path.abspath(entry["path"])))
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{where} has the name {name!r}, which must be a word")
+    weight, epochs = (_positive(f"{key} of {where}", entry.get(key)) for key in ("weight", "epochs"))
+    if weight is not None and epochs is not None:
+        raise ValueError(f"{where} has both a weight and epochs; give one of them")
+    return Source(name, entry["path"], weight, 1.0 if weight is None and epochs is None else epochs)
+
+
+def _positive(what: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)  # YAML takes 1e6 for a word
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ValueError(f"{what} must be a positive number, got {value!r}")
+    return number
+
+
+class PackMixture(Dataset):
+    """The packs of all sources.
+
+    An item is that of [`PackedDataset`] with two ints more: `source`, the number of its source, and `pack`, its index
+    here. `len` is the number of distinct packs; `mixture[len(mixture) + s]` is an empty pack (`S` = 0) for source `s`.
+
+    Args:
+        sources (`list[Source]`): from [`parse_sources`].
+        processor (`ProcessorMixin`): its tokenizer must be the plans'.
+
+    Raises:
+        ValueError: as [`PackedDataset`], or for a source without packs.
+    """
+
+    def __init__(self, sources: list[Source], processor: Any):
+        self.sources = list(sources)
+        self.datasets = [PackedDataset(source.path, processor) for source in self.sources]
+        for source, dataset in zip(self.sources, self.datasets, strict=True):
+            if not len(dataset):
+                raise ValueError(f"{source.path} holds no packs")
+        self.images_per_pack = np.concatenate([dataset.images_per_pack() for dataset in self.datasets])
+        self._ends = np.cumsum([len(dataset) for dataset in self.datasets])
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the sources."""
+        return [source.name for source in self.sources]
+
+    @property
+    def image_seq_length(self) -> int:
+        """Tokens per image of the first source, with which training begins."""
+        return self.datasets[0].image_seq_length
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides which packs are read and when: by source its place, its plan's hash, weight and epochs."""
+        return {
+            source.name: {
+                "place": place,
+                "plan": dataset.fingerprint,
+                "weight": source.weight,
+                "epochs": source.epochs,
+            }
+            for place, (source, dataset) in enumerate(zip(self.sources, self.datasets, strict=True))
+        }
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        source, pack = self._locate(index)
+        dataset = self.datasets[source]
+        item = dataset.empty_pack() if pack is None else dataset[pack]
+        return {**item, "source": source, "pack": index}
+
+    def describe(self, index: int) -> dict[str, Any]:
+        """What stands in a pack, for messages.
+
+        Args:
+            index (`int`): its index in the mixture.
+
+        Returns:
+            `dict`: `source`, the name; `pack`, the number of the pack in its source, `None` for an empty one; and
+            `documents`, a list of pairs: path of the tar, key of the sample.
+        """
+        source, pack = self._locate(index)
+        documents = [] if pack is None else self.datasets[source].document_names(pack)
+        return {"source": self.names[source], "pack": pack, "documents": documents}
+
+    def _locate(self, index: int) -> tuple[int, int | None]:
+        """Source and pack in it; no pack for the empty ones behind the last."""
+        if not 0 <= index < len(self) + len(self.sources):
+            raise IndexError(f"pack {index} of {len(self)}")
+        if index >= len(self):
+            return index - len(self), None
+        source = int(np.searchsorted(self._ends, index, side="right"))
+        return source, index - (int(self._ends[source - 1]) if source else 0)

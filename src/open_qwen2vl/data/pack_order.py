@@ -1,0 +1,150 @@
+"""The order in which a run reads the packs of a mixture: a pure function of mixture, seed, epoch and global batch.
+
+    source ─ endless stream of seeded permutations ─► its picks of this epoch ─┐
+    source ─ ...                                                               ├─ interleaved evenly ─► optimizer steps
+    source ─ ...                                                               ┘
+    optimizer step ─ sorted by images ─► micro-steps ─► ranks
+
+Nothing of it is state: a resumed run asks for the same epoch and skips. The packs of a step do not depend on how the
+global batch is split into devices, packs per device and accumulation.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from .mixture import PackMixture, Source
+
+
+class PackOrder(Sampler[int]):
+    """Indices into a mixture, for a loader whose batches accelerate deals to the ranks round-robin.
+
+    A source is read `epochs` times in an epoch; with weights, the source that is largest for its weight is read once
+    and the others as often as their weights ask. What one epoch leaves out of a permutation, the next begins with, so
+    that no pack is read again before all others of its source were. The shares hold from the first step to the last.
+    Sources of another number of tokens per image come later, in the order in which they are listed. Each such phase is
+    filled up with empty packs to a whole optimizer step.
+
+    Args:
+        mixture ([`PackMixture`]): the packs.
+        world_size (`int`): data-parallel ranks.
+        batch_size (`int`): packs per rank and micro-step.
+        accumulation (`int`): micro-steps of an optimizer step.
+        seed (`int`): of the permutations, not negative.
+        shuffle (`bool`, *optional*, defaults to `True`): `False`, for evaluation, reads the sources as planned.
+
+    Raises:
+        ValueError: if one of the three counts is below 1.
+    """
+
+    def __init__(
+        self,
+        mixture: PackMixture,
+        world_size: int,
+        batch_size: int,
+        accumulation: int,
+        seed: int,
+        shuffle: bool = True,
+    ):
+        for name, value in (("world_size", world_size), ("batch_size", batch_size), ("accumulation", accumulation)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.world_size, self.batch_size, self.global_batch = (
+            world_size,
+            batch_size,
+            world_size * batch_size * accumulation,
+        )
+        self.seed, self.shuffle, self.epoch = seed, shuffle, 0
+        self._sizes = [len(dataset) for dataset in mixture.datasets]
+        self._counts = picks_per_epoch(mixture.sources, self._sizes)
+        self._phases = _phases([dataset.image_seq_length for dataset in mixture.datasets])
+        # The empty packs have no images.
+        self._images = np.append(mixture.images_per_pack, np.zeros(len(self._sizes), np.int32))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration goes through.
+
+        Args:
+            epoch (`int`): from 0.
+        """
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        packs = (sum(self._counts[source] for source in phase) for phase in self._phases)
+        return sum(-(-number // self.global_batch) * self.global_batch for number in packs)
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = self.epoch
+        for phase in self._phases:
+            packs = self._phase_order(phase, epoch)
+            for start in range(0, len(packs), self.global_batch):
+                yield from self._deal(packs[start : start + self.global_batch]).tolist()
+
+    def _phase_order(self, phase: list[int], epoch: int) -> np.ndarray:
+        """Indices of a phase's packs, filled up to whole optimizer steps."""
+        counts = [self._counts[source] for source in phase]
+        turns = _interleave(counts) if self.shuffle else np.repeat(np.arange(len(phase), dtype=np.int32), counts)
+        missing = -len(turns) % self.global_batch
+        order = np.full(len(turns) + missing, sum(self._sizes) + phase[0])
+        for turn, source in enumerate(phase):
+            first = sum(self._sizes[:source])
+            order[: len(turns)][turns == turn] = first + self._picks(source, epoch)
+        return order
+
+    def _picks(self, source: int, epoch: int) -> np.ndarray:
+        """Packs of a source in an epoch: the next `count` of its endless stream of permutations."""
+        size, count = self._sizes[source], self._counts[source]
+        start, stop = epoch * count, (epoch + 1) * count
+        numbers = range(start // size, -(-stop // size))
+        stream = np.concatenate([self._permutation(source, number) for number in numbers])
+        return stream[start - numbers[0] * size :][:count]
+
+    def _permutation(self, source: int, number: int) -> np.ndarray:
+        size = self._sizes[source]
+        if not self.shuffle:
+            return np.arange(size)
+        # Raw words of a bit generator are the same in every version of numpy, which `Generator` does not promise.
+        words = np.random.PCG64(np.random.SeedSequence([self.seed, source, number])).random_raw(size)
+        return np.argsort(words, kind="stable")
+
+    def _deal(self, packs: np.ndarray) -> np.ndarray:
+        """The packs of an optimizer step, most images first, so that a micro-step weighs the same on every rank."""
+        if not self.shuffle:
+            return packs
+        packs = packs[np.argsort(-self._images[packs], kind="stable")]
+        # (micro-step, place in the batch, rank); every other place runs back through the ranks.
+        dealt = packs.reshape(-1, self.batch_size, self.world_size)
+        dealt[:, 1::2] = dealt[:, 1::2, ::-1].copy()
+        return dealt.swapaxes(1, 2).ravel()
+
+
+def picks_per_epoch(sources: list[Source], sizes: list[int]) -> list[int]:
+    """How many packs of each source an epoch reads.
+
+    Args:
+        sources (`list[Source]`): all with weights, or none.
+        sizes (`list[int]`): packs of each.
+
+    Returns:
+        `list[int]`: at least 1 each.
+    """
+    if sources[0].weight is None:
+        return [max(1, round(source.epochs * size)) for source, size in zip(sources, sizes, strict=True)]
+    packs_per_weight = max(size / source.weight for source, size in zip(sources, sizes, strict=True))
+    return [max(1, round(source.weight * packs_per_weight)) for source in sources]
+
+
+def _phases(image_seq_lengths: list[int]) -> list[list[int]]:
+    """Numbers of the sources by tokens per image, in the order of first appearance."""
+    phases: dict[int, list[int]] = {}
+    for source, length in enumerate(image_seq_lengths):
+        phases.setdefault(length, []).append(source)
+    return list(phases.values())
+
+
+def _interleave(counts: list[int]) -> np.ndarray:
+    """Whose turn it is: turn `j` of `n` comes at the time `(j + 1/2) / n`, so that shares hold in every prefix."""
+    times = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
+    turns = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    return turns[np.argsort(times, kind="stable")]

@@ -1,0 +1,81 @@
+"""A training from built trainer to finished folder: what the recipes share."""
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import transformers
+
+from .arguments import PackedArguments
+from .checkpoints import CheckpointError, newest_complete_checkpoint, save_final_model
+from .interruption import EXIT_CODE
+from .loss_watch import LossStopped
+from .packed_training import PackedTraining
+from .plots import plot_loss
+from .progress import summary_lines
+from .run_record import check_same_run
+
+logger = logging.getLogger(__name__)
+
+
+def run_recipe(program: str, build_trainer: Callable[[], PackedTraining], args: PackedArguments) -> None:
+    """Build the trainer, train to the end or go on from the newest checkpoint, save, plot, sum up.
+
+    `output_dir` gets `model/` for the Auto classes, `loss.png` and `train_results.json`. What a user can get wrong
+    ends in one line and exit code 2, a failed checkpoint or a loss gone wrong in one line and exit code 1, SIGTERM in
+    a checkpoint and exit code 143.
+
+    Args:
+        program (`str`): the recipe's name, for messages.
+        build_trainer (`Callable[[], PackedTraining]`): makes the trainer.
+        args ([`PackedArguments`]): its arguments.
+    """
+    level = logging.INFO if args.process_index == 0 else logging.WARNING
+    logging.basicConfig(level=level, format="%(levelname)s %(message)s")
+    try:
+        trainer = build_trainer()
+        checkpoint = args.resume_from_checkpoint or newest_complete_checkpoint(args.output_dir)
+        if checkpoint is not None:
+            check_same_run(checkpoint, trainer.run_record())
+    except (ValueError, OSError) as error:
+        # Whatever fails later is worth its traceback.
+        _fail(program, error, args, code=2)
+    _announce(trainer, checkpoint)
+    # Weights are loaded; from here a bar per saved file would break the bar of the training.
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except (CheckpointError, LossStopped) as error:
+        _fail(program, error, args, code=1)
+    if trainer.interrupted:
+        if trainer.is_world_process_zero():
+            newest = newest_complete_checkpoint(args.output_dir)
+            print(f"{program}: stopped on request; the same command goes on from {newest}", file=sys.stderr)
+        sys.exit(EXIT_CODE)
+    _finish(trainer, Path(args.output_dir))
+
+
+def _fail(program: str, error: Exception, args: PackedArguments, code: int) -> None:
+    # A loss is judged by all ranks alike, and anything else is told by the rank that met it.
+    if args.process_index == 0 or isinstance(error, CheckpointError):
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _announce(trainer: PackedTraining, checkpoint: str | None) -> None:
+    parameters = [p.numel() for p in trainer.model.parameters()]
+    trained = [p.numel() for p in trainer.model.parameters() if p.requires_grad]
+    logger.info("training %s of %s parameters", f"{sum(trained):,}", f"{sum(parameters):,}")
+    logger.info("%s packs, %s devices", f"{len(trainer.train_dataset):,}", trainer.args.world_size)
+    if checkpoint is not None:
+        logger.info("going on from %s", checkpoint)
+
+
+def _finish(trainer: PackedTraining, output_dir: Path) -> None:
+    save_final_model(trainer, output_dir / "model")
+    if trainer.is_world_process_zero():
+        plot_loss(trainer.state.log_history, output_dir / "loss.png")
+        summary = trainer.summary()
+        trainer.save_metrics("train", summary, combined=False)
+        print(f"trained {output_dir / 'model'}\n{summary_lines(summary)}")

@@ -1,0 +1,56 @@
+"""Arguments of supervised fine-tuning: TRL's, with the few that packs and our loss decide for themselves refused.
+
+Apart from `arguments.py`, so that pre-training does not import TRL.
+"""
+
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+from .arguments import PackedArguments
+
+
+@dataclass
+class PackedSFTConfig(PackedArguments, SFTConfig):
+    """Arguments of [`PackedSFTTrainer`]: [`PackedArguments`] and all of `trl.SFTConfig`.
+
+    Args:
+        max_length (`int`, *optional*, defaults to 4096):
+            Longest conversation of an unpacked data set; a longer one is left out and counted, never cut. Packs have
+            the length that they were planned for. None takes any.
+        assistant_only_loss (`bool`, *optional*, defaults to `True`):
+            Labels are the answers with their end of turn; they cannot be anything else.
+        activation_checkpointing (`bool`, *optional*, defaults to `True`):
+            Compute the activations of a block again in the backward pass: TRL's default, under the name that replaces
+            its `gradient_checkpointing`.
+
+    Raises:
+        ValueError: for options of TRL that this training cannot honour.
+    """
+
+    max_length: int | None = field(
+        default=4096, metadata={"help": "Longest conversation of an unpacked data set; longer ones are left out."}
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Old name of activation_checkpointing.", "nargs": "?", "const": True}
+    )
+    assistant_only_loss: bool = field(
+        default=True, metadata={"help": "Must stay on: labels are the answers with their end of turn."}
+    )
+
+    def __post_init__(self):
+        if self.activation_checkpointing is None and self.gradient_checkpointing is None:
+            self.activation_checkpointing = True
+        super().__post_init__()
+        if self.packing or self.padding_free:
+            raise ValueError(
+                "packing and padding_free are TRL's, for text alone; pack with `open-qwen2vl pack` and train on that"
+            )
+        if not self.assistant_only_loss or self.completion_only_loss:
+            raise ValueError(
+                "assistant_only_loss must stay on: labels are the answers, as the chat template marks them"
+            )
+        if self.loss_type != "nll":
+            raise ValueError(f"loss_type={self.loss_type!r} is not supported: the loss is the model's own (nll)")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must be false: the collator needs all that a pack carries")

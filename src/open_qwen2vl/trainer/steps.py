@@ -1,0 +1,162 @@
+"""What happened in an optimizer step, over all ranks: one small all-reduce a step, read one step late on a GPU.
+
+Ranks decide by it when to stop (SIGTERM, a loss gone wrong), so all of them must see the same figures at the same
+step; and logs, which are sums of steps, do not depend on where a run was interrupted.
+"""
+
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import reduce
+
+COUNTS = ("tokens", "positions", "documents", "images", "flops", "dropped", "data_wait")
+BY_SOURCE = ("labels", "tokens", "packs")
+
+
+@dataclass
+class Step:
+    """One optimizer step.
+
+    Attributes:
+        number (`int`): the global step that it led to.
+        loss (`float`): mean over the labels of all its packs, in nats per token.
+        grad_norm (`float`): before clipping.
+        stop_requested (`bool`): whether any rank was asked to leave.
+        counts (`dict[str, float]`): [`COUNTS`] of all ranks; `data_wait` in seconds, summed over ranks.
+        source_losses (`list[float]`): sum of the losses of each source's labels.
+        sources (`list[dict[str, int]]`): [`BY_SOURCE`] of each source.
+        rows (`list[dict[str, int]]`): the rows of this rank, as the collator describes them.
+        row_losses (`torch.Tensor` of shape `(rows,)`): sum of the losses of each of these rows' labels.
+        dropped (`Counter`): documents that this rank could not read, by reason.
+    """
+
+    number: int
+    loss: float = 0.0
+    grad_norm: float = 0.0
+    stop_requested: bool = False
+    counts: dict[str, float] = field(default_factory=dict)
+    source_losses: list[float] = field(default_factory=list)
+    sources: list[dict[str, int]] = field(default_factory=list)
+    rows: list[dict[str, int]] = field(default_factory=list)
+    row_losses: torch.Tensor | None = None
+    dropped: Counter = field(default_factory=Counter)
+
+
+class StepMeter:
+    """Adds up the micro-batches of a step, then the ranks.
+
+    Args:
+        device (`torch.device`): the training device.
+        world_size (`int`): number of ranks.
+        num_sources (`int`): sources of the training data.
+    """
+
+    def __init__(self, device: torch.device, world_size: int, num_sources: int):
+        self.device = device
+        self.world_size = world_size
+        self.num_sources = num_sources
+        self._pending: deque[tuple[Step, torch.Tensor, torch.cuda.Event | None]] = deque()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._counts: Counter = Counter()
+        self._sources = [dict.fromkeys(BY_SOURCE, 0) for _ in range(self.num_sources)]
+        self._rows: list[dict[str, int]] = []
+        self._row_losses: list[torch.Tensor] = []
+        self._dropped: Counter = Counter()
+        self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
+
+    def wait(self, seconds: float) -> None:
+        """Count time in which this rank waited for data."""
+        self._counts["data_wait"] += seconds
+
+    def micro_batch(
+        self, stats: dict[str, Any], flops: int, loss: torch.Tensor, row_losses: torch.Tensor | None
+    ) -> None:
+        """Add a micro-batch of this rank.
+
+        Args:
+            stats (`dict`): the collator's `packing_stats`.
+            flops (`int`): its FLOPs.
+            loss (`torch.Tensor`): its share of the step's loss, times the number of ranks.
+            row_losses (`torch.Tensor` of shape `(rows,)`, *optional*): where the model gives them.
+        """
+        self._counts.update({name: stats[name] for name in ("tokens", "positions", "documents", "images")})
+        self._counts.update(flops=flops, dropped=sum(stats["dropped"].values()))
+        self._dropped.update(stats["dropped"])
+        self._loss += loss
+        self._rows += stats["rows"]
+        self._row_losses.append(
+            torch.zeros(len(stats["rows"]), device=self.device) if row_losses is None else row_losses
+        )
+        for row in stats["rows"]:
+            source = self._sources[row["source"]]
+            source["labels"] += row["labels"]
+            source["tokens"] += row["tokens"]
+            source["packs"] += row["tokens"] > 0
+
+    def end_step(self, number: int, grad_norm: torch.Tensor | float, stop_requested: bool) -> None:
+        """Send the step's figures around; every rank must call.
+
+        Args:
+            number (`int`): the global step.
+            grad_norm (`float` or `torch.Tensor`): the gradient's norm, the same on all ranks.
+            stop_requested (`bool`): whether this rank was asked to leave.
+        """
+        row_losses = torch.cat(self._row_losses).detach()
+        source_of_row = torch.tensor([row["source"] for row in self._rows], device=self.device)
+        source_losses = torch.zeros(self.num_sources, dtype=torch.float64, device=self.device)
+        source_losses.index_add_(0, source_of_row, row_losses.double())
+        grad_norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else torch.as_tensor(grad_norm)
+        counts = [stop_requested, *(self._counts[name] for name in COUNTS)]
+        counts += [source[name] for source in self._sources for name in BY_SOURCE]
+        figures = torch.cat(
+            [
+                torch.stack([self._loss, grad_norm.to(self._loss)]) / self.world_size,
+                source_losses,
+                torch.tensor(counts, dtype=torch.float64).to(self.device, non_blocking=True),
+            ]
+        )
+        if self.world_size > 1:
+            figures = reduce(figures, "sum")
+        step = Step(number, rows=self._rows, row_losses=row_losses, dropped=self._dropped)
+        self._pending.append((step, *_to_host(figures)))
+        self._begin()
+
+    def finished(self, all_steps: bool) -> Iterator[Step]:
+        """Steps whose figures have not been given yet.
+
+        Args:
+            all_steps (`bool`): wait for the device; else, on a GPU, the last step is left for the next call.
+
+        Yields:
+            [`Step`]: in order.
+        """
+        left = 0 if all_steps or self.device.type == "cpu" else 1
+        while len(self._pending) > left:
+            step, figures, arrived = self._pending.popleft()
+            if arrived is not None:
+                arrived.synchronize()
+            yield self._read(step, iter(figures.tolist()))
+
+    def _read(self, step: Step, figures: Iterator[float]) -> Step:
+        step.loss, step.grad_norm = next(figures), next(figures)
+        step.source_losses = [next(figures) for _ in range(self.num_sources)]
+        step.stop_requested = bool(next(figures))
+        step.counts = {name: next(figures) for name in COUNTS}
+        step.sources = [{name: int(next(figures)) for name in BY_SOURCE} for _ in range(self.num_sources)]
+        return step
+
+
+def _to_host(figures: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """Copy without waiting for the device; the event says when the copy is there."""
+    if figures.device.type == "cpu":
+        return figures, None
+    host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
+    host.copy_(figures, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return host, arrived

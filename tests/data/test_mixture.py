@@ -1,0 +1,138 @@
+"""What `train_packs` may name, and several plans as one dataset."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from open_qwen2vl.data import PackedDataset, PackMixture, Source, parse_sources, plan_packs
+from open_qwen2vl.processing.collator import PackingCollator
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory, make_tar, sample, tokenizer) -> dict[str, str]:
+    """Plans of two tars at 4 tokens an image, and of the second at 16."""
+    root = tmp_path_factory.mktemp("plans")
+    folders = {}
+    for name, tar, budget, samples in (("cats", "a", 4, 30), ("dogs", "b", 4, 12), ("large", "b", 16, 12)):
+        members = [member for i in range(samples) for member in sample(f"{i:03}", f"a {name[:-1]} " * (i % 5 + 1))]
+        path = root / f"{tar}-{budget}.tar"
+        plan_packs(
+            [make_tar(path, members)], root / name, tokenizer, image_seq_length=budget, max_length=64, num_workers=1
+        )
+        folders[name] = str(root / name)
+    return folders
+
+
+def test_a_folder_is_one_source():
+    assert parse_sources("packs/captions") == [Source("captions", "packs/captions", epochs=1.0)]
+    assert parse_sources("packs/captions/")[0].name == "captions"
+
+
+def test_a_list_names_sources_with_epochs_or_weights():
+    entries = [{"path": "a"}, {"path": "b", "epochs": 2}, {"path": "c/a", "name": "c", "epochs": "0.5"}]
+    assert parse_sources(entries) == [
+        Source("a", "a", epochs=1.0),
+        Source("b", "b", epochs=2.0),
+        Source("c", "c/a", epochs=0.5),
+    ]
+    # YAML reads 1e1 as a word.
+    entries = [{"path": "a", "weight": 3}, {"path": "b", "weight": "1e1"}]
+    assert parse_sources(entries) == [Source("a", "a", weight=3.0), Source("b", "b", weight=10.0)]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("", "source 1 of the packs needs a `path`"),
+        (None, "must be a folder or a list"),
+        ([], "must be a folder or a list"),
+        ({"path": "a"}, "must be a folder or a list"),
+        (["a"], "source 1 of the packs needs a `path`, got 'a'"),
+        ([{"path": "a"}, {"name": "b"}], "source 2 of the packs needs a `path`"),
+        ([{"path": "a", "wieght": 1}], "unknown key 'wieght'; known are path, name, weight, epochs"),
+        ([{"path": "a", "weight": 1, "epochs": 1}], "source 1 of the packs has both a weight and epochs"),
+        ([{"path": "a", "weight": 1}, {"path": "b"}], "source 'b' has no weight: give all of them one, or none"),
+        ([{"path": "a", "epochs": 1}, {"path": "b", "weight": 1}], "source 'a' has no weight"),
+        ([{"path": "x/a"}, {"path": "y/a"}], "two sources are named 'a'"),
+        ([{"path": "a", "name": 3}], "has the name 3"),
+        ([{"path": "a", "weight": 0}], "weight of source 1 of the packs must be a positive number, got 0"),
+        ([{"path": "a", "epochs": -1}], "epochs of source 1 of the packs must be a positive number"),
+        ([{"path": "a", "epochs": "many"}], "must be a positive number, got 'many'"),
+        ([{"path": "a", "epochs": True}], "must be a positive number, got True"),
+        ([{"path": "a", "epochs": float("inf")}], "must be a positive number"),
+        ([{"path": "a", "epochs": float("nan")}], "must be a positive number"),
+    ],
+)
+def test_anything_else_is_one_clear_error(value, message):
+    with pytest.raises(ValueError) as error:
+        parse_sources(value)
+    assert message in str(error.value)
+
+
+def test_items_are_those_of_the_sources(plans, processor):
+    mixture = PackMixture(parse_sources([{"path": plans["cats"]}, {"path": plans["dogs"]}]), processor)
+    cats, dogs = (PackedDataset(plans[name], processor) for name in ("cats", "dogs"))
+    assert mixture.names == ["cats", "dogs"] and len(mixture) == len(cats) + len(dogs)
+    expected = [(0, cats, pack) for pack in range(len(cats))] + [(1, dogs, pack) for pack in range(len(dogs))]
+    for index, (source, dataset, pack) in enumerate(expected):
+        item, wanted = mixture[index], dataset[pack]
+        assert (item["source"], item["pack"]) == (source, index)
+        assert torch.equal(item["input_ids"], wanted["input_ids"])
+        assert torch.equal(item["pixel_values"], wanted["pixel_values"])
+        assert mixture.images_per_pack[index] == len(item["pixel_values"])
+        described = mixture.describe(index)
+        assert (described["source"], described["pack"]) == (mixture.names[source], pack)
+        documents = int((wanted["position_ids"] == 0).sum())
+        assert len({key for _, key in described["documents"]}) == documents > 0
+        assert all(tar.endswith(".tar") and key.isdigit() for tar, key in described["documents"])
+    assert mixture.images_per_pack.dtype == "int32" and mixture.images_per_pack.sum() == 42
+
+
+def test_behind_the_last_pack_stands_an_empty_one_of_each_source(plans, processor):
+    mixture = PackMixture(parse_sources([{"path": plans["cats"]}, {"path": plans["large"]}]), processor)
+    assert mixture.image_seq_length == 4
+    for source, budget in enumerate((4, 16)):
+        item = mixture[len(mixture) + source]
+        assert len(item["input_ids"]) == len(item["pixel_values"]) == 0
+        assert (item["source"], item["image_seq_length"]) == (source, budget)
+        assert mixture.describe(item["pack"]) == {"source": mixture.names[source], "pack": None, "documents": []}
+    for index in (-1, len(mixture) + 2):
+        with pytest.raises(IndexError):
+            mixture[index]
+    batch = PackingCollator()([mixture[0], mixture[len(mixture)]])
+    stats, alone = batch["packing_stats"], PackingCollator()([mixture[0]])["packing_stats"]
+    assert [stats[name] for name in ("tokens", "documents", "images")] == [
+        alone[name] for name in ("tokens", "documents", "images")
+    ]
+
+
+def test_the_fingerprint_tells_mixtures_apart_but_not_their_places(plans, processor, tmp_path):
+    def fingerprint(*entries):
+        mixture = PackMixture(parse_sources(list(entries)), processor)
+        return json.loads(json.dumps(mixture.fingerprint))
+
+    cats, dogs = {"path": plans["cats"]}, {"path": plans["dogs"]}
+    found = fingerprint(cats, dogs)
+    assert set(found) == {"cats", "dogs"} and found["cats"]["epochs"] == 1.0
+    others = [
+        fingerprint(cats),
+        fingerprint(cats, {**dogs, "epochs": 2}),
+        fingerprint({**cats, "weight": 1}, {**dogs, "weight": 1}),
+        fingerprint(cats, {**dogs, "path": plans["large"], "name": "dogs"}),
+    ]
+    assert all(other != found for other in others)
+    # Moved: the tar lies beside the plan as before, elsewhere.
+    for name in ("cats", "dogs"):
+        shutil.copytree(plans[name], tmp_path / "moved" / name)
+    for tar in ("a-4.tar", "b-4.tar"):
+        shutil.copy2(plans["cats"] + f"/../{tar}", tmp_path / "moved" / tar)
+    moved = [{"path": str(tmp_path / "moved" / name)} for name in ("cats", "dogs")]
+    assert fingerprint(*moved) == found
+
+
+def test_the_order_of_sources_belongs_to_the_fingerprint(plans, processor):
+    entries = [{"path": plans["cats"]}, {"path": plans["dogs"]}]
+    one, other = (PackMixture(parse_sources(order), processor).fingerprint for order in (entries, entries[::-1]))
+    assert json.dumps(one) != json.dumps(other) and one != other
