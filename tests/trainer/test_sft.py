@@ -325,7 +325,9 @@ def test_what_is_not_supported_is_refused(options, make_trainer, packs, rows):
         ({"packing": True}, "open-qwen2vl pack"),
         ({"padding_free": True}, "open-qwen2vl pack"),
         ({"assistant_only_loss": False}, "assistant_only_loss"),
-        ({"completion_only_loss": True}, "assistant_only_loss"),
+        ({"completion_only_loss": True}, "completion_only_loss"),
+        ({"chat_template_path": "chat.jinja"}, "chat_template_path"),
+        ({"pad_to_multiple_of": 64}, "pad_to_multiple_of"),
         ({"loss_type": "dft"}, "dft"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
     ]:

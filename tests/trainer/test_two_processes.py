@@ -4,32 +4,42 @@ import json
 import os
 import random
 import runpy
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from open_qwen2vl import cli
+from open_qwen2vl.trainer import newest_complete_checkpoint
 from tests.tars import write_caption_tar
 
 SCRIPT = Path(__file__).with_name("train_and_resume.py")
-FSDP = str(SCRIPT.with_name("fsdp2.yaml"))
+RECIPE = Path(__file__).parents[2] / "recipes" / "pretrain.py"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+FSDP = ["accelerate.commands.launch", "--config_file", str(SCRIPT.with_name("fsdp2.yaml"))]
 LAUNCHERS = {
     "ddp": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-    "fsdp2": ["accelerate.commands.launch", "--config_file", FSDP],
-    "fsdp2_three": ["accelerate.commands.launch", "--config_file", FSDP, "--num_processes", "3"],
+    "fsdp2": FSDP,
+    "fsdp2_three": [*FSDP, "--num_processes", "3"],
 }
+SOURCES = {"first": 1, "second": 1.5}  # epochs of each in one of the run
 COUNTS = ("steps", "tokens", "documents", "images", "flops", "sources", "dropped_documents")
 
-# Eight steps of four packs, two epochs; a checkpoint lies in the middle of the second.
+# Eight steps of four packs, in two epochs that end with a pack too few; a checkpoint lies within the second.
 MIXTURE = {"data": "mixture", "num_train_epochs": 2, "projector_learning_rate": 5e-3, "weight_decay": 0.1}
 SAVED = {**MIXTURE, "save_strategy": "steps", "save_steps": 3}
+BF16 = {**MIXTURE, "bf16": True, "max_steps": 2}
 # Sequential packs: the second of two processes gets the odd ones, which have no images.
 TOWER = {"data": "packs", "train_vision_tower": True, "max_steps": 3, "optim": "sgd", "learning_rate": 0.05}
+ALONE = {"per_device_train_batch_size": 2}  # of one process, for the same four packs a step
 
 
 def plan(folder: Path, name: str, captions: int, tokenizer: str) -> None:
@@ -50,10 +60,10 @@ def run_here(folder: Path, label: str, runs: dict) -> dict:
 def launch(launcher: str, folder: Path, runs: dict) -> dict:
     done = subprocess.run(
         [sys.executable, "-m", *LAUNCHERS[launcher], str(SCRIPT), str(folder), launcher, json.dumps(runs)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((folder / f"{launcher}.json").read_text())
@@ -61,7 +71,7 @@ def launch(launcher: str, folder: Path, runs: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, make_pack, backbones):
-    """Packs, plans, and what one process makes of them."""
+    """Packs in memory, and plans of two sources."""
     folder = tmp_path_factory.mktemp("two_processes")
     packs = [make_pack(1 + 7 * i % 5, seed=i, with_images=i % 2 == 0, dropped={f"rank{i % 2}": 1}) for i in range(12)]
     packs[3] = make_pack(2, seed=3, with_images=False, supervised=False, dropped={"rank1": 1})
@@ -69,20 +79,157 @@ def folder(tmp_path_factory, make_pack, backbones):
     (folder / "backbones.json").write_text(json.dumps(backbones))
     plan(folder, "first", 24, backbones["text"])
     plan(folder, "second", 10, backbones["text"])
-    run_here(
-        folder,
-        "one",
-        {
-            "mixture": {**MIXTURE, "per_device_train_batch_size": 2},
-            "tower": TOWER | {"per_device_train_batch_size": 2},
-        },
-    )
     return folder
 
 
-def test_debug(folder, backbones):
-    import shutil
-    shutil.rmtree("/tmp/d_folder", ignore_errors=True)
-    shutil.copytree(folder, "/tmp/d_folder")
-    shutil.copytree(Path(backbones["vision"]).parent, "/tmp/d_folder/backbones")
-    Path("/tmp/d_folder/backbones.json").write_text('{"vision": "/tmp/d_folder/backbones/vision", "text": "/tmp/d_folder/backbones/text"}')
+@pytest.fixture(scope="module")
+def one(folder) -> dict:
+    """What one process makes of them."""
+    return run_here(folder, "one", {"mixture": MIXTURE | ALONE, "tower": TOWER | ALONE, "bf16": BF16 | ALONE})
+
+
+def assert_same_training(found: dict, expected: dict) -> None:
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert {name: found[name] for name in COUNTS} == {name: expected[name] for name in COUNTS}
+    for metric in ("eval_loss", "eval_dropped_documents"):
+        assert found["evaluation"][metric] == pytest.approx(expected["evaluation"][metric], rel=1e-5)
+
+
+def assert_same_model(found: Path, expected: Path) -> None:
+    """The same files with the same weights."""
+    weights = load_file(found / "model.safetensors")
+    for name, parameter in load_file(expected / "model.safetensors").items():
+        torch.testing.assert_close(weights[name], parameter, rtol=1e-4, atol=1e-5, msg=name)
+    assert {path.name for path in found.iterdir()} == {path.name for path in expected.iterdir()}
+    assert (found / "config.json").read_text() == (expected / "config.json").read_text()
+    AutoModelForImageTextToText.from_pretrained(found)
+
+
+@pytest.mark.parametrize("launcher", ["ddp", "fsdp2"])
+def test_two_processes_equal_one(folder, one, launcher):
+    runs = {
+        "mixture": SAVED,
+        "resumed": {**SAVED, "resume": f"{launcher}/mixture/checkpoint-6"},
+        "interrupted": {**SAVED, "stop": {"rank": 1, "step": 4}},
+        "tower": TOWER,
+        "bf16": BF16,
+    }
+    two = launch(launcher, folder, runs)
+    assert all(run["devices"] == 2 for run in two.values())
+    packs = {name: json.loads((folder / name / "plan.json").read_text())["totals"]["packs"] for name in SOURCES}
+    read = {name: 2 * round(epochs * packs[name]) for name, epochs in SOURCES.items()}
+    assert sum(read.values()) // 2 % 4 != 0
+    assert {name: source["packs"] for name, source in two["mixture"]["sources"].items()} == read
+    for name in ("mixture", "tower"):
+        assert_same_training(two[name], one[name])
+        assert_same_model(folder / launcher / name / "model", folder / "one" / name / "model")
+    assert two["tower"]["dropped_documents"] == {"rank0": 6, "rank1": 6}
+
+    # Resumed in the middle of the second epoch: not only close, but the same.
+    assert two["resumed"]["losses"] == two["mixture"]["losses"]
+    assert two["resumed"]["evaluation"]["eval_loss"] == two["mixture"]["evaluation"]["eval_loss"]
+    assert {name: two["resumed"][name] for name in COUNTS} == {name: two["mixture"][name] for name in COUNTS}
+
+    # One rank was asked to leave, and both did, after the step in which it was asked.
+    assert [(rank["step"], rank["interrupted"]) for rank in two["interrupted"]["ranks"]] == [(5, True)] * 2
+    assert newest_complete_checkpoint(folder / launcher / "interrupted").endswith("checkpoint-5")
+    assert two["interrupted"]["losses"] == two["mixture"]["losses"][:5]
+
+    # The loss is not rounded to bf16 (by up to 4e-3), and a frozen tower is whole on each rank.
+    assert two["bf16"]["losses"][0] == pytest.approx(one["bf16"]["losses"][0], rel=5e-5)
+    assert two["bf16"]["tower_dtypes"] == ["torch.bfloat16"]
+    sharded = ["language_model", "projector"] if launcher == "fsdp2" else []
+    assert two["mixture"]["sharded"] == two["bf16"]["sharded"] == sharded
+    assert two["tower"]["sharded"] == (sharded and [*sharded, "vision_tower"])
+    towers = [rank["tower"] for run in ("mixture", "resumed", "bf16") for rank in two[run]["ranks"]]
+    assert towers[:4] == [one["mixture"]["ranks"][0]["tower"]] * 4 and towers[4] == towers[5]
+
+    if launcher == "ddp":
+        # On another number of processes.
+        resumed = {"resume": "ddp/interrupted/checkpoint-5"}
+        continued = run_here(folder, "continued", {"alone": SAVED | ALONE | resumed})["alone"]
+        assert_same_training(continued, one["mixture"])
+    else:
+        assert (folder / "fsdp2" / "mixture" / "checkpoint-6" / "optimizer_0" / ".metadata").exists()
+        with pytest.raises(ValueError, match="was trained with fsdp True, now False"):
+            run_here(folder, "refused", {"alone": SAVED | ALONE | {"resume": "fsdp2/mixture/checkpoint-6"}})
+
+
+@pytest.mark.slow
+def test_fsdp2_goes_on_with_another_number_of_processes(folder):
+    """Six packs a step: three micro-batches of two processes, then two of three."""
+    six = {**SAVED, "gradient_accumulation_steps": 3}
+    whole = run_here(folder, "six", {"six": six | ALONE})["six"]
+    launch("fsdp2", folder, {"six": {**six, "stop": {"rank": 0, "step": 3}}})
+    (checkpoint,) = (folder / "fsdp2" / "six").glob("checkpoint-4")
+    three = {**six, "gradient_accumulation_steps": 2, "resume": str(checkpoint)}
+    continued = launch("fsdp2_three", folder, {"six": three})["six"]
+    assert continued["devices"] == 3
+    assert_same_training(continued, whole)
+    assert_same_model(folder / "fsdp2_three" / "six" / "model", folder / "six" / "six" / "model")
+
+
+def start_ranks(config: Path) -> list[subprocess.Popen]:
+    """The recipe on two ranks without a launcher, so that the exit code of each can be seen."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(RECIPE), str(config)],
+            env={**ENVIRONMENT, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+def wait_for(path: Path, ranks: list[subprocess.Popen]) -> None:
+    while not path.exists():
+        assert all(rank.poll() is None for rank in ranks), ranks[0].communicate()[1][-3000:]
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_ranks_leave_together(folder, backbones, monkeypatch):
+    """SIGTERM to one rank, then SIGKILL to one rank, then one process to the end: the losses of a quiet run."""
+    options = {f"{part}_model": path for part, path in backbones.items()} | {
+        "train_packs": [{"path": str(folder / "first")}, {"path": str(folder / "second"), "weight": 1}],
+        "output_dir": str(folder / "killed"),
+        "gradient_accumulation_steps": 2,
+        "max_steps": 60,
+        "save_steps": 5,
+        "logging_steps": 1,
+        "dataloader_num_workers": 1,
+        "use_cpu": True,
+    }
+    options["train_packs"][0]["weight"] = 2
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(options))
+
+    ranks = start_ranks(config)
+    wait_for(folder / "killed" / "checkpoint-5", ranks)
+    ranks[1].send_signal(signal.SIGTERM)
+    errors = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [143, 143], errors
+    stopped_at = int(newest_complete_checkpoint(folder / "killed").rpartition("-")[2])
+    assert f"goes on from {folder / 'killed'}/checkpoint-{stopped_at}" in errors[0]
+
+    ranks = start_ranks(config)
+    wait_for(folder / "killed" / f"checkpoint-{stopped_at // 5 * 5 + 10}", ranks)
+    ranks[1].kill()
+    assert ranks[0].wait(timeout=60) not in (0, 143)
+    ranks[1].wait()
+
+    def losses(output_dir: str) -> list[float]:
+        monkeypatch.setattr(
+            sys, "argv", ["pretrain.py", str(config), "--per_device_train_batch_size", "2", "--output_dir", output_dir]
+        )
+        runpy.run_path(str(RECIPE), run_name="__main__")
+        state = json.loads((Path(output_dir) / "checkpoint-60" / "trainer_state.json").read_text())
+        return [log["loss"] for log in state["log_history"] if "loss" in log]
+
+    assert losses(str(folder / "killed")) == pytest.approx(losses(str(folder / "quiet")), rel=1e-5)

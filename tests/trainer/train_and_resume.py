@@ -94,7 +94,7 @@ def result(trainer: PackedTrainer) -> dict:
 def train(
     folder: Path, output_dir: Path, data: str, resume: str | None = None, stop: dict | None = None, **arguments
 ) -> dict:
-    """One run: from `resume`, a checkpoint in FOLDER, until `stop`, the arguments of [`TerminateRank`], or to the end."""
+    """One run: from `resume`, a checkpoint in FOLDER, until `stop`, arguments of [`TerminateRank`], or to the end."""
     trainer = make_trainer(folder, output_dir, data, **arguments)
     if stop:
         trainer.add_callback(TerminateRank(**stop))

@@ -57,9 +57,9 @@ class ExactCheckpoints:
         """What a checkpoint of this run is marked with.
 
         Returns:
-            `dict`: optimisation arguments and the data's fingerprint.
+            `dict`: optimisation arguments, the data's fingerprint, and whether the checkpoint is sharded.
         """
-        return records.run_record(self.args, self.data_fingerprint)
+        return {**records.run_record(self.args, self.data_fingerprint), "fsdp": self.is_fsdp_enabled}
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
@@ -98,6 +98,7 @@ class ExactCheckpoints:
                 self.state.save_to_json(str(staged / "trainer_state.json"))
             records.write_run_record(staged, self.run_record())
             publish(staged, final)
+            staged.parent.rmdir()
             prune(final.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 

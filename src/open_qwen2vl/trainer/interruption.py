@@ -23,6 +23,10 @@ LOCK_SECONDS = 120  # longer than a step and a checkpoint take, mostly
 LAUNCHER_VARIABLES = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
 
 
+class FolderInUse(ValueError):
+    """Another process trains in the folder."""
+
+
 class StopRequest:
     """Whether this process was asked to leave: by SIGTERM, or by the death of its launcher."""
 
@@ -68,7 +72,7 @@ def only_run_in(output_dir: str | os.PathLike, writes: bool) -> Iterator[None]:
         writes (`bool`): whether this rank is the one that writes checkpoints; the others take no lock.
 
     Raises:
-        ValueError: if another process still holds it after two minutes.
+        FolderInUse: if another process still holds it after two minutes.
     """
     if not writes:
         yield
@@ -88,12 +92,13 @@ def _wait_for(file, path: Path) -> None:
     told = False
     while True:
         try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # POSIX locks belong to the process alone: the loader's forked workers do not keep them.
+            return fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             file.seek(0)
             holder = file.read() or "unknown"
             if time.monotonic() > give_up:
-                raise ValueError(f"process {holder} is training in {path.parent}: wait for it or stop it") from None
+                raise FolderInUse(f"process {holder} is training in {path.parent}: wait for it or stop it") from None
             if not told:
                 logger.warning("waiting for process %s, which still writes to %s", holder, path.parent)
                 told = True

@@ -77,7 +77,9 @@ class PackedSFTTrainer(PackedTraining, _OwnDataAndForward):
         if isinstance(model, str):
             options = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code}
             model = AutoModelForImageTextToText.from_pretrained(model, **{**options, **(args.model_init_kwargs or {})})
-        self._processor = AutoProcessor.from_pretrained(name) if processing_class is None else processing_class
+        if processing_class is None:
+            processing_class = AutoProcessor.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        self._processor = processing_class
         self._max_length = args.max_length
         super().__init__(
             _with_adapter(model, args, peft_config),

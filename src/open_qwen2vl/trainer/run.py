@@ -9,7 +9,7 @@ import transformers
 
 from .arguments import PackedArguments
 from .checkpoints import CheckpointError, newest_complete_checkpoint, save_final_model
-from .interruption import EXIT_CODE
+from .interruption import EXIT_CODE, FolderInUse
 from .loss_watch import LossStopped
 from .packed_training import PackedTraining
 from .plots import plot_loss
@@ -46,6 +46,8 @@ def run_recipe(program: str, build_trainer: Callable[[], PackedTraining], args: 
     transformers.utils.logging.disable_progress_bar()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+    except FolderInUse as error:
+        _fail(program, error, args, code=2)
     except (CheckpointError, LossStopped) as error:
         _fail(program, error, args, code=1)
     if trainer.interrupted:

@@ -9,6 +9,18 @@ from trl import SFTConfig
 
 from .arguments import PackedArguments
 
+_PACK = "it is TRL's, for text alone; pack with `open-qwen2vl pack` and train on that"
+_NOT_SUPPORTED = {
+    "packing": _PACK,
+    "padding_free": _PACK,
+    "eval_packing": _PACK,
+    "completion_only_loss": "labels are the answers, as the chat template marks them",
+    "loss_type": "the loss is the model's own (nll)",
+    "chat_template_path": "give the processor its chat template beforehand; packs were planned with one",
+    "pad_to_multiple_of": "a row is as long as the longest pack of its batch",
+    "remove_unused_columns": "the collator needs all that a pack carries",
+}
+
 
 @dataclass
 class PackedSFTConfig(PackedArguments, SFTConfig):
@@ -42,15 +54,8 @@ class PackedSFTConfig(PackedArguments, SFTConfig):
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
             self.activation_checkpointing = True
         super().__post_init__()
-        if self.packing or self.padding_free:
-            raise ValueError(
-                "packing and padding_free are TRL's, for text alone; pack with `open-qwen2vl pack` and train on that"
-            )
-        if not self.assistant_only_loss or self.completion_only_loss:
-            raise ValueError(
-                "assistant_only_loss must stay on: labels are the answers, as the chat template marks them"
-            )
-        if self.loss_type != "nll":
-            raise ValueError(f"loss_type={self.loss_type!r} is not supported: the loss is the model's own (nll)")
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must be false: the collator needs all that a pack carries")
+        for name, reason in _NOT_SUPPORTED.items():
+            if getattr(self, name) not in (None, False, "nll"):
+                raise ValueError(f"{name} is not supported: {reason}")
+        if not self.assistant_only_loss:
+            raise ValueError("assistant_only_loss must stay on: labels are the answers, as the template marks them")

@@ -1,0 +1,89 @@
+"""A few steps under torch's profiler: where the time of a step goes."""
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+OPERATORS = 60  # rows of the table
+
+
+class ProfileCallback(TrainerCallback):
+    """Records some of a run's first steps into `output_dir/profile`; the run goes on as if nothing was.
+
+    `trace-rank0.json.gz` is for https://ui.perfetto.dev or `chrome://tracing`, `operators.txt` lists the operators by
+    the time that they take themselves. A rerun writes both anew.
+
+    Args:
+        wait (`int`, *optional*, defaults to 2): optimizer steps to let pass, in which caches fill.
+        warmup (`int`, *optional*, defaults to 1): steps in which the profiler runs and nothing is kept.
+        active (`int`, *optional*, defaults to 3): steps to record.
+        all_ranks (`bool`, *optional*, defaults to `False`): record every rank and not rank 0 alone.
+    """
+
+    def __init__(self, wait: int = 2, warmup: int = 1, active: int = 3, all_ranks: bool = False):
+        self.schedule = schedule(wait=wait, warmup=warmup, active=active, repeat=1)
+        self.steps = wait + warmup + active
+        self.all_ranks = all_ranks
+        self._profiler: profile | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        """Start the profiler; it counts the steps of this process."""
+        if args.process_index and not self.all_ranks:
+            return
+        folder = Path(args.output_dir) / "profile"
+        folder.mkdir(parents=True, exist_ok=True)
+        activities = [ProfilerActivity.CPU]
+        if torch.cuda.is_available() and args.device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        self._profiler = profile(
+            activities=activities,
+            schedule=self.schedule,
+            record_shapes=True,
+            on_trace_ready=lambda profiler: _write(profiler, folder, args.process_index),
+        )
+        self._profiler.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        """An optimizer step is a step of the profiler's schedule."""
+        if self._profiler is None:
+            return
+        self._profiler.step()
+        if self._profiler.step_num >= self.steps:
+            self._stop()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        """Write what there is of a run that ends early."""
+        if self._profiler is not None:
+            logger.warning(
+                "the profile is incomplete: it takes %d steps, and this run made %d",
+                self.steps,
+                self._profiler.step_num,
+            )
+            self._stop()
+
+    def _stop(self) -> None:
+        self._profiler.stop()
+        self._profiler = None
+
+
+def _write(profiler: profile, folder: Path, rank: int) -> None:
+    # The temporary name ends in .gz as well: the exporter goes by that.
+    _replace(folder / f"trace-rank{rank}.json.gz", "partial.json.gz", profiler.export_chrome_trace)
+    if rank == 0:
+        device = "cuda" if ProfilerActivity.CUDA in profiler.activities else "cpu"
+        table = profiler.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=OPERATORS)
+        _replace(folder / "operators.txt", "partial", lambda path: Path(path).write_text(table, encoding="utf-8"))
+    logger.info("profile written to %s", folder)
+
+
+def _replace(path: Path, suffix: str, write: Callable[[str], object]) -> None:
+    partial = path.with_name(f"{path.name}.{suffix}")
+    write(str(partial))
+    os.replace(partial, path)
