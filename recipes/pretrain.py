@@ -9,7 +9,7 @@ from the newest checkpoint in `output_dir`, with the losses that an undisturbed 
 
 On a CPU say how many threads to use: `accelerate launch` gives a single process one thread otherwise.
 
-    OMP_NUM_THREADS=$(nproc) accelerate launch --config_file recipes/accelerate/single_process.yaml \
+    OMP_NUM_THREADS=$(nproc) accelerate launch --config_file recipes/accelerate/single_gpu.yaml \
         recipes/pretrain.py recipes/quickstart.yaml
 
 `accelerate launch --quiet` leaves an error of yours as the one line that this script prints, without accelerate's own

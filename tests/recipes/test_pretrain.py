@@ -83,7 +83,7 @@ def losses(checkpoint: Path) -> list[tuple[int, float]]:
 def launched(config) -> tuple[Path, subprocess.CompletedProcess]:
     output_dir = config.parent / "launched"
     accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
-    command = [*accelerate, "--config_file", str(RECIPES / "accelerate" / "single_process.yaml")]
+    command = [*accelerate, "--config_file", str(RECIPES / "accelerate" / "single_gpu.yaml")]
     command += [str(RECIPES / "pretrain.py"), str(config), "--output_dir", str(output_dir)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -1,9 +1,11 @@
+import re
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from open_qwen2vl import OpenQwen2VLConfig, OpenQwen2VLForConditionalGeneration, PackingCollator
-from open_qwen2vl.trainer.flops import language_model_parameters, peak_flops, step_flops, vision_parameters
+from open_qwen2vl.trainer.flops import GPUS, language_model_parameters, peak_flops, step_flops, vision_parameters
 
 
 def count(parameters, dims=None):
@@ -76,9 +78,46 @@ def test_flops_agree_with_what_torch_counts(tiny_model, make_pack, train_vision_
         ("NVIDIA B200", 2250),
         ("NVIDIA GB200", 2500),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 4090 D", None),
         ("NVIDIA GeForce GTX 1080", None),
         ("cpu", None),
     ],
 )
 def test_peaks_by_device_name(name, teraflops):
     assert peak_flops(name) == (teraflops and teraflops * 1e12)
+
+
+def test_every_kind_of_gpu_is_found_by_its_own_name():
+    names = {
+        "gb200": "NVIDIA GB200",
+        "b200": "NVIDIA B200",
+        "h200-nvl": "NVIDIA H200 NVL",
+        "h200": "NVIDIA H200",
+        "h100-pcie": "NVIDIA H100 PCIe",
+        "h100-nvl": "NVIDIA H100 NVL",
+        "h100": "NVIDIA H100 80GB HBM3",
+        "a100-40gb": "NVIDIA A100-SXM4-40GB",
+        "a100-80gb": "NVIDIA A100 80GB PCIe",
+        "l40s": "NVIDIA L40S",
+        "rtx4090": "NVIDIA GeForce RTX 4090",
+    }
+    for kind, name in names.items():
+        assert next(other for other, gpu in GPUS.items() if re.search(gpu.device_name, name)) == kind
+    assert names.keys() == GPUS.keys()
+
+
+def test_the_papers_run():
+    """28.4M pairs of 176 tokens: the published 7.11e19 counts attention over whole packs and the block that is unused."""
+    config, pairs, length = OpenQwen2VLConfig(), 28_400_000, 176
+    tokens = pairs * length
+    isolated, whole_packs = (
+        step_flops(config, tokens, squared, pairs, 144) for squared in (pairs * length**2, tokens * 4096)
+    )
+    language = 6 * 1_543_714_304 * tokens + 6 * 28 * 1536 * tokens * 4096
+    assert language == pytest.approx(5.16e19, rel=1e-3)
+    assert whole_packs == pytest.approx(7.11e19, rel=0.02) and whole_packs < 7.11e19
+    # Attention over whole packs is 1.06 GFLOP a token, of which the documents' own is 0.05.
+    assert 6 * 28 * 1536 * 4096 == pytest.approx(1.06e9, rel=5e-3)
+    assert (whole_packs - isolated) / tokens == pytest.approx(1.06e9 - 0.045e9, rel=5e-3)
+    assert isolated == pytest.approx(6.48e19, rel=1e-3)

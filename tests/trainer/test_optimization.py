@@ -66,3 +66,11 @@ def test_training_in_bf16_goes_as_in_fp32(make_trainer):
         losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
     assert losses[1] == pytest.approx(losses[0], rel=0.03)
     assert losses[1] != losses[0]
+
+
+def test_the_log_names_the_learning_rate_of_each_part(make_trainer):
+    trainer = make_trainer(projector_learning_rate=1e-2, learning_rate=1e-3, max_steps=2, warmup_steps=0)
+    trainer.train()
+    for log in [log for log in trainer.state.log_history if "loss" in log]:
+        assert log["learning_rate/projector"] == pytest.approx(10 * log["learning_rate/language_model"])
+    assert "learning_rate/vision_tower" not in log and log["learning_rate/language_model"] > 0

@@ -105,6 +105,8 @@ class PackedArguments:
 
     def __post_init__(self):
         super().__post_init__()
+        # `accelerate launch --mixed_precision` counts too: the tower's type and the checkpoint's record go by these.
+        self.bf16, self.fp16 = self.mixed_precision == "bf16", self.mixed_precision == "fp16"
         if not (self.train_projector or self.train_language_model or self.train_vision_tower):
             raise ValueError("nothing to train: switch on train_projector, train_language_model or train_vision_tower")
         if self.label_smoothing_factor:
@@ -115,6 +117,8 @@ class PackedArguments:
         if self.device.type == "cpu":
             # There is nothing to pin memory for, and torch warns of it.
             self.dataloader_pin_memory = False
+        # Pinned batches go to the device while it computes.
+        self.accelerator_config.non_blocking = self.dataloader_pin_memory
 
 
 @dataclass

@@ -129,6 +129,10 @@ class ExactCheckpoints:
         plugin.set_state_dict_type(configured)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if state_dict is not None:
+            # Consolidated shards hold a tied head twice.
+            tied = getattr(self.model, "all_tied_weights_keys", {})
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
         # FSDP2 gives the model a class made on the spot; the saved code and auto_map must be those of its own.
         current = type(self.model)
         self.model.__class__ = self._model_class

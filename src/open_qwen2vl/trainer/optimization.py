@@ -85,25 +85,30 @@ def decayed_names(model: nn.Module) -> list[str]:
 
 def set_part_learning_rates(
     optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, nn.Parameter]], args: PackedArguments
-) -> None:
+) -> list[str]:
     """Split the optimizer's groups by part of the model, where a part has a learning rate of its own.
 
     Args:
         optimizer (`torch.optim.Optimizer`): before its first step; its groups are replaced.
         named_parameters (`Iterable[tuple[str, nn.Parameter]]`): those of the model.
         args ([`PackedArguments`]): with `<part>_learning_rate`.
+
+    Returns:
+        `list[str]`: the part of each group; empty where they are not split.
     """
     rates = {part: getattr(args, f"{part}_learning_rate") for part in (*PARTS, "language_model")}
     if all(rate is None for rate in rates.values()):
-        return
+        return []
     parts = {parameter: part_of(name) for name, parameter in named_parameters}
-    groups = []
+    groups, part_of_group = [], []
     for group in optimizer.param_groups:
         for part, rate in rates.items():
             parameters = [parameter for parameter in group["params"] if parts[parameter] == part]
             if parameters:
                 groups.append({**group, "params": parameters, "lr": group["lr"] if rate is None else rate})
+                part_of_group.append(part)
     optimizer.param_groups = groups
+    return part_of_group
 
 
 def enter_schedule(scheduler: LRScheduler) -> None:

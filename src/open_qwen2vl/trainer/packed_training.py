@@ -78,6 +78,8 @@ class PackedTraining(ExactCheckpoints, PackedEvaluation):
         self._micro_batch_flops = 0
         self._row_losses: torch.Tensor | None = None
         self._grad_norm: torch.Tensor | float = 0.0
+        self._part_of_group: list[str] = []
+        self._part_rates: dict[str, float] = {}
         self._meter = StepMeter(args.device, args.world_size, len(self.source_names))
 
     def _prepare_model(self, model: nn.Module, args) -> None:
@@ -164,7 +166,8 @@ class PackedTraining(ExactCheckpoints, PackedEvaluation):
         created = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if created:
-            set_part_learning_rates(optimizer, (self.model if model is None else model).named_parameters(), self.args)
+            named = (self.model if model is None else model).named_parameters()
+            self._part_of_group = set_part_learning_rates(optimizer, named, self.args)
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
@@ -258,6 +261,12 @@ class PackedTraining(ExactCheckpoints, PackedEvaluation):
         self._grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return self._grad_norm
 
+    def _get_learning_rate(self) -> float:
+        # Trainer asks right before the schedule moves on, and logs the first group's alone.
+        rates = zip(self._part_of_group, self.lr_scheduler.get_last_lr(), strict=False)
+        self._part_rates = {f"learning_rate/{part}": rate for part, rate in rates}
+        return super()._get_learning_rate()
+
     def _end_step(self) -> None:
         """After each optimizer step, on every rank: account, judge, and leave if asked to."""
         self._meter.end_step(self.state.global_step, self._grad_norm, self.stop_request.requested)
@@ -303,6 +312,7 @@ class PackedTraining(ExactCheckpoints, PackedEvaluation):
         if "loss" in logs:
             # Trainer's own loss starts anew after an interruption; the window's does not.
             logs.update(self.throughput.close_window(self.args.device, self.args.world_size, self.source_names))
+            logs.update(self._part_rates)
         Trainer.log(self, logs, start_time)
 
     def summary(self) -> dict[str, Any]:

@@ -1,0 +1,158 @@
+"""Configs of accelerate and the Slurm script, read as `accelerate launch` reads them and run on CPUs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin, patch_environment
+from accelerate.utils.launch import prepare_multi_gpu_env
+
+from open_qwen2vl import PackedTrainingArguments, cli
+from tests.tars import write_caption_tar
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+CONFIGS = sorted(path.stem for path in (RECIPES / "accelerate").glob("*.yaml"))
+SBATCH = RECIPES / "slurm" / "pretrain.sbatch"
+ENVIRONMENT = {
+    **os.environ,
+    "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def launch_arguments(config: str, *options: str):
+    """The launcher's arguments, and its parser, as they are after it has read the config."""
+    parser = launch_command_parser()
+    path = str(RECIPES / "accelerate" / f"{config}.yaml")
+    args = parser.parse_args(["--config_file", path, *options, "recipes/pretrain.py"])
+    return _validate_launch_command(args)[0], parser
+
+
+def test_every_setup_has_a_config():
+    assert CONFIGS == ["ddp_8gpu", "fsdp2_8gpu", "fsdp2_multinode", "single_gpu", "two_cpu_processes"]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_accelerate_knows_every_key(config):
+    args, parser = launch_arguments(config)
+    path = RECIPES / "accelerate" / f"{config}.yaml"
+    options = yaml.safe_load(path.read_text())
+    known = {action.dest for action in parser._actions}
+    # Unknown keys of a config are an error of accelerate's, those of its parts are dropped in silence.
+    assert set(options.get("fsdp_config", {})) <= known
+    for name, value in {**options, **options.get("fsdp_config", {})}.items():
+        if name not in ("compute_environment", "distributed_type", "fsdp_config"):
+            # An option whose default is not None wins over the config in silence.
+            assert getattr(args, name) == value, name
+    assert (args.use_fsdp, args.multi_gpu) == ("fsdp" in config, options["distributed_type"] == "MULTI_GPU")
+    assert args.mixed_precision == "no"
+
+
+@pytest.mark.parametrize("config", ["fsdp2_8gpu", "fsdp2_multinode"])
+def test_fsdp_options_reach_the_plugin(config):
+    args, _ = launch_arguments(config, "--main_process_ip", "localhost", "--machine_rank", "1")
+    found = prepare_multi_gpu_env(args)
+    with patch_environment(**{name: value for name, value in found.items() if "FSDP" in name}):
+        plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+    assert plugin.transformer_cls_names_to_wrap == ["Qwen2DecoderLayer", "SiglipEncoderLayer"]
+    assert plugin.state_dict_type.name == "SHARDED_STATE_DICT"
+    assert not plugin.cpu_ram_efficient_loading and not plugin.activation_checkpointing
+    assert int(args.nproc_per_node) == 8
+
+
+def test_precision_of_the_launcher_counts_as_the_option(tmp_path):
+    with patch_environment(ACCELERATE_MIXED_PRECISION="bf16"):
+        args = PackedTrainingArguments(str(tmp_path), use_cpu=True)
+    assert args.bf16 and not PackedTrainingArguments(str(tmp_path), use_cpu=True).bf16
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, backbones) -> Path:
+    """A YAML for the recipe, of 200 steps unless SIGTERM comes first."""
+    folder = tmp_path_factory.mktemp("configs")
+    write_caption_tar(folder / "0.tar", ["a cat", "two dogs run", "blue and green"] * 8)
+    packs = ["--output", str(folder / "packs"), "--image-seq-length", "4", "--max-length", "64", "--num-workers", "1"]
+    assert cli.main(["pack", str(folder / "0.tar"), "--tokenizer", backbones["text"], *packs]) == 0
+    options = {f"{part}_model": path for part, path in backbones.items()} | {
+        "train_packs": str(folder / "packs"),
+        "output_dir": str(folder / "run"),
+        "max_steps": 200,
+        "save_steps": 5,
+        "save_total_limit": 1,
+        "dataloader_num_workers": 0,
+        "use_cpu": True,
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(options))
+    return path
+
+
+def test_fsdp_without_gpus_is_refused_in_one_line(config):
+    """accelerate would train with DDP in silence."""
+    fsdp = ["--config_file", str(RECIPES / "accelerate" / "fsdp2_8gpu.yaml"), "--num_processes", "2"]
+    done = subprocess.run(
+        ["accelerate", "launch", "--main_process_port", "0", *fsdp, str(RECIPES / "pretrain.py"), str(config)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    errors = [line for line in done.stderr.splitlines() if line.startswith("pretrain.py: error: ")]
+    assert done.returncode != 0 and len(errors) == 1, done.stderr[-3000:]
+    assert "FSDP was asked for, but accelerate starts it on accelerators only" in errors[0]
+    assert not (config.parent / "run" / "model").exists()
+
+
+# What the script calls of Slurm, on one machine that stands for two.
+SRUN = """#!/bin/bash
+shift # --kill-on-bad-exit
+for node in 0 1; do SLURM_NODEID=$node "$@" & tasks="$tasks $!"; done
+trap 'kill -TERM $tasks' TERM
+for task in $tasks; do while kill -0 "$task" 2> /dev/null; do wait "$task" && code=0 || code=$?; done; done
+exit "$code"
+"""
+SCONTROL = """#!/bin/bash
+case "$1" in show) echo 127.0.0.1;; requeue) echo "$2" > "$REQUEUED";; esac
+"""
+
+
+@pytest.mark.slow
+def test_the_slurm_script_stops_and_requeues(config, tmp_path):
+    for name, content in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(content)
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_NODELIST": "node[0-1]"}
+    job |= {"SLURM_JOB_ID": str(os.getpid()), "REQUEUED": str(tmp_path / "requeued")}
+    job |= {"ACCELERATE_CONFIG": "recipes/accelerate/two_cpu_processes.yaml"}
+    output_dir = tmp_path / "run"
+    script = subprocess.Popen(
+        ["bash", str(SBATCH), str(config), "--output_dir", str(output_dir)],
+        env={**ENVIRONMENT, **job, "PATH": os.pathsep.join([str(tmp_path), ENVIRONMENT["PATH"]])},
+        cwd=RECIPES.parent,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (output_dir / "checkpoint-5").exists():
+        assert script.poll() is None, script.communicate()[1][-3000:]
+        time.sleep(0.05)
+    script.send_signal(signal.SIGTERM)
+    errors = script.communicate(timeout=240)[1]
+    assert script.returncode != 0
+    assert (tmp_path / "requeued").read_text().strip() == job["SLURM_JOB_ID"], errors[-3000:]
+    (checkpoint,) = output_dir.glob("checkpoint-*")
+    record = json.loads((checkpoint / "run.json").read_text())
+    assert record["packs_per_step"] == 2  # one on each of the two machines
+    assert "pretrain.py: stopped on request; the same command goes on" in errors
+
+
+def test_the_slurm_script_is_bash():
+    subprocess.run(["bash", "-n", str(SBATCH)], check=True)
