@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_pack(commands)
     _add_convert(commands)
     _add_chat(commands)
+    _add_estimate(commands)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
@@ -41,9 +42,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_pack(commands) -> None:
-    summary = "plan which captions share a pack (reads texts and headers, no images)"
+    summary = "plan which captions or conversations share a pack (reads texts and headers, no images)"
     parser = commands.add_parser("pack", help=summary, description=summary[0].upper() + summary[1:] + ".")
-    parser.add_argument("shards", nargs="*", metavar="SHARDS", help="WebDataset tars, or folders that hold *.tar")
+    parser.add_argument(
+        "shards",
+        nargs="*",
+        metavar="FILES",
+        help="WebDataset tars of captions; or conversations: .json or .jsonl (LLaVA's form or messages), .parquet or "
+        "a data set from save_to_disk (messages, images); or folders of tars or of parquet files",
+    )
+    parser.add_argument(
+        "--images",
+        action="append",
+        default=[],
+        metavar="DIR_OR_ARCHIVE",
+        help="where conversations' images are: a folder, an uncompressed .tar or a .zip; may be repeated",
+    )
     parser.add_argument("--output", required=True, help="folder of the plan; a rerun finishes what is missing in it")
     parser.add_argument(
         "--tokenizer",
@@ -54,10 +68,12 @@ def _add_pack(commands) -> None:
         ("image-seq-length", 144, "tokens per image"),
         ("max-length", 4096, "positions of a pack"),
         ("shards-per-group", 8, "tars whose samples may share packs"),
+        ("records-per-group", 10_000, "conversations that may share packs"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: %(default)s)")
+    parser.add_argument("--max-images", type=int, metavar="N", help="most images of a pack (default: any number)")
     parser.add_argument(
-        "--num-workers", type=int, metavar="N", help="processes (default: one per core, at most one per group of tars)"
+        "--num-workers", type=int, metavar="N", help="processes (default: one per core, at most one per group)"
     )
     parser.set_defaults(run=_pack)
 
@@ -66,10 +82,10 @@ def _pack(args: argparse.Namespace) -> None:
     from tqdm.contrib.logging import logging_redirect_tqdm
     from transformers import AutoTokenizer
 
-    from .data import find_shards, plan_packs
+    from .data import find_sources, plan_packs
     from .processing.text_formats import prepare_tokenizer
 
-    shards = find_shards(args.shards)
+    shards = find_sources(args.shards)
     try:
         tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(args.tokenizer))
     except (ValueError, OSError) as error:
@@ -81,7 +97,10 @@ def _pack(args: argparse.Namespace) -> None:
             tokenizer,
             image_seq_length=args.image_seq_length,
             max_length=args.max_length,
+            max_images=args.max_images,
             shards_per_group=args.shards_per_group,
+            images=args.images,
+            records_per_group=args.records_per_group,
             num_workers=args.num_workers,
         )
     print(report)
@@ -149,6 +168,42 @@ def _chat(args: argparse.Namespace) -> None:
     from .chat import chat
 
     chat(args.model, args.image, args.image_seq_length, args.max_new_tokens, args.temperature)
+
+
+def _add_estimate(commands) -> None:
+    summary = "tell memory, speed, hours and cost of a recipe on a kind of GPU (reads configs and plans, no weights)"
+    parser = commands.add_parser("estimate", help=summary, description=summary[0].upper() + summary[1:] + ".")
+    parser.add_argument("config", metavar="CONFIG.yaml", help="options of recipes/pretrain.py")
+    parser.add_argument("--gpu", required=True, metavar="KIND", help="as h100, a100-40gb, rtx4090")
+    parser.add_argument("--pairs", type=float, metavar="N", help="image-text pairs, instead of the recipe's packs")
+    for name, kind, default, text in (
+        ("num-gpus", int, 1, "data-parallel GPUs"),
+        ("mfu", float, 0.5, "share of the peak to reckon with, 0 to 1"),
+        ("tokens-per-pair", float, 176.0, "with --pairs: mean tokens of a pair, its images included"),
+        ("images-per-pair", float, 1.0, "with --pairs: mean images of a pair"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=kind, default=default, metavar="N", help=f"{text} (default: %(default)s)"
+        )
+    parser.add_argument("--price-per-hour", type=float, metavar="X", help="dollars for a GPU-hour (default: a list's)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_estimate)
+
+
+def _estimate(args: argparse.Namespace) -> None:
+    import json
+
+    from .trainer.estimate import estimate_run
+    from .trainer.estimate_inputs import assumed_work, planned_work, read_config, read_recipe
+
+    options = read_recipe(args.config)
+    config = read_config(options)
+    if args.pairs is None:
+        work = planned_work(options.get("train_packs"))
+    else:
+        work = assumed_work(args.pairs, args.tokens_per_pair, args.images_per_pair, config.image_seq_length)
+    result = estimate_run(options, config, work, args.gpu, args.num_gpus, args.mfu, args.price_per_hour)
+    print(json.dumps(result.as_dict(), indent=1) if args.json else result)
 
 
 if __name__ == "__main__":

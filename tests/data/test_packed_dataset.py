@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from open_qwen2vl import PackedDataset, PackingCollator
-from open_qwen2vl.data import packed_dataset, plan_packs
+from open_qwen2vl.data import plan_packs, reading
 from open_qwen2vl.data.shards import index_shard
 from open_qwen2vl.processing.text_formats import caption_document, tokenize_captions
 
@@ -97,7 +97,7 @@ def test_loader_workers_read_what_the_main_process_reads(caption_tars, packs, pr
 
 
 def test_open_files_are_not_pickled_and_stay_few(write_tar, sample, packs, processor, monkeypatch):
-    monkeypatch.setattr(packed_dataset, "OPEN_FILES", 3)
+    monkeypatch.setattr(reading, "OPEN_FILES", 3)
     shards = [write_tar(sample(f"{i}"), f"{i:02d}.tar") for i in range(8)]
     dataset = PackedDataset(packs(shards, shards_per_group=1), processor)
     before = len(os.listdir("/proc/self/fd"))

@@ -196,12 +196,12 @@ def test_parts_of_another_plan_are_refused(caption_tars, tmp_path, tokenizer):
         plan(caption_tars, folder, tokenizer, image_seq_length=9)
     with pytest.raises(ValueError, match="made with tokenizer"):
         plan(caption_tars, folder, other)
-    with pytest.raises(ValueError, match="other or changed tars"):
+    with pytest.raises(ValueError, match="other or changed files"):
         plan(caption_tars[::-1], folder, tokenizer)
-    with pytest.raises(ValueError, match="part-00002.parquet: part of a plan with more groups of tars"):
+    with pytest.raises(ValueError, match="part-00002.parquet: part of a plan with more groups"):
         plan(caption_tars[:2], folder, tokenizer)
     os.utime(caption_tars[1])
-    with pytest.raises(ValueError, match="part-00001.parquet: made with other or changed tars"):
+    with pytest.raises(ValueError, match="part-00001.parquet: made with other or changed files"):
         plan(caption_tars, folder, tokenizer)
     (folder / "part-00001.parquet").write_bytes(b"garbage")
     with pytest.raises(ValueError, match="part-00001.parquet: not a part of a plan"):

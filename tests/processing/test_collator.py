@@ -92,3 +92,25 @@ def test_cross_document_attention_runs_on():
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4]] * 2
     assert batch["labels"].tolist() == [[-100, 101, 102, 103, 104], [-100, 101, 102, 103, -100]]
     assert not any(key.startswith(("cu_seq", "max_length")) for key in batch)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_label_positions_are_those_whose_next_position_is_labelled(joined):
+    batch = PackingCollator(cross_document_attention=joined)([make_item([3, 4]), make_item([5]), make_item([])])
+    labels = batch["labels"]
+    expected = [
+        row * labels.shape[1] + t
+        for row in range(len(labels))
+        for t in range(labels.shape[1] - 1)
+        if labels[row, t + 1] != -100
+    ]
+    assert batch["label_positions"].tolist() == expected
+    assert len(expected) == sum(row["labels"] for row in batch["packing_stats"]["rows"])
+
+
+@pytest.mark.parametrize(("multiple", "length"), [(8, 16), (4, 12), (12, 12), (1, 11), (None, 11)])
+def test_rows_are_padded_to_a_multiple(multiple, length):
+    batch = PackingCollator(pad_to_multiple_of=multiple)([make_item([5, 6]), make_item([3])])
+    assert batch["input_ids"].shape == batch["position_ids"].shape == (2, length)
+    assert batch["cu_seq_lens_q"][-1] == 2 * length
+    assert batch["packing_stats"]["tokens"] == 14 and batch["packing_stats"]["positions"] == 2 * length

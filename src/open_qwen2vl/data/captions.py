@@ -5,65 +5,72 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..processing.text_formats import caption_document_length, tokenize_captions
-from .plan_files import Document
+from ..processing.text_formats import caption_document, caption_document_length, tokenize_captions
+from .plan_files import Document, Group, GroupDocuments, shard_path
+from .reading import Newest, read_pixels
 from .shards import IMAGE_EXTENSIONS, MemberError, Sample, index_shard, read_member, sample_uid
 
 
-class ShardDocuments(NamedTuple):
-    """The documents of a tar and what was left out.
-
-    Attributes:
-        documents (`list[Document]`): in the order of the tar.
-        skipped (`list[tuple[str, str]]`): key and reason.
-        ignored_members (`int`): members that belong to no sample, as directories.
-    """
-
-    documents: list[Document]
-    skipped: list[tuple[str, str]]
-    ignored_members: int
-
-
-def caption_documents(
-    path: str | Path, shard: int, tokenizer: PreTrainedTokenizerBase, image_seq_length: int, max_length: int
-) -> ShardDocuments:
-    """Plan the documents of one tar: no image is read.
+def caption_documents(group: Group, tokenizer: PreTrainedTokenizerBase) -> GroupDocuments:
+    """Plan the documents of some tars: no image is read.
 
     Args:
-        path (`str | Path`): the tar.
-        shard (`int`): its index in the plan's list.
+        group ([`Group`]): the tars.
         tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
-        image_seq_length (`int`): tokens per image.
-        max_length (`int`): positions that a document may take.
 
     Returns:
-        [`ShardDocuments`]: each sample of the tar is either a document or named with a reason.
+        [`GroupDocuments`]: each sample of the tars is either a document or named with a reason.
 
     Raises:
-        OSError: if the tar cannot be read.
+        OSError: if a tar cannot be read.
     """
-    index = index_shard(path)
-    readable, captions, skipped = [], [], list(index.skipped)
-    with open(path, "rb", buffering=0) as file:
-        for sample in index.samples:
-            try:
-                members, caption = _caption_members(file.fileno(), sample)
-            except MemberError as error:
-                skipped.append((sample.key, error.reason))
-                continue
-            uid = sample_uid(_read_json(file.fileno(), sample), os.path.basename(path), sample.key)
-            readable.append((sample.key, uid, members))
-            captions.append(caption)
-    documents = []
-    for (key, uid, members), ids in zip(readable, tokenize_captions(tokenizer, captions), strict=True):
-        tokens = caption_document_length(len(ids), image_seq_length)
-        if tokens > max_length:
-            skipped.append((key, "too_long"))
-        else:
-            documents.append(Document(shard, key, uid, members, tokens))
-    return ShardDocuments(documents, skipped, index.ignored_members)
+    documents, skipped, ignored = [], [], 0
+    for number, shard in zip(group.shards, group.recipe["shards"], strict=True):
+        found = _tar_documents(shard_path(group.folder, shard), number, tokenizer, group.recipe)
+        documents += found.documents
+        skipped += [(shard["path"], key, reason) for key, reason in found.skipped]
+        ignored += found.ignored_members
+    return GroupDocuments(documents, skipped, ignored)
+
+
+class CaptionReader:
+    """Reads the captions of a plan, for one process.
+
+    Args:
+        folder (`Path`): folder of the plan.
+        plan (`dict`): its content.
+        processor (`OpenQwen2VLProcessor`): tokenizes and resizes.
+    """
+
+    def __init__(self, folder: Path, plan: dict[str, Any], processor: Any):
+        self._image_seq_length = plan["image_seq_length"]
+        self._processor = processor
+        self._tars = Newest(lambda shard: open(shard_path(folder, plan["shards"][shard]), "rb", buffering=0))
+
+    def read(self, document: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
+        """Read a document.
+
+        Args:
+            document (`dict`): of a row of the plan.
+
+        Returns:
+            `tuple`: int64 `input_ids` and `labels` of shape `(S,)`, uint8 `pixel_values` of shape `(1, 3, H, W)`.
+
+        Raises:
+            MemberError, ImageError: if a member has moved or cannot be used, each with a `reason`.
+        """
+        tar = self._tars[document["shard"]].fileno()
+        image, text = (
+            read_member(tar, f"{document['key']}.{member['ext']}", member["offset"], member["size"])
+            for member in document["members"]
+        )
+        tokenizer = self._processor.tokenizer
+        (text_ids,) = tokenize_captions(tokenizer, [decode_caption(text)])
+        return *caption_document(text_ids, tokenizer, self._image_seq_length), read_pixels(image, self._processor)
 
 
 def decode_caption(data: bytes) -> str:
@@ -85,6 +92,37 @@ def decode_caption(data: bytes) -> str:
     if not caption.strip():
         raise MemberError("empty_caption", "the caption is empty")
     return caption
+
+
+class _TarDocuments(NamedTuple):
+    documents: list[Document]
+    skipped: list[tuple[str, str]]  # key and reason
+    ignored_members: int
+
+
+def _tar_documents(
+    path: str, number: int, tokenizer: PreTrainedTokenizerBase, recipe: dict[str, Any]
+) -> _TarDocuments:
+    index = index_shard(path)
+    readable, captions, skipped = [], [], list(index.skipped)
+    with open(path, "rb", buffering=0) as file:
+        for sample in index.samples:
+            try:
+                members, caption = _caption_members(file.fileno(), sample)
+            except MemberError as error:
+                skipped.append((sample.key, error.reason))
+                continue
+            uid = sample_uid(_read_json(file.fileno(), sample), os.path.basename(path), sample.key)
+            readable.append((sample.key, uid, members))
+            captions.append(caption)
+    documents = []
+    for (key, uid, members), ids in zip(readable, tokenize_captions(tokenizer, captions), strict=True):
+        tokens = caption_document_length(len(ids), recipe["image_seq_length"])
+        if tokens > recipe["max_length"]:
+            skipped.append((key, "too_long"))
+        else:
+            documents.append(Document(number, key, uid, members, tokens))
+    return _TarDocuments(documents, skipped, index.ignored_members)
 
 
 def _caption_members(file: int, sample: Sample) -> tuple[list[tuple[str, int, int]], str]:

@@ -6,6 +6,7 @@ First-fit-decreasing is the start; passes of a randomised fill (fixed seed) then
 gets the largest size left and a subset of randomly drawn sizes that fills it exactly, found with a Python integer
 as bit set (minimum bin slack: Gupta and Ho, 1999). After a pass, sizes that ended in badly filled packs are drawn
 more often (sequential value correction: Belov and Scheithauer, 2007). The result never has more packs than FFD.
+Where the images of a pack are bounded as well and that bound cannot be ignored, packing_images.py does the work.
 """
 
 import operator
@@ -16,6 +17,8 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
+
+from .packing_images import Pattern, fewest_packs_with_images
 
 _PASSES = 10  # twenty gave 0.2 % fewer packs at best
 _CANDIDATES = 48  # sizes drawn to fill one pack; a pack of captions holds about 24 documents
@@ -68,32 +71,58 @@ class _Stock:
         return room
 
 
-def pack_lengths(lengths: Sequence[int] | np.ndarray, max_length: int) -> np.ndarray:
+def pack_lengths(
+    lengths: Sequence[int] | np.ndarray,
+    max_length: int,
+    images: Sequence[int] | np.ndarray | None = None,
+    max_images: int | None = None,
+) -> np.ndarray:
     """
-    Distributes documents over as few packs as it can find, none longer than `max_length`.
+    Distributes documents over as few packs as it can find, none above `max_length` tokens or `max_images` images.
 
-    The result depends on the arguments alone and never has more packs than first-fit-decreasing. A million lengths
-    take at most about two seconds at `max_length=4096`: two sorts, first-fit-decreasing, and a search of bounded work.
+    The result depends on the arguments alone; without `max_images` it never has more packs than first-fit-decreasing.
+    A million documents take about two seconds at `max_length=4096`: sorts, greedy packing, a search of bounded work.
 
     Args:
         lengths (`Sequence[int]` or `np.ndarray` of shape `(n,)`):
             Length of each document in tokens, of any integer dtype.
         max_length (`int`):
             Capacity of a pack in tokens.
+        images (`Sequence[int]` or `np.ndarray` of shape `(n,)`, *optional*):
+            Number of images of each document; looked at only with `max_images`.
+        max_images (`int`, *optional*):
+            Most images of a pack; any number where not given.
 
     Returns:
         `np.ndarray` of shape `(n,)`, int64: the pack number of each document; the numbers start at 0 without a gap.
 
     Raises:
         `ValueError`: if `lengths` is not a flat list of integers, or a length (named by its index) is below 1 or
-            above `max_length`, or `max_length` is not a positive integer.
+            above `max_length`, or `max_length` is not a positive integer; `images` (from 0) and `max_images` likewise.
     """
     lengths, max_length = _checked(lengths, max_length)
+    if max_images is not None:
+        return _pack_with_images(lengths, max_length, images, max_images)
     if not lengths.size:
         return np.empty(0, dtype=np.int64)
     values, counts = np.unique(lengths, return_counts=True)
     patterns = _fewest_packs([0, *values.tolist()], [0, *counts.tolist()], max_length)
     return _number_packs(lengths, patterns)
+
+
+def _pack_with_images(
+    lengths: np.ndarray, max_length: int, images: Sequence[int] | None, max_images: int
+) -> np.ndarray:
+    images, max_images = _checked([] if images is None else images, max_images, ("images", "max_images"), 0)
+    if images.size != lengths.size:
+        raise ValueError(f"max_images needs the images of {lengths.size} documents, got {images.size}")
+    if lower_bound(images[images > 0], max_images) <= lower_bound(lengths, max_length):
+        packs = pack_lengths(lengths, max_length)
+        if not packs.size or np.bincount(packs, weights=images).max() <= max_images:
+            return packs
+    kinds, kind, counts = np.unique(images * (max_length + 1) + lengths, return_inverse=True, return_counts=True)
+    of_images, of_tokens = (sizes.tolist() for sizes in np.divmod(kinds, max_length + 1))
+    return _number_packs(kind, fewest_packs_with_images(of_tokens, of_images, counts.tolist(), max_length, max_images))
 
 
 def lower_bound(lengths: Sequence[int] | np.ndarray, max_length: int) -> int:
@@ -119,17 +148,23 @@ def lower_bound(lengths: Sequence[int] | np.ndarray, max_length: int) -> int:
     return _lower_bound(*np.unique(lengths, return_counts=True), max_length)
 
 
-def _checked(lengths: Sequence[int] | np.ndarray, max_length: int) -> tuple[np.ndarray, int]:
-    if isinstance(max_length, (bool, np.bool_)) or not hasattr(max_length, "__index__") or max_length < 1:
-        raise ValueError(f"max_length must be a positive integer, got {max_length!r}")
-    array = np.asarray(lengths)
+def _checked(
+    sizes: Sequence[int] | np.ndarray,
+    capacity: int,
+    names: tuple[str, str] = ("lengths", "max_length"),
+    least: int = 1,
+) -> tuple[np.ndarray, int]:
+    name, capacity_name = names
+    if isinstance(capacity, (bool, np.bool_)) or not hasattr(capacity, "__index__") or capacity < 1:
+        raise ValueError(f"{capacity_name} must be a positive integer, got {capacity!r}")
+    array = np.asarray(sizes)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise ValueError(f"lengths must be a flat list of integers, got shape {array.shape} of dtype {array.dtype}")
-    wrong = np.flatnonzero((array < 1) | (array > max_length))
+        raise ValueError(f"{name} must be a flat list of integers, got shape {array.shape} of dtype {array.dtype}")
+    wrong = np.flatnonzero((array < least) | (array > capacity))
     if wrong.size:
         index = int(wrong[0])
-        raise ValueError(f"lengths[{index}] is {array[index]}, must be between 1 and max_length={max_length}")
-    return array.astype(np.int64, copy=False), operator.index(max_length)
+        raise ValueError(f"{name}[{index}] is {array[index]}, must be between {least} and {capacity_name}={capacity}")
+    return array.astype(np.int64, copy=False), operator.index(capacity)
 
 
 def _lower_bound(values: np.ndarray, counts: np.ndarray, max_length: int) -> int:
@@ -250,7 +285,7 @@ def _corrected(value: list[float], counts: list[int], patterns: list[_Pattern], 
     ]
 
 
-def _number_packs(lengths: np.ndarray, patterns: list[_Pattern]) -> np.ndarray:
+def _number_packs(lengths: np.ndarray, patterns: Sequence[_Pattern | Pattern]) -> np.ndarray:
     """Deals the items of each size, in their order, to the packs of the patterns, in theirs."""
     rows = [(i, number, pattern.times) for pattern in patterns for i, number in pattern.content.items()]
     size, number, times = np.array(rows, dtype=np.int64).T

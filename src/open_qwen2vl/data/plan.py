@@ -1,10 +1,13 @@
 """The planner: which documents share a pack, found from texts and headers alone; no image is read.
 
-    tars ── groups of `shards_per_group`, one task each ──► part-00000.parquet, skipped-00000.parquet ──► plan.json
-             index, read texts, tokenise, pack_lengths       (what stands in them: plan_files.py)
+    files ── groups of `shards_per_group` tars or of `records_per_group` conversations, one task each
+               │ read texts, tokenise, pack_lengths
+               ▼
+             part-00000.parquet, skipped-00000.parquet (plan_files.py) ──► plan.json
 
-Packs never mix groups, so that reading one stays local. A part is its own done-marker: it is renamed into place when
-it is whole and carries what it was made from. A rerun makes the missing parts only; `plan.json` is written last.
+Packs never mix groups, so that reading one stays local. What a file is and how it is read: sources.py. A part is its
+own done-marker: it is renamed into place when it is whole and carries what it was made from. A rerun makes the missing
+parts only; `plan.json` is written last.
 """
 
 import functools
@@ -24,22 +27,24 @@ import numpy as np
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..processing.conversations import ConversationFormat, training_chat_template
 from ..processing.text_formats import caption_document_length, prepare_tokenizer, tokenizer_fingerprint
-from .captions import caption_documents
+from .image_files import describe_images, index_archives, remove_index
 from .packing import pack_lengths
 from .plan_files import (
     FORMAT_VERSION,
+    Group,
     describe_shard,
     packs_table,
     read_part_metadata,
     remove_temporaries,
-    shard_path,
     write_part,
     write_plan,
     write_skipped,
 )
 from .plan_report import PlanReport
 from .shards import TAR_DAMAGE
+from .sources import SourceKind, source_kind
 
 logger = logging.getLogger(__name__)
 
@@ -48,24 +53,26 @@ LOGGED_SKIPS = 3  # of each reason, and each damaged tar; all of them stand in t
 
 @dataclass(frozen=True)
 class _Task:
-    """One group of tars. `recipe` is all that its part depends on."""
+    """One group of files, or of records of a file."""
 
     number: int
-    first_shard: int
-    folder: Path
-    recipe: dict[str, Any]
+    group: Group
 
     @property
     def part(self) -> Path:
-        return self.folder / f"part-{self.number:05d}.parquet"
+        return self.group.folder / f"part-{self.number:05d}.parquet"
 
     @property
     def skipped(self) -> Path:
-        return self.folder / f"skipped-{self.number:05d}.parquet"
+        return self.group.folder / f"skipped-{self.number:05d}.parquet"
 
     @property
-    def bytes(self) -> int:
-        return sum(shard["size"] for shard in self.recipe["shards"])
+    def amount(self) -> int:
+        """Of work: bytes, or rows of a table."""
+        recipe = self.group.recipe
+        if "range" in recipe:
+            return recipe["range"][1] - recipe["range"][0]
+        return sum(shard["size"] for shard in recipe["shards"])
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ class _Done:
     """What the main process hears of a finished part."""
 
     samples: int
-    bytes: int
+    amount: int
     skipped: list[tuple[str, str, str]]  # the first of each reason
 
 
@@ -84,18 +91,25 @@ def plan_packs(
     *,
     image_seq_length: int = 144,
     max_length: int = 4096,
+    max_images: int | None = None,
     shards_per_group: int = 8,
+    images: Sequence[str | Path] = (),
+    records_per_group: int = 10_000,
     num_workers: int | None = None,
 ) -> PlanReport:
-    """Plan the packs of caption tars. The same input gives the same plan, whatever the number of workers.
+    """Plan the packs of captions or conversations. The same input gives the same plan, with any number of workers.
 
     Args:
-        shards (`Sequence[str | Path]`): uncompressed WebDataset tars; [`find_shards`] lists those of a folder.
+        shards (`Sequence[str | Path]`): files of one kind of `sources.py`; [`find_sources`] lists those of a folder.
         output (`str | Path`): folder of the plan, for one planner at a time. Finished parts in it are kept.
         tokenizer (`PreTrainedTokenizerBase`): a fast tokenizer after [`prepare_tokenizer`].
         image_seq_length (`int`, *optional*, defaults to 144): tokens per image.
         max_length (`int`, *optional*, defaults to 4096): positions of a pack.
+        max_images (`int`, *optional*): most images of a pack; a document with more is skipped.
         shards_per_group (`int`, *optional*, defaults to 8): tars whose samples may share packs.
+        images (`Sequence[str | Path]`, *optional*): folders, `.tar` and `.zip` files in which conversations' images
+            are looked up by their path.
+        records_per_group (`int`, *optional*, defaults to 10000): conversations that may share packs.
         num_workers (`int`, *optional*): processes; where not given one per core, but no more than there are groups.
 
     Returns:
@@ -104,43 +118,78 @@ def plan_packs(
     Raises:
         ValueError: for an option out of range, no shards, a folder with parts of another plan, or if not a single
             sample can be packed.
-        OSError: if a tar cannot be read.
+        OSError: if a file cannot be read.
     """
-    _check_options(image_seq_length, max_length, shards_per_group, num_workers)
     if not shards:
-        raise ValueError("no shards given: name at least one tar")
+        raise ValueError("no shards given: name at least one tar, or one file of conversations")
+    kind = source_kind(shards)
+    numbers = {
+        "image_seq_length": image_seq_length,
+        "max_images": max_images,
+        "shards_per_group": shards_per_group,
+        "records_per_group": records_per_group,
+        "num_workers": num_workers,
+    }
+    _check_options(kind, max_length, images, numbers)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     options = {
         "format_version": FORMAT_VERSION,
-        "text_format": "caption",
+        "text_format": kind.text_format,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "image_seq_length": image_seq_length,
         "max_length": max_length,
+        "max_images": max_images,
     }
+    if kind.text_format == "conversation":
+        options["chat_template"] = ConversationFormat(tokenizer, training_chat_template(tokenizer)).fingerprint
+        options["images"] = describe_images(images, folder)
     described = [describe_shard(shard, folder) for shard in shards]
+    groups = _groups(kind, shards, shards_per_group, records_per_group)
     tasks = [
-        _Task(number, start, folder, {**options, "shards": described[start : start + shards_per_group]})
-        for number, start in enumerate(range(0, len(described), shards_per_group))
+        _Task(number, Group(folder, chosen, {**options, "shards": [described[i] for i in chosen], **cut}))
+        for number, (chosen, cut) in enumerate(groups)
     ]
+    if not tasks:
+        raise ValueError(f"{shards[0]}: not a single record in it")
     remove_temporaries(folder)
     missing = _missing_parts(folder, tasks)
+    if missing and images:
+        index_archives(folder, options["images"])
     workers = num_workers or min(len(missing), os.cpu_count() or 1)
-    _follow(_run(missing, tokenizer, workers), sum(task.bytes for task in missing))
+    _follow(_run(missing, tokenizer, workers), sum(task.amount for task in missing))
+    remove_index(folder)
     return _finish(folder, {**options, "shards": described}, tasks)
 
 
-def _check_options(image_seq_length: int, max_length: int, shards_per_group: int, num_workers: int | None) -> None:
-    options = {"image_seq_length": image_seq_length, "shards_per_group": shards_per_group, "num_workers": num_workers}
-    for name, value in options.items():
+def _check_options(
+    kind: SourceKind, max_length: int, images: Sequence[str | Path], numbers: dict[str, int | None]
+) -> None:
+    for name, value in numbers.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if kind.text_format == "caption" and images:
+        raise ValueError("images are for conversations: the images of captions are in their tars")
+    image_seq_length = numbers["image_seq_length"]
     shortest = caption_document_length(1, image_seq_length)
-    if max_length < shortest:
+    if kind.text_format == "caption" and max_length < shortest:
         raise ValueError(
             f"max_length {max_length} is below {shortest}, the shortest document with image_seq_length "
             f"{image_seq_length}"
         )
+
+
+def _groups(
+    kind: SourceKind, paths: Sequence[str | Path], shards_per_group: int, records_per_group: int
+) -> Iterator[tuple[range, dict[str, Any]]]:
+    """The files of each group by their index, and the range of a file of several groups."""
+    if kind.cut is None:
+        for start in range(0, len(paths), shards_per_group):
+            yield range(start, min(start + shards_per_group, len(paths))), {}
+        return
+    for number, path in enumerate(paths):
+        for start, stop in kind.cut(path, records_per_group):
+            yield range(number, number + 1), {"range": [start, stop]}
 
 
 def _missing_parts(folder: Path, tasks: list[_Task]) -> list[_Task]:
@@ -148,16 +197,17 @@ def _missing_parts(folder: Path, tasks: list[_Task]) -> list[_Task]:
     advice = f"delete {folder} or choose another output"
     strangers = sorted(set(folder.glob("part-*.parquet")) - {task.part for task in tasks})
     if strangers:
-        raise ValueError(f"{strangers[0]}: part of a plan with more groups of tars; {advice}")
+        raise ValueError(f"{strangers[0]}: part of a plan with more groups; {advice}")
     missing = []
     for task in tasks:
         if not task.part.exists():
             missing.append(task)
             continue
         made = read_part_metadata(task.part)["recipe"]
-        for name, value in task.recipe.items():
+        for name, value in task.group.recipe.items():
             if made.get(name) != value:
-                found = "other or changed tars" if name == "shards" else f"{name} {made.get(name)}, now {value}"
+                what = {"shards": "files", "images": "image folders or archives"}.get(name)
+                found = f"other or changed {what}" if what else f"{name} {made.get(name)}, now {value}"
                 raise ValueError(f"{task.part}: made with {found}; {advice}")
     return missing
 
@@ -187,7 +237,7 @@ def _start_worker() -> None:
 
 
 def _make_part_in_worker(task: _Task, tokenizer_folder: str) -> _Done:
-    return _make_part(task, _load_tokenizer(tokenizer_folder, task.recipe["tokenizer"]))
+    return _make_part(task, _load_tokenizer(tokenizer_folder, task.group.recipe["tokenizer"]))
 
 
 @functools.cache
@@ -199,21 +249,23 @@ def _load_tokenizer(folder: str, fingerprint: str) -> PreTrainedTokenizerBase:
 
 
 def _make_part(task: _Task, tokenizer: PreTrainedTokenizerBase) -> _Done:
-    """The whole work on one group of tars."""
-    recipe, documents, skipped, ignored = task.recipe, [], [], 0
-    for number, shard in enumerate(recipe["shards"], start=task.first_shard):
-        found = caption_documents(
-            shard_path(task.folder, shard), number, tokenizer, recipe["image_seq_length"], recipe["max_length"]
-        )
-        documents += found.documents
-        skipped += [(shard["path"], key, reason) for key, reason in found.skipped]
-        ignored += found.ignored_members
+    """The whole work on one group."""
+    recipe = task.group.recipe
+    kind = source_kind([shard["path"] for shard in recipe["shards"]])
+    documents, skipped, ignored = kind.plan(task.group, tokenizer)
+    limit = recipe["max_images"]
+    if limit is not None:
+        paths = dict(zip(task.group.shards, (shard["path"] for shard in recipe["shards"]), strict=True))
+        too_many = [document for document in documents if document.num_images > limit]
+        skipped = skipped + [(paths[document.shard], document.key, "too_many_images") for document in too_many]
+        documents = [document for document in documents if document.num_images <= limit]
     lengths = np.array([document.tokens for document in documents], dtype=np.int64)
-    table = packs_table(documents, pack_lengths(lengths, recipe["max_length"]))
+    images = np.array([document.num_images for document in documents], dtype=np.int64)
+    table = packs_table(documents, pack_lengths(lengths, recipe["max_length"], images, limit))
     report = PlanReport.of_part(table, recipe["max_length"], skipped, ignored)
     write_skipped(task.skipped, skipped)
     write_part(task.part, table, {"recipe": recipe, "report": asdict(report)})
-    return _Done(report.samples, task.bytes, list(_worth_logging(skipped, Counter())))
+    return _Done(report.samples, task.amount, list(_worth_logging(skipped, Counter())))
 
 
 def _worth_logging(skipped: Iterable[tuple[str, str, str]], seen: Counter) -> Iterator[tuple[str, str, str]]:
@@ -223,18 +275,18 @@ def _worth_logging(skipped: Iterable[tuple[str, str, str]], seen: Counter) -> It
             yield row
 
 
-def _follow(parts: Iterator[_Done], total_bytes: int) -> None:
+def _follow(parts: Iterator[_Done], total: int) -> None:
     """Show progress, in samples, and log the first of what is skipped."""
     seen: Counter = Counter()
-    finished_bytes = 0
-    with tqdm(desc="planning", unit=" samples", unit_scale=True, disable=not total_bytes) as bar:
+    finished = 0
+    with tqdm(desc="planning", unit=" samples", unit_scale=True, disable=not total) as bar:
         for part in parts:
-            finished_bytes += part.bytes
+            finished += part.amount
             # How many samples there are is known at the end only; the bytes left tell about how many.
-            bar.total = round((bar.n + part.samples) * total_bytes / max(1, finished_bytes))
+            bar.total = round((bar.n + part.samples) * total / max(1, finished))
             bar.update(part.samples)
-            for tar, key, reason in _worth_logging(part.skipped, seen):
-                logger.warning("skipped %s/%s: %s", tar, key, reason)
+            for file, key, reason in _worth_logging(part.skipped, seen):
+                logger.warning("skipped %s/%s: %s", file, key, reason)
 
 
 def _finish(folder: Path, plan: dict[str, Any], tasks: list[_Task]) -> PlanReport:

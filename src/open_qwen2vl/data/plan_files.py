@@ -1,8 +1,8 @@
 """The files of a plan: what stands in them, how they are written and where their tars are.
 
-    plan.json              options and fingerprints, the tars, the parts, the totals
-    part-00000.parquet     a pack in each row: tokens, images, documents with their members' places in the tars
-    skipped-00000.parquet  a sample left out in each row: tar, key, reason
+    plan.json              options and fingerprints, the files that it was made from, the parts, the totals
+    part-00000.parquet     a pack in each row: tokens, images, documents with the places of what they are made of
+    skipped-00000.parquet  a sample left out in each row: tar (or other file), key, reason
 
 A reader needs one row at a time and in any order, hence small row groups. Every file is written under another name and
 renamed when it is whole.
@@ -11,7 +11,7 @@ renamed when it is whole.
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,13 +27,15 @@ PACKS_PER_ROW_GROUP = 64
 _METADATA_KEY = b"open_qwen2vl"
 
 _MEMBER = pa.struct([("ext", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
+_PLACE = pa.struct([("root", pa.int32()), ("offset", pa.int64()), ("size", pa.int64())])
 _DOCUMENT = pa.struct(
     [
-        ("shard", pa.int32()),  # index into the plan's list of tars
+        ("shard", pa.int32()),  # index into the plan's list of files
         ("key", pa.string()),
         ("uid", pa.string()),
-        ("members", pa.list_(_MEMBER)),  # of a caption document: the image, the text
+        ("members", pa.list_(_MEMBER)),  # of a caption: the image, the text; of a conversation: the record
         ("tokens", pa.int32()),
+        ("images", pa.list_(_PLACE)),  # of a conversation, in the order of the text; null: the record has the bytes
     ]
 )
 _SKIPPED = pa.schema([("tar", pa.string()), ("key", pa.string()), ("reason", pa.string())])
@@ -43,11 +45,14 @@ class Document(NamedTuple):
     """A document of a plan.
 
     Attributes:
-        shard (`int`): index of its tar in the plan's list.
+        shard (`int`): index of its file in the plan's list.
         key (`str`): key of its sample.
         uid (`str`): 32 hex digits.
-        members (`list[tuple[str, int, int]]`): extension, byte offset and size: the image, then the text.
+        members (`list[tuple[str, int, int]]`): extension, byte offset and size: of a caption the image, then the
+            text; of a conversation its record (of a table's row: its number and 0).
         tokens (`int`): positions that it takes.
+        images (`list[tuple[int, int, int] | None]`): images outside of the file, in the order of the text: which of
+            the plan's image folders and archives, byte offset and size; `None` for one whose bytes the record holds.
     """
 
     shard: int
@@ -55,6 +60,41 @@ class Document(NamedTuple):
     uid: str
     members: list[tuple[str, int, int]]
     tokens: int
+    images: Sequence[tuple[int, int, int] | None] = ()
+
+    @property
+    def num_images(self) -> int:
+        """Images in its text."""
+        return len(self.images) + sum(ext in IMAGE_EXTENSIONS for ext, _, _ in self.members)
+
+
+class Group(NamedTuple):
+    """What becomes one part of a plan.
+
+    Attributes:
+        folder (`Path`): folder of the plan.
+        shards (`range`): indices of its files in the plan's list.
+        recipe (`dict`): all that its part depends on: the plan's options, `shards` as described by [`describe_shard`]
+            and, where a file has several groups, `range`: the first byte or row of this one and that behind it.
+    """
+
+    folder: Path
+    shards: range
+    recipe: dict[str, Any]
+
+
+class GroupDocuments(NamedTuple):
+    """The documents of a group and what was left out.
+
+    Attributes:
+        documents (`list[Document]`): in the order of the files.
+        skipped (`list[tuple[str, str, str]]`): file as in the plan, key and reason.
+        ignored_members (`int`): members that belong to no sample, as directories.
+    """
+
+    documents: list[Document]
+    skipped: list[tuple[str, str, str]]
+    ignored_members: int
 
 
 def describe_shard(shard: str | Path, folder: Path) -> dict[str, Any]:
@@ -102,7 +142,7 @@ def packs_table(documents: list[Document], pack_of_document: np.ndarray) -> pa.T
     """
     order = np.argsort(pack_of_document, kind="stable")
     counts = np.bincount(pack_of_document)
-    images = [sum(ext in IMAGE_EXTENSIONS for ext, _, _ in document.members) for document in documents]
+    images = [document.num_images for document in documents]
     columns = {
         name: np.bincount(pack_of_document, weights=values).astype(np.int32)
         for name, values in (("tokens", [document.tokens for document in documents]), ("images", images))

@@ -45,7 +45,7 @@ class PlanReport:
         Args:
             packs (`pa.Table`): its rows.
             max_length (`int`): positions of a pack.
-            skipped (`Sequence[tuple[str, str, str]]`): tar, key and reason of each sample left out.
+            skipped (`Sequence[tuple[str, str, str]]`): file, key and reason of each sample left out.
             ignored_members (`int`): members of the tars that belong to no sample.
 
         Returns:

@@ -152,6 +152,25 @@ def index_shard(path: str | Path) -> ShardIndex:
     return index
 
 
+def list_files(path: str | Path) -> Iterator[tuple[str, int, int]]:
+    """The files of a tar that is no set of samples.
+
+    Args:
+        path (`str | Path`): an uncompressed tar.
+
+    Yields:
+        `tuple[str, int, int]`: name, byte offset and size of each file's data, in the order of the tar.
+
+    Raises:
+        MemberError: `truncated_tar` or `corrupt_tar`, where it cannot be followed any further.
+        OSError: if it cannot be read.
+    """
+    try:
+        yield from ((member.name, member.offset, member.size) for member in _scan(path) if member.is_file)
+    except _DamagedTar as damage:
+        raise MemberError(damage.reason, f"{path}: {damage.reason} after {damage.key or 'its last file'}") from None
+
+
 def split_member_name(name: str) -> tuple[str, str] | None:
     """Split a member's name into key and extension.
 

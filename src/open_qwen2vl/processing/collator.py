@@ -4,7 +4,8 @@ items      input_ids, position_ids, labels (S_i,), pixel_values uint8 (images_i,
   │ pad every row to the longest; the padded tail is a document of its own, labels -100
   ▼
 batch      input_ids, position_ids, labels (packs, S), pixel_values (images, 3, H, W), image_seq_length,
-           cu_seq_lens_q/k (documents + 1,) int32 over the flattened batch, max_length_q/k
+           cu_seq_lens_q/k (documents + 1,) int32 over the flattened batch, max_length_q/k,
+           label_positions (labelled,) in the flattened batch: position t where t + 1 of the row has a label
 """
 
 from collections import Counter
@@ -26,10 +27,14 @@ class PackingCollator:
             first of the next, and no `cu_seq_lens_*` are given.
         pad_token_id (`int`, *optional*, defaults to 0):
             Id in padded tails. Any text token will do: the tail is a document of its own without labels.
+        pad_to_multiple_of (`int`, *optional*):
+            Rows are padded to a multiple of this length. With that of the plan, all batches have the same shape, and
+            `torch.compile` compiles once.
     """
 
     cross_document_attention: bool = False
     pad_token_id: int = 0
+    pad_to_multiple_of: int | None = None
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate.
@@ -54,6 +59,7 @@ class PackingCollator:
         lengths = torch.cat([_document_lengths(item["position_ids"]) for item in items])
         # At least one position, so that a batch whose documents were all dropped still runs.
         longest = max(1, *(len(item["input_ids"]) for item in items))
+        longest += -longest % (self.pad_to_multiple_of or 1)
         batch: dict[str, Any] = {
             "input_ids": _pad_rows([item["input_ids"] for item in items], longest, self.pad_token_id),
             "labels": _pad_rows([item["labels"] for item in items], longest, IGNORE_INDEX),
@@ -67,6 +73,9 @@ class PackingCollator:
             batch["labels"] = self._labels_across_documents(batch["labels"], batch["input_ids"], items)
         else:
             batch.update(_isolate_documents([item["position_ids"] for item in items], longest))
+        # Found here, once, on the host: on a device the model would have to wait for their number.
+        labelled = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX) != IGNORE_INDEX
+        batch["label_positions"] = torch.nonzero(labelled.flatten()).squeeze(1)
         batch["packing_stats"] = {
             "tokens": int(lengths.sum()),
             "positions": batch["input_ids"].numel(),
@@ -81,7 +90,7 @@ class PackingCollator:
                     "tokens": len(item["input_ids"]),
                     "labels": labels,
                 }
-                for item, labels in zip(items, (batch["labels"][:, 1:] != IGNORE_INDEX).sum(1).tolist(), strict=True)
+                for item, labels in zip(items, labelled.sum(1).tolist(), strict=True)
             ],
         }
         return batch

@@ -11,6 +11,9 @@ from PIL import Image, ImageOps
 
 # Above this a small file can claim gigabytes of pixels (Pillow warns from here and refuses at twice as many).
 MAX_PIXELS = 89_478_485
+# A JPEG decoded at a fraction stays this many times as large as it is needed: below 2 the result changes visibly
+# (docs/performance.md, "Loading").
+DRAFT_MARGIN = 2
 
 
 class ImageError(ValueError):
@@ -25,7 +28,7 @@ class ImageError(ValueError):
         self.reason = reason
 
 
-def decode_image(data: bytes) -> Image.Image:
+def decode_image(data: bytes, min_size: tuple[int, int] | None = None) -> Image.Image:
     """Decode a JPEG, PNG or WebP file to an upright RGB image.
 
     Palette, grey and CMYK images are converted, an alpha channel is dropped (as the original does), 16-bit grey is
@@ -33,6 +36,10 @@ def decode_image(data: bytes) -> Image.Image:
 
     Args:
         data (`bytes`): the file's content.
+        min_size (`tuple[int, int]`, *optional*): width and height to which the image will be resized. A JPEG then is
+            decoded at 1/2, 1/4 or 1/8 of its size where both sides stay at least `DRAFT_MARGIN` times as large: much
+            faster for photographs, and after resizing equal but for about half a grey level of 256 on average. Other
+            formats are decoded whole.
 
     Returns:
         `PIL.Image.Image`: mode RGB.
@@ -48,6 +55,9 @@ def decode_image(data: bytes) -> Image.Image:
             with Image.open(io.BytesIO(data)) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ImageError("image_too_large", f"{image.width}x{image.height} pixels are above {MAX_PIXELS}")
+                if min_size is not None:
+                    # The larger side for both: the EXIF orientation, applied later, may swap them.
+                    image.draft(None, (DRAFT_MARGIN * max(min_size),) * 2)
                 return to_rgb(image)
     except Image.DecompressionBombError as error:
         raise ImageError("image_too_large", str(error)) from error

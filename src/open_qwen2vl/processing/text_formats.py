@@ -77,14 +77,28 @@ def tokenize_captions(tokenizer: PreTrainedTokenizerBase, captions: list[str]) -
         `list[list[int]]`: one list of ids for each caption; special tokens' strings are tokenised as text, and a
         literal `<image>` as `<image-placeholder>` (the original's rule).
     """
-    if not captions:
+    return encode_as_text(
+        tokenizer, ["\n" + caption.replace("<image>", "<image-placeholder>") for caption in captions]
+    )
+
+
+def encode_as_text(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of texts from data, in which special tokens' strings are text like any other.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): a fast tokenizer.
+        texts (`list[str]`): the texts, perhaps none.
+
+    Returns:
+        `list[list[int]]`: one list of ids for each.
+    """
+    if not texts:
         return []
     # Without the offsets that `tokenizer(...)` collects this is twice as fast, and planning is mostly this.
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True
     backend.no_padding()
     backend.no_truncation()
-    texts = ["\n" + caption.replace("<image>", "<image-placeholder>") for caption in captions]
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 

@@ -1,0 +1,185 @@
+r"""Where the records of a huge JSON file are, without holding more than a block of it.
+
+A file is an array of objects (LLaVA's, MAmmoTH's: often one line of 20 GB) or has an object in each line (jsonl).
+Lines are cut at newlines, an array at the braces that stand in no string: quotes, escapes and braces are all that is
+looked at, a block at a time with numpy. What a record holds is parsed when it is read, so that a broken one costs
+itself only. An array whose braces do not match has no records to go on with and is an error that names the byte.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+MAX_RECORD_BYTES = 8 << 20  # a larger record is skipped unread; no context is as long
+_BLOCK = 1 << 20
+_HEAD = 1 << 12
+
+
+class RecordError(ValueError):
+    """A record that cannot be read.
+
+    Attributes:
+        reason (`str`): the name it is counted under: `"invalid_json"` or `"record_too_large"`.
+    """
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+def cut_records(path: str | os.PathLike, number: int) -> list[tuple[int, int]]:
+    """Cut a file into groups of records.
+
+    Args:
+        path (`str | os.PathLike`): an array of objects or an object in each line.
+        number (`int`): records of a group.
+
+    Returns:
+        `list[tuple[int, int]]`: first byte of each group and the byte behind it.
+
+    Raises:
+        ValueError: if it is an array that ends too early or whose braces do not match, with the byte.
+    """
+    groups, taken = [], 0
+    start = stop = None
+    for spans in _span_blocks(path, 0, os.path.getsize(path)):
+        position = 0
+        while position < len(spans):
+            if taken == 0:
+                start = int(spans[position, 0])
+            step = min(number - taken, len(spans) - position)
+            position, taken = position + step, taken + step
+            stop = int(spans[position - 1].sum())
+            if taken == number:
+                groups.append((start, stop))
+                taken = 0
+    return groups + ([(start, stop)] if taken else [])
+
+
+def record_spans(path: str | os.PathLike, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """The places of the records between two bytes.
+
+    Args:
+        path (`str | os.PathLike`): the file.
+        start (`int`): first byte of a record.
+        stop (`int`): the byte behind a record.
+
+    Yields:
+        `tuple[int, int]`: byte offset and size of each record, also of one that is too large; blank lines too.
+    """
+    for spans in _span_blocks(path, start, stop):
+        yield from map(tuple, spans.tolist())
+
+
+def read_record(file: int, offset: int, size: int) -> Any:
+    """Read and parse one record.
+
+    Args:
+        file (`int`): descriptor of the open file.
+        offset (`int`): its first byte.
+        size (`int`): its bytes.
+
+    Returns:
+        `Any`: the parsed JSON; `None` for a blank line.
+
+    Raises:
+        RecordError: `record_too_large` above `MAX_RECORD_BYTES`, `invalid_json` if it cannot be parsed.
+    """
+    if size > MAX_RECORD_BYTES:
+        raise RecordError("record_too_large", f"the record at byte {offset} has {size:,} bytes")
+    try:
+        text = os.pread(file, size, offset).decode("utf-8-sig" if offset == 0 else "utf-8")
+        return json.loads(text) if text.strip() else None
+    except (ValueError, RecursionError) as error:
+        raise RecordError("invalid_json", f"the record at byte {offset}: {error}") from error
+
+
+def _span_blocks(path: str | os.PathLike, start: int, stop: int) -> Iterator[np.ndarray]:
+    """Places of records, int64 (n, 2), block by block."""
+    with open(path, "rb", buffering=0) as file:
+        head = os.pread(file.fileno(), _HEAD, 0).removeprefix(b"\xef\xbb\xbf").lstrip()
+        if not head.startswith(b"["):
+            yield from _lines(file.fileno(), start, stop)
+            return
+        if stop == os.fstat(file.fileno()).st_size:
+            _check_end(path, file.fileno(), stop)
+        yield from _objects(path, file.fileno(), start, stop)
+
+
+def _blocks(file: int, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+    for offset in range(start, stop, _BLOCK):
+        yield offset, np.frombuffer(os.pread(file, min(_BLOCK, stop - offset), offset), np.uint8)
+
+
+def _lines(file: int, start: int, stop: int) -> Iterator[np.ndarray]:
+    first = start
+    for offset, block in _blocks(file, start, stop):
+        ends = np.flatnonzero(block == ord("\n")) + offset + 1
+        yield _as_spans(np.concatenate([[first], ends[:-1]]) if len(ends) else ends, ends)
+        first = int(ends[-1]) if len(ends) else first
+    if first < stop:
+        yield _as_spans(np.array([first]), np.array([stop]))
+
+
+def _objects(path: str | os.PathLike, file: int, start: int, stop: int) -> Iterator[np.ndarray]:
+    scanner, opened = _BraceScanner(), np.empty(0, np.int64)
+    for offset, block in _blocks(file, start, stop):
+        starts, ends = scanner.scan(block)
+        opened = np.concatenate([opened, starts + offset])
+        if scanner.depth < 0 or len(ends) > len(opened):
+            raise ValueError(f"{path}: a closing brace without an opening one between byte {offset} and "
+                             f"{offset + len(block)}: invalid JSON there")  # fmt: skip
+        yield _as_spans(opened[: len(ends)], ends + offset + 1)
+        opened = opened[len(ends) :]
+    if len(opened):
+        raise ValueError(f"{path}: the record at byte {opened[0]} does not end: invalid JSON there (a quote or brace "
+                         "too few or too many), or a file that was cut off")  # fmt: skip
+
+
+def _as_spans(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    return np.stack([starts, ends - starts], axis=1)
+
+
+def _check_end(path: str | os.PathLike, file: int, size: int) -> None:
+    tail = os.pread(file, _HEAD, max(0, size - _HEAD)).rstrip()
+    if not tail.endswith(b"]"):
+        raise ValueError(f"{path}: the array does not end with ] at byte {size}: the file was cut off")
+
+
+class _BraceScanner:
+    """Top-level braces of a stream of blocks; between two it keeps whether it stands in a string, and the depth."""
+
+    def __init__(self):
+        self.in_string = False
+        self.escaped = False  # the next byte follows an active backslash
+        self.depth = 0
+
+    def scan(self, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions in the block of the braces that open an object at depth 0 and of those that close one."""
+        quotes = block == ord('"')
+        escaped = self._escaped_positions(block)
+        quotes[escaped] = False
+        quotes = np.flatnonzero(quotes)
+        braces = np.flatnonzero((block == ord("{")) | (block == ord("}")))
+        outside = (np.searchsorted(quotes, braces) + self.in_string) % 2 == 0
+        braces = braces[outside]
+        steps = np.where(block[braces] == ord("{"), 1, -1)
+        depths = self.depth + np.cumsum(steps)
+        self.in_string ^= bool(len(quotes) % 2)
+        self.depth = int(depths[-1]) if len(depths) else self.depth
+        return braces[(steps == 1) & (depths == 1)], braces[(steps == -1) & (depths == 0)]
+
+    def _escaped_positions(self, block: np.ndarray) -> np.ndarray:
+        backslashes = np.flatnonzero(block == ord("\\"))
+        first = np.array([0] if self.escaped else [], np.int64)
+        if self.escaped:
+            backslashes = backslashes[backslashes > 0]
+        # In a run of backslashes each second one is escaped by the one before it.
+        is_start = np.diff(backslashes, prepend=-2) > 1
+        starts = np.maximum.accumulate(np.where(is_start, np.arange(len(backslashes)), 0))
+        active = backslashes[(np.arange(len(backslashes)) - starts) % 2 == 0]
+        self.escaped = bool(len(active) and active[-1] == len(block) - 1)
+        return np.concatenate([first, active[: len(active) - self.escaped] + 1])

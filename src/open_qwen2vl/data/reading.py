@@ -1,0 +1,45 @@
+"""What the readers of a plan share: files that stay open, and pixels from an image file."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..processing.images import decode_image
+
+OPEN_FILES = 64  # of each kind that one process keeps open
+
+
+class Newest:
+    """The files that were used last; older ones are closed.
+
+    Args:
+        open_file (`Callable[[int], Any]`): opens the file of a number.
+    """
+
+    def __init__(self, open_file: Callable[[int], Any]):
+        self._open_file = open_file
+        self._files: dict[int, Any] = {}
+
+    def __getitem__(self, number: int) -> Any:
+        file = self._files.pop(number, None) or self._open_file(number)
+        self._files[number] = file  # dicts keep the order of insertion
+        if len(self._files) > OPEN_FILES:
+            self._files.pop(next(iter(self._files))).close()
+        return file
+
+
+def read_pixels(data: bytes, processor: Any) -> torch.Tensor:
+    """Decode and resize one image: several at full size are more than what a pack keeps of them.
+
+    Args:
+        data (`bytes`): an image file's content.
+        processor (`OpenQwen2VLProcessor`): resizes.
+
+    Returns:
+        `torch.Tensor` of shape `(1, 3, height, width)`, uint8.
+
+    Raises:
+        ImageError: if it cannot be decoded.
+    """
+    return processor.resize_images([decode_image(data, min_size=processor.target_size)])
