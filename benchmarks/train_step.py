@@ -11,6 +11,7 @@ memory is its own. Prints a Markdown table and writes it to benchmarks/results/t
 import argparse
 import json
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -31,7 +32,11 @@ VARIANTS = {
     "padded": "one caption per row, padded, loss at labelled positions",
     "reference": "packed as the original: dense causal attention, all 12 ViT blocks, full fp32 logits",
     "packed_bf16": "packed in bf16 weights",
+    "deep": "packed, 24 blocks instead of 6",
+    "deep_every_second": "the same, activation checkpointing of every second block",
+    "deep_every": "the same, activation checkpointing of every block",
 }
+CHECKPOINTED = {"deep_every_second": 2, "deep_every": 1}
 
 
 def make_model(variant: str) -> OpenQwen2VLForConditionalGeneration:
@@ -46,7 +51,7 @@ def make_model(variant: str) -> OpenQwen2VLForConditionalGeneration:
     text = Qwen2Config(
         hidden_size=512,
         intermediate_size=1376,
-        num_hidden_layers=6,
+        num_hidden_layers=24 if variant.startswith("deep") else 6,
         num_attention_heads=8,
         num_key_value_heads=2,
         vocab_size=151936,
@@ -54,11 +59,13 @@ def make_model(variant: str) -> OpenQwen2VLForConditionalGeneration:
     )
     layer = -1 if variant == "reference" else -2
     config = OpenQwen2VLConfig(vision_config=vision, text_config=text, vision_feature_layer=layer)
-    attention = "packed_varlen" if variant in ("packed", "packed_bf16", "packed_full_logits") else "sdpa"
+    attention = "sdpa" if variant in ("packed_sdpa", "padded", "reference") else "packed_varlen"
     dtype = torch.bfloat16 if variant == "packed_bf16" else torch.float32
     torch.manual_seed(0)
     model = OpenQwen2VLForConditionalGeneration._from_config(config, attn_implementation=attention, dtype=dtype)
     model.model.vision_tower.requires_grad_(False)
+    if variant in CHECKPOINTED:
+        model.activation_checkpointing_enable(every_n_layers=CHECKPOINTED[variant])
     return model.train()
 
 
@@ -152,7 +159,7 @@ def main() -> None:
             f"| {VARIANTS[variant]} | {result['cpu']:.1f} | {result['wall']:.1f} | {result['cpu'] / base['cpu']:.2f} "
             f"| {result['peak_gb']:.1f} | {result['loss']:.4f} |"
         )
-    write_result("train_step", lines, describe_machine(f"python benchmarks/train_step.py --threads {args.threads}"))
+    write_result("train_step", lines, describe_machine(shlex.join(["python", *sys.argv])))
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ class DataArguments:
 
     train_packs: str = field(
         metadata={
-            "help": "Folder that `open-qwen2vl pack` wrote; in a YAML file also a list of {path, weight or epochs, name}"
+            "help": "Folder of `open-qwen2vl pack`; in a YAML file also a list of {path, weight or epochs, name}"
         }
     )
     eval_packs: str | None = field(

@@ -75,6 +75,13 @@ def answers(model, processor, turns, **budget) -> str:
     return printed
 
 
+def test_the_folder_of_a_training_stands_for_its_model(talk, place, monkeypatch, capsys):
+    code, out, _ = talk("a cat\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a cat\n"))
+    assert main(["chat", str(place), "--max-new-tokens=6"]) == code == 0
+    assert capsys.readouterr().out == out != ""
+
+
 def test_turns_with_images_equal_generation_on_the_whole_conversation(talk, talker, processor):
     code, out, notes = talk(
         "what is shown?\n\n  two dogs  \n/image two dogs.png\nand now?\n/reset\nwhat is shown?\n/quit\nnever asked\n",

@@ -1,7 +1,8 @@
 """Step 2: the two backbones that a real run takes from the Hub, small and randomly initialised.
 
     data/train-*.tar  ->  backbones/vision  a SigLIP vision tower and its image processor
-                          backbones/text    a Qwen2 language model and a byte-level BPE trained on the captions
+                          backbones/text    a Qwen2 language model and a byte-level BPE trained on the captions and on
+                                            the questions of the second half
 
 Both are ordinary Hugging Face folders, so `recipes/pretrain.py` treats them like `google/siglip-so400m-patch14-384`
 and `Qwen/Qwen2.5-1.5B-Instruct`. Nothing in them has learned anything yet: the quickstart trains all three parts.
@@ -14,6 +15,7 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import easy_vqa
 import torch
 import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -37,8 +39,11 @@ TEXT = {
     # Near 1 / sqrt(hidden_size): with the usual 0.02 so small a model takes twice as long to start learning.
     "initializer_range": 0.08,
 }
-# Upper bound; the captions have fewer different words than that.
-VOCABULARY = 2500
+# Upper bound; the texts have fewer different words than that.
+VOCABULARY = 2560
+# A question is asked of many pictures, and what stands around it in a chat even more often.
+QUESTION_WEIGHT = 20
+CHAT_WORDS = "system\nYou are a helpful assistant.\nuser\nassistant\n"
 
 # Qwen2.5's own pre-tokenizer and special tokens, and `<s>`, which Qwen2.5 has as an ordinary entry.
 QWEN_SPLIT = (
@@ -65,12 +70,18 @@ def read_captions(shards: list[Path]) -> list[str]:
     return captions
 
 
+def read_questions() -> list[str]:
+    """What the second half asks and answers, as often as it weighs in the tokenizer's vocabulary."""
+    texts = {text for pair in zip(*easy_vqa.get_train_questions()[:2], strict=True) for text in pair}
+    return [CHAT_WORDS, *sorted(texts)] * QUESTION_WEIGHT
+
+
 def train_tokenizer(captions: list[str], vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer as Qwen2.5's, with a vocabulary for these captions.
 
     Args:
         captions (`list[str]`): texts to learn the merges from.
-        vocabulary (`int`, *optional*, defaults to 2500): entries at most, special tokens included.
+        vocabulary (`int`, *optional*, defaults to 2560): entries at most, special tokens included.
 
     Returns:
         `PreTrainedTokenizerFast`: any text round-trips through it.
@@ -159,7 +170,7 @@ def build(data: Path, output: Path, vision: dict | None = None, text: dict | Non
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     torch.manual_seed(seed)
-    tokenizer = train_tokenizer(read_captions(shards))
+    tokenizer = train_tokenizer(read_captions(shards) + read_questions())
     summary = {
         "options": options,
         "vocabulary": len(tokenizer),

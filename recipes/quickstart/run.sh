@@ -1,6 +1,6 @@
 #!/bin/sh
-# The quickstart from drawings to report; `make quickstart` calls it. Each step does nothing if its result is there.
-# Arguments go to the training: `run.sh --max_steps 4` shows the whole chain in a minute.
+# The quickstart from drawings to two reports; `make quickstart` calls it. Each step does nothing if its result is there.
+# Arguments go to both trainings: `run.sh --max_steps 4` shows the whole chain in two minutes.
 set -eu
 cores=$(nproc)
 # Threads that wait without spinning: on cores that are shared with anything else, spinning costs a factor of ten.
@@ -10,7 +10,15 @@ python recipes/quickstart/build_data.py
 python recipes/quickstart/build_backbones.py
 open-qwen2vl pack runs/quickstart/data/train-*.tar --output runs/quickstart/packs \
     --tokenizer runs/quickstart/backbones/text --image-seq-length 9 --max-length 128
-OMP_NUM_THREADS=$((cores > 1 ? cores / 2 : 1)) \
-    accelerate launch --quiet --config_file recipes/accelerate/two_cpu_processes.yaml \
-    recipes/pretrain.py recipes/quickstart.yaml "$@"
+train() {
+    OMP_NUM_THREADS=$((cores > 1 ? cores / 2 : 1)) \
+        accelerate launch --quiet --config_file recipes/accelerate/two_cpu_processes.yaml "$@"
+}
+train recipes/pretrain.py recipes/quickstart.yaml "$@"
 python recipes/quickstart/report.py
+
+python recipes/quickstart/build_sft_data.py
+open-qwen2vl pack runs/quickstart/sft/data/train.json --images runs/quickstart/sft/data/images \
+    --output runs/quickstart/sft/packs --tokenizer runs/quickstart/model --image-seq-length 36 --max-length 768
+train recipes/sft.py recipes/sft_quickstart.yaml "$@"
+python recipes/quickstart/report_sft.py

@@ -33,6 +33,8 @@ class AutoModelForVision2Seq(AutoModelForImageTextToText):
 
 _LAZY = {
     "PackedDataset": ".data.packed_dataset",
+    "PackedSFTConfig": ".trainer.sft_arguments",
+    "PackedSFTTrainer": ".trainer.packed_sft_trainer",
     "PackedTrainer": ".trainer.packed_trainer",
     "PackedTrainingArguments": ".trainer.arguments",
 }

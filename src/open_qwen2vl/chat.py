@@ -36,7 +36,7 @@ def chat(
     """Read messages from standard input and print the model's answers, until the input ends.
 
     Args:
-        model (`str`): hub id or folder of a model with its processor.
+        model (`str`): hub id or folder of a model with its processor, or the `output_dir` of a training.
         images (`list[str]`, *optional*): image files of the first message.
         image_seq_length (`int`, *optional*): tokens per image; the processor's where not given.
         max_new_tokens (`int`, *optional*, defaults to 512): longest answer.
@@ -47,6 +47,8 @@ def chat(
     """
     if max_new_tokens < 1 or temperature < 0:
         raise ValueError("--max-new-tokens must be at least 1 and --temperature at least 0")
+    if not (Path(model) / "config.json").exists() and (Path(model) / "model" / "config.json").exists():
+        model = str(Path(model) / "model")
     loaded = AutoModelForImageTextToText.from_pretrained(
         model, dtype="auto", device_map="auto", trust_remote_code=False
     ).eval()

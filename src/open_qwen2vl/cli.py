@@ -150,7 +150,7 @@ def _convert(args: argparse.Namespace) -> None:
 def _add_chat(commands) -> None:
     summary = "talk with a model in the terminal"
     parser = commands.add_parser("chat", help=summary, description=summary[0].upper() + summary[1:] + ".")
-    parser.add_argument("model", metavar="MODEL", help="hub id or folder of a model with its processor")
+    parser.add_argument("model", metavar="MODEL", help="hub id or folder of a model, or a training's output_dir")
     parser.add_argument("--image", action="append", metavar="FILE", help="image of the first message; may be repeated")
     parser.add_argument(
         "--image-seq-length", type=int, metavar="N", help="tokens per image (default: the processor's)"

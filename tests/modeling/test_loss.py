@@ -25,7 +25,7 @@ def gradients(loss, hidden, head):
 @pytest.mark.parametrize("num_items", [None, 7, torch.tensor(13)])
 @pytest.mark.parametrize("chunk_rows", [1, 3, 1000])
 def test_equals_full_logits(monkeypatch, num_items, chunk_rows):
-    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", chunk_rows * 50)
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", chunk_rows * 50 * 4)
     hidden, head, labels = make_case()
     ours = selected_position_loss(hidden, head, labels, num_items)
     full = ForCausalLMLoss(head(hidden), labels, vocab_size=50, num_items_in_batch=num_items)
@@ -83,3 +83,47 @@ def test_accumulation_splits_agree():
     split = sum(selected_position_loss(hidden[i : i + 1], head, labels[i : i + 1], items) for i in range(2))
     torch.testing.assert_close(whole, split)
     torch.testing.assert_close(gradients(whole, hidden, head)[1], gradients(split, hidden, head)[1])
+
+
+def test_row_losses_are_the_undivided_sums_of_each_row():
+    hidden, head, labels = make_case()
+    labels[1] = -100
+    labels[0, 5] = 3
+    loss, rows = selected_position_loss(hidden, head, labels, 7, return_row_losses=True)
+    expected = ForCausalLMLoss(head(hidden[:1]), labels[:1], vocab_size=50, num_items_in_batch=1)
+    assert rows.dtype == torch.float32 and not rows.requires_grad
+    torch.testing.assert_close(rows, torch.stack([expected.detach(), torch.zeros(())]))
+    torch.testing.assert_close(loss, expected / 7)
+    plain = selected_position_loss(hidden, head, labels, 7)
+    for mine, theirs in zip(gradients(loss, hidden, head), gradients(plain, hidden, head), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_positions_from_the_collator_change_nothing():
+    hidden, head, labels = make_case()
+    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    positions = torch.nonzero(targets.flatten() != -100).squeeze(1)
+    given = selected_position_loss(hidden, head, labels, return_row_losses=True, label_positions=positions)
+    found = selected_position_loss(hidden, head, labels, return_row_losses=True)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(given, found, strict=True))
+
+
+def test_bf16_gradients_are_added_up_in_fp32(monkeypatch):
+    hidden, head, labels = make_case(labelled=1.0)
+    hidden, head = hidden.detach().bfloat16().requires_grad_(), head.bfloat16()
+    whole = gradients(selected_position_loss(hidden, head, labels), hidden, head)
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 50 * 2)  # a chunk per position
+    monkeypatch.setattr(loss_module, "HEAD_SLICE", 7)
+    chunked = gradients(selected_position_loss(hidden, head, labels), hidden, head)
+    for mine, theirs in zip(chunked, whole, strict=True):
+        assert mine.dtype == torch.bfloat16
+        # One rounding to bf16 at the end on either side: 38 roundings on the way would be off by several times that.
+        torch.testing.assert_close(mine, theirs, atol=2e-4, rtol=2**-7)
+
+
+def test_a_second_backward_is_refused_and_not_wrong():
+    hidden, head, labels = make_case()
+    loss = selected_position_loss(hidden, head, labels)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -108,7 +108,7 @@ def test_every_kind_of_gpu_is_found_by_its_own_name():
 
 
 def test_the_papers_run():
-    """28.4M pairs of 176 tokens: the published 7.11e19 counts attention over whole packs and the block that is unused."""
+    """28.4M pairs of 176 tokens; 7.11e19 is with attention over whole packs and with the block that is not used."""
     config, pairs, length = OpenQwen2VLConfig(), 28_400_000, 176
     tokens = pairs * length
     isolated, whole_packs = (

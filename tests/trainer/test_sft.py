@@ -320,7 +320,7 @@ def test_flops_of_an_adapter_are_counted_as_they_are(make_trainer, packs):
     assert saved == 2 * language_model * tokens - 6 * adapter * tokens
 
 
-def test_what_is_not_supported_is_refused(options, make_trainer, packs, rows):
+def test_what_is_not_supported_is_refused(options, make_trainer, packs, rows, tiny_model):
     for change, message in [
         ({"packing": True}, "open-qwen2vl pack"),
         ({"padding_free": True}, "open-qwen2vl pack"),
@@ -328,13 +328,15 @@ def test_what_is_not_supported_is_refused(options, make_trainer, packs, rows):
         ({"completion_only_loss": True}, "completion_only_loss"),
         ({"chat_template_path": "chat.jinja"}, "chat_template_path"),
         ({"pad_to_multiple_of": 64}, "pad_to_multiple_of"),
-        ({"loss_type": "dft"}, "dft"),
+        ({"loss_type": "dft"}, "loss_type"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
     ]:
         with pytest.raises(ValueError, match=message):
             PackedSFTConfig(**options, **change)
     with pytest.raises(ValueError, match="train_vision_tower"):
         make_trainer(packs, peft_config=lora_config(), train_vision_tower=True)
+    with pytest.raises(ValueError, match=r"16 bits needs bf16"):
+        make_trainer(packs, model=tiny_model.bfloat16(), peft_config=lora_config())
     with pytest.raises(ValueError, match="has an adapter already"):
         make_trainer(packs, model=make_trainer(packs, peft_config=lora_config()).model, peft_config=lora_config())
     with pytest.raises(ValueError, match="no column messages or conversations among text"):
@@ -345,6 +347,7 @@ def test_what_is_not_supported_is_refused(options, make_trainer, packs, rows):
 
 def test_a_name_instead_of_a_model(base_folder, rows, options):
     trainer = PackedSFTTrainer(str(base_folder), PackedSFTConfig(**options), train_dataset=rows)
+    assert not PackedSFTConfig(**{**options, "bf16": None}).bf16
     assert trainer.model.dtype is torch.float32 and trainer.processing_class.image_seq_length == 4
 
 

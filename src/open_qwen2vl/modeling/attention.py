@@ -85,6 +85,8 @@ def _flash_varlen(query, key, value, cu_seq_lens, max_length, scaling) -> torch.
     return varlen_attn(query, key, value, cu_seq_lens, cu_seq_lens, max_length, max_length, **options)
 
 
+# What it does depends on the lengths, which a compiler would have to bake in.
+@torch.compiler.disable
 def _bucketed_sdpa(query, key, value, cu_seq_lens, scaling) -> torch.Tensor:
     """SDPA over documents of similar length, padded at their end: causal attention never looks at what comes later."""
     starts, lengths = cu_seq_lens[:-1].long(), cu_seq_lens.diff().long()

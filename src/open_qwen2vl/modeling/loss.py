@@ -15,6 +15,8 @@ CACHED_ROWS = 8
 # Rows of the head whose bf16 gradient is added to the fp32 sum at once, for the same reason.
 HEAD_SLICE = 16_384
 
+IGNORE_INDEX = -100
+
 
 class _LinearCrossEntropySum(torch.autograd.Function):
     """Cross-entropy(hidden @ weight.T, target): the sum and, detached, each row's; gradients come in the forward."""
@@ -84,12 +86,15 @@ def _add_head_gradient_(
         grad_weight[here].copy_(part) if first else grad_weight[here].add_(part)
 
 
+# Its shapes change with the number of labels, and it is three large products that a compiler cannot make faster.
+@torch.compiler.disable
 def selected_position_loss(
     hidden_states: torch.Tensor,
     lm_head: nn.Linear,
     labels: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None = None,
     return_row_losses: bool = False,
+    label_positions: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Next-token cross-entropy computed at the labelled positions only.
 
@@ -103,14 +108,21 @@ def selected_position_loss(
         num_items_in_batch (`int` or `torch.Tensor`, *optional*): divisor of the summed loss, the number of labels in
             all batches of an optimizer step; defaults to the number of labels here.
         return_row_losses (`bool`, *optional*, defaults to `False`): also return what each row adds to the loss.
+        label_positions (`torch.LongTensor` of shape `(labelled,)`, *optional*): positions t, in the flattened batch,
+            whose label t + 1 is to be predicted, as the collator gives them; looked for where not given, for which
+            the host waits for the device.
 
     Returns:
         `torch.Tensor`: fp32 scalar; 0 with a graph to every parameter where no position is labelled. With
         `return_row_losses` a tuple of it and the detached fp32 sums, undivided, of each row's losses, `(batch,)`.
     """
-    targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100).to(hidden_states.device)
-    selected = targets != -100
-    hidden, targets = hidden_states[selected], targets[selected]
+    labels = labels.to(hidden_states.device)
+    if label_positions is None:
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        label_positions = torch.nonzero(targets.flatten() != IGNORE_INDEX).squeeze(1)
+    hidden = hidden_states.flatten(0, 1).index_select(0, label_positions)
+    # The last position of a row is never among them, so its neighbour is of the same row.
+    targets = labels.flatten().index_select(0, label_positions + 1)
     weight = lm_head.weight
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -121,5 +133,5 @@ def selected_position_loss(
     loss = loss / (items.to(loss.device).clamp(min=1) if isinstance(items, torch.Tensor) else max(items, 1))
     if not return_row_losses:
         return loss
-    rows = selected.nonzero()[:, 0]
+    rows = label_positions // labels.shape[1]
     return loss, losses.new_zeros(len(labels)).index_add_(0, rows, losses)

@@ -140,6 +140,23 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
         Raises:
             ValueError: if the images are not of the tower's size, or the budget does not fit its grid.
         """
+        outputs, features = self._encode_images(pixel_values, image_seq_length, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=list(features),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _encode_images(
+        self, pixel_values: torch.Tensor, image_seq_length: int | list[int] | None, **kwargs
+    ) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
+        """Output of the tower, and features `(images, image_seq_length, text_hidden)` in one tensor.
+
+        A list of them would make a compiler start anew for every number of images.
+        """
+        if isinstance(image_seq_length, torch.Tensor):
+            image_seq_length = image_seq_length.tolist()  # TRL's GRPO makes tensors of all that a processor returns
         if image_seq_length is None:
             image_seq_length = self.config.image_seq_length
         elif isinstance(image_seq_length, list | tuple):
@@ -154,23 +171,17 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
                 f"pixel_values are {tuple(pixel_values.shape)}; the vision tower takes {size}x{size} images"
             )
         if not pixel_values.is_floating_point():
-            pixel_values = (pixel_values.float() / 255 - 0.5) / 0.5
+            pixel_values = pixel_values.float().div_(255).sub_(0.5).div_(0.5)
         trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
-        features = self.multi_modal_projector(outputs.last_hidden_state, image_seq_length)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state,
-            pooler_output=list(features),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        return outputs, self.multi_modal_projector(outputs.last_hidden_state, image_seq_length)
 
     def _zero_image_term(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """0 computed from a blank image: a text-only batch has the same collectives and gradients as others."""
         size = self.config.vision_config.image_size
         blank = torch.zeros((1, 3, size, size), dtype=torch.uint8, device=inputs_embeds.device)
-        return self.get_image_features(blank).pooler_output[0].sum().to(inputs_embeds.dtype) * 0
+        return self._encode_images(blank, None)[1].sum().to(inputs_embeds.dtype) * 0
 
     @can_return_tuple
     def forward(
@@ -201,13 +212,17 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         image_outputs = (mm_encoder_outputs or {}).get("image")
-        if image_outputs is None and pixel_values is not None:
-            image_outputs = self.get_image_features(pixel_values, image_seq_length)
         image_features = None
         if image_outputs is not None:
             image_features = torch.stack(list(image_outputs.pooler_output))
+        elif pixel_values is not None:
+            _, image_features = self._encode_images(pixel_values, image_seq_length)
+        if image_features is not None:
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
-            mask = self.get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=image_features)
+            if packed and input_ids is not None and (input_ids.is_cuda or torch.compiler.is_compiling()):
+                mask = self._placeholder_mask_without_waiting(input_ids, image_features)
+            else:
+                mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
         elif past_key_values is None and (self.training or packed):
             inputs_embeds = inputs_embeds + self._zero_image_term(inputs_embeds)
@@ -227,6 +242,17 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
             attentions=outputs.attentions,
             image_hidden_states=image_features,
         )
+
+    def _placeholder_mask_without_waiting(
+        self, input_ids: torch.LongTensor, image_features: torch.Tensor
+    ) -> torch.BoolTensor:
+        """As `get_placeholder_mask`, but the device itself checks the count: the host runs ahead of it."""
+        mask = input_ids == self.config.image_token_id
+        torch._assert_async(
+            mask.sum() == image_features.shape[0] * image_features.shape[1],
+            "image features and image placeholder tokens differ in number",
+        )
+        return mask.unsqueeze(-1)
 
     def _packed_attention_mask(self) -> dict[str, None] | None:
         """No mask at all for `packed_varlen`; for the others None lets transformers isolate documents by position."""
@@ -276,6 +302,7 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
         return_row_losses: bool = False,
+        label_positions: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> OpenQwen2VLCausalLMOutputWithPast:
@@ -302,6 +329,9 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
             skip_logits (`bool`, *optional*): return no logits; by default True in training with labels.
             return_row_losses (`bool`, *optional*, defaults to `False`): with labels, return the sum of the losses of
                 each row as well.
+            label_positions (`torch.LongTensor` of shape `(labelled,)`, *optional*): positions of the flattened batch
+                that predict a label, as the collator gives them; found on the device, which then is waited for, where
+                not given.
             mm_encoder_outputs (`dict`, *optional*): `{"image": output of get_image_features}` instead of
                 `pixel_values`.
             kwargs: `cu_seq_lens_q`, `cu_seq_lens_k` (int32, over the flattened batch), `max_length_q`, `max_length_k`
@@ -331,7 +361,12 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
         loss = row_losses = None
         if labels is not None:
             loss, row_losses = selected_position_loss(
-                outputs.last_hidden_state, self.lm_head, labels, num_items_in_batch, return_row_losses=True
+                outputs.last_hidden_state,
+                self.lm_head,
+                labels,
+                num_items_in_batch,
+                return_row_losses=True,
+                label_positions=label_positions,
             )
         if skip_logits is None:
             skip_logits = self.training and labels is not None

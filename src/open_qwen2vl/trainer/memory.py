@@ -18,6 +18,7 @@ from transformers.initialization import no_init_weights
 
 from ..modeling.loss import CHUNK_BYTES
 from ..modeling.modeling_open_qwen2vl import OpenQwen2VLForConditionalGeneration, OpenQwen2VLMultiModalProjector
+from .flops import language_model_parameters
 from .optimization import PARTS, part_of
 
 GIB = 2**30
@@ -143,7 +144,7 @@ def step_memory(
         "weights": others * size / shards + frozen_tower * (2 if training.bf16 else size),
         "gradients": trained * size / shards,
         "optimizer": trained * optimizer_bytes(training.optim, size) / shards,
-        "gathered": _gathered_bytes(config, trained, compute, training.accumulation) if sharded else 0,
+        "gathered": _gathered_bytes(config, trained, training) if sharded else 0,
         "buckets": trained * size if num_gpus > 1 and not sharded else 0,
         "activations": activation_bytes(config, training, batch, sharded),
         "loss": loss_bytes(config.text_config, batch.labels, compute, "language_model" in training.trained),
@@ -159,25 +160,25 @@ def optimizer_bytes(optim: str, size: int) -> int:
         size (`int`): bytes of a weight.
 
     Returns:
-        `int`: their number.
-
-    Raises:
-        ValueError: for an optimizer that is not in the tables.
+        `int`: their number. One that is not in the tables is a ValueError.
     """
     if optim in BYTES_OF_8_BIT:
         return BYTES_OF_8_BIT[optim]
     if optim not in STATES:
-        raise ValueError(f"optim: the memory of {optim!r} is not known; known are {', '.join(STATES | BYTES_OF_8_BIT)}")
+        raise ValueError(
+            f"optim: the memory of {optim!r} is not known; known are {', '.join(STATES | BYTES_OF_8_BIT)}"
+        )
     return STATES[optim] * size
 
 
-def _gathered_bytes(config: PreTrainedConfig, trained: int, compute: torch.dtype, accumulation: int) -> float:
-    """FSDP2: the root's weights and two blocks whole, and their gradients; those of all between synchronisations."""
+def _gathered_bytes(config: PreTrainedConfig, trained: int, training: Training) -> float:
+    """FSDP2: weights of the root and two blocks, and fp32 gradients: theirs, or all until accumulation ends."""
     text = config.text_config
     embeddings = text.vocab_size * text.hidden_size
-    block = (parameters_by_part(config)["language_model"] - embeddings) / text.num_hidden_layers
-    gradients = trained if accumulation > 1 else embeddings + 2 * block
-    return compute.itemsize * (embeddings + 2 * block + gradients)
+    block = (language_model_parameters(text) - embeddings) / text.num_hidden_layers
+    weights = (2 if training.bf16 else training.dtype.itemsize) * (embeddings + 2 * block)
+    gradients = trained if training.accumulation > 1 else min(trained, embeddings + 2 * block)
+    return weights + 4 * gradients
 
 
 def activation_bytes(config: PreTrainedConfig, training: Training, batch: MicroBatch, sharded: bool = False) -> float:
@@ -190,7 +191,7 @@ def activation_bytes(config: PreTrainedConfig, training: Training, batch: MicroB
         sharded (`bool`, *optional*, defaults to `False`): under FSDP2, where weights are in bf16 already.
 
     Returns:
-        `float`: bytes, with copies of the weights in bf16 where the computation has its own.
+        `float`: bytes, with the copies of the weights that autocast makes.
     """
     # FSDP2 hands bf16 weights to the blocks; autocast makes its own copies, and leaves the residual stream in fp32.
     dtype = torch.bfloat16 if sharded and training.bf16 else training.dtype

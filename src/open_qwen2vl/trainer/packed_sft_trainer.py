@@ -26,17 +26,18 @@ class _OwnDataAndForward(SFTTrainer):
     def __init__(self, model: PreTrainedModel | PeftModel, train_dataset: Dataset, **kwargs):
         base = base_model(model)
         forward = vars(base).get("forward")
-        trained = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
+        trained = [] if base is model else [p for p in model.parameters() if p.requires_grad]
+        unrounded = [parameter.data for parameter in trained]
         # TRL wants a data set of its own kind and looks at its first row: here, that there are images and turns.
         super().__init__(model=model, train_dataset=datasets.Dataset.from_list([_EXAMPLE]), **kwargs)
         self.train_dataset = train_dataset
         # Its patched forward would go on living in the user's model.
-        del base.forward
+        vars(base).pop("forward", None)
         if forward is not None:
             base.forward = forward
-        for parameter, data in trained.items():
+        for parameter, data in zip(trained, unrounded, strict=True):
             # On a quantised model TRL rounds all that trains to bf16, where small updates vanish.
-            parameter.data = data
+            parameter.data = data.to(parameter.device)
 
 
 class PackedSFTTrainer(PackedTraining, _OwnDataAndForward):
@@ -56,8 +57,8 @@ class PackedSFTTrainer(PackedTraining, _OwnDataAndForward):
         kwargs: all else that `trl.SFTTrainer` takes.
 
     Raises:
-        ValueError: as [`PackedTraining`], [`add_lora`] and [`UnpackedConversations`], or for a vision tower that is to
-            be trained beside an adapter.
+        ValueError: as [`PackedTraining`], [`add_lora`] and [`UnpackedConversations`], or for an adapter beside a
+            vision tower that is to be trained, or on a base in 16 bits without mixed precision.
     """
 
     def __init__(
@@ -159,6 +160,9 @@ def _with_adapter(
     check_targets(model)
     if args.train_vision_tower:
         raise ValueError("train_vision_tower does not go with an adapter: peft_config decides what trains")
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if dtypes != {torch.float32} and not (args.bf16 or args.fp16):
+        raise ValueError("a base in 16 bits needs bf16 (or fp16): its adapter is in fp32, and autocast joins the two")
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
