@@ -47,9 +47,7 @@ class ModelArguments:
     )
     image_seq_length: int | None = field(
         default=None,
-        metadata={
-            "help": "Tokens per image; must be that of the (last) plan, which is taken where none is given."
-        },
+        metadata={"help": "Tokens per image; must be that of the (last) plan, which is taken where none is given."},
     )
     attn_implementation: str = field(
         default="packed_varlen", metadata={"help": "Attention: packed_varlen, sdpa, eager or flash_attention_2."}

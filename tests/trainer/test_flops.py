@@ -46,7 +46,9 @@ def test_flops_agree_with_what_torch_counts(tiny_model, make_pack, train_vision_
     model.model.vision_tower.requires_grad_(train_vision_tower)
     batch = PackingCollator()([make_pack(1, seed=3)])
     stats = batch.pop("packing_stats")
-    batch["labels"] = batch["input_ids"].clone()  # the head is counted at every position, so let every one be labelled
+    # The head is counted at every position, so let every one be labelled.
+    batch["labels"] = batch["input_ids"].clone()
+    batch.pop("label_positions")
     with FlopCounterMode(display=False) as counter:
         model(**batch, num_items_in_batch=1).loss.backward()
 

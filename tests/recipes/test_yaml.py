@@ -1,0 +1,140 @@
+"""Each YAML of pre-training says what its comments say, and is understood by its recipe."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from open_qwen2vl import PackedTrainingArguments
+from open_qwen2vl.data import parse_sources, plan_packs
+from open_qwen2vl.trainer import parse_arguments
+from tests.tars import write_caption_tar
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+NAMES = sorted(
+    str(path.relative_to(RECIPES)) for path in (*RECIPES.glob("pretrain_*.yaml"), *RECIPES.glob("stages/*.yaml"))
+)
+
+
+@pytest.fixture(scope="module")
+def recipe() -> dict:
+    return runpy.run_path(str(RECIPES / "pretrain.py"))
+
+
+def parse(recipe, path, *options):
+    classes = (recipe["ModelArguments"], recipe["DataArguments"], PackedTrainingArguments)
+    return parse_arguments(classes, "", [str(path), "--bf16=false", "--use_cpu", *options])
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory, processor) -> Path:
+    """`packs_4` and `packs_16`: the same twelve pairs at two numbers of tokens an image."""
+    root = tmp_path_factory.mktemp("plans")
+    write_caption_tar(root / "0.tar", ["a photo of a cat"] * 12)
+    for budget in (4, 16):
+        plan_packs(
+            [root / "0.tar"],
+            root / f"packs_{budget}",
+            processor.tokenizer,
+            image_seq_length=budget,
+            max_length=64,
+            num_workers=1,
+        )
+    return root
+
+
+def test_all_of_them_are_found():
+    assert len(NAMES) == 6 and "stages/align.yaml" in NAMES and "pretrain_2b.yaml" in NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_options_are_known_and_comments_true(name, recipe, tmp_path):
+    _, data, args = parse(recipe, RECIPES / name, "--output_dir", str(tmp_path))
+    sources = parse_sources(data.train_packs)
+    text = (RECIPES / name).read_text()
+    # The commands at its head plan the packs that it reads, and launch this file.
+    assert all(f"--output {source.path}" in text for source in sources)
+    assert f"recipes/pretrain.py recipes/{name}" in text
+    # "256 packs a step = 2 (per device) x 16 (accumulation) x 8 (devices)"
+    packs = int(re.search(r"(\d+) packs(?: a step|, about)", text)[1])
+    written = [int(re.search(rf"(\d+) \({word}\)", text)[1]) for word in ("per device", "accumulation")]
+    devices = re.search(r"(\d+) \(devices\)", text)
+    assert written == [args.per_device_train_batch_size, args.gradient_accumulation_steps]
+    assert written[0] * written[1] * int(devices[1] if devices else 1) == packs
+    assert args.bf16 is False and yaml.safe_load(text)["bf16"] is True
+    assert args.num_train_epochs == 1 and args.warmup_steps == 0.03 and args.lr_scheduler_type == "cosine"
+    assert args.save_total_limit == 2 and args.save_strategy == "steps"
+
+
+@pytest.mark.parametrize(
+    ("stage", "trained"),
+    [
+        ("align", {"multi_modal_projector"}),
+        ("pretrain", {"multi_modal_projector", "language_model"}),
+        ("full_pretrain", {"multi_modal_projector", "language_model", "vision_tower"}),
+    ],
+)
+def test_a_stage_trains_its_parts(stage, trained, recipe, plans, backbones, tiny_model, processor, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    model = {
+        "align": ["--vision_model", backbones["vision"], "--text_model", backbones["text"]],
+    }.get(stage, ["--model_name_or_path", str(tmp_path / "model")])
+    arguments = parse(
+        recipe,
+        RECIPES / "stages" / f"{stage}.yaml",
+        *model,
+        "--train_packs",
+        str(plans / "packs_4"),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--max_steps",
+        "1",
+        "--gradient_accumulation_steps",
+        "2",
+        "--dataloader_num_workers",
+        "0",
+        "--save_strategy",
+        "no",
+        "--activation_checkpointing=false",
+    )
+    trainer = recipe["build_trainer"](*arguments)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    rates = {group["lr"] for group in trainer.create_optimizer().param_groups}
+    assert rates == ({5e-5, 5e-6} if stage == "full_pretrain" else {arguments[2].learning_rate})
+    trainer.train()
+    changed = {name.split(".")[1] for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == trained
+
+
+def test_low_to_high_goes_from_few_tokens_an_image_to_many(recipe, plans, backbones, tmp_path):
+    text = (RECIPES / "pretrain_low_to_high.yaml").read_text()
+    for budget, place in ((4, "packs/captions_144"), (16, "packs/captions_729")):
+        text = text.replace(f"path: {place}", f"path: {plans}/packs_{budget}")
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    arguments = parse(
+        recipe,
+        path,
+        "--vision_model",
+        backbones["vision"],
+        "--text_model",
+        backbones["text"],
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--gradient_accumulation_steps",
+        "1",
+        "--dataloader_num_workers",
+        "0",
+        "--save_strategy",
+        "no",
+    )
+    trainer = recipe["build_trainer"](*arguments)
+    budgets = [batch["image_seq_length"] for batch in trainer.get_train_dataloader()]
+    assert set(budgets) == {4, 16} and budgets == sorted(budgets)
+    assert trainer.model.config.image_seq_length == 16
+    trainer.train()
+    assert trainer.state.global_step == len(budgets)
