@@ -1,5 +1,6 @@
 """The README's commands, run as they stand there on tiny backbones (its quickstart: recipes/test_quickstart.py)."""
 
+import json
 import os
 import re
 import subprocess
@@ -68,3 +69,26 @@ def test_pre_train_at_full_size(place, backbones):
     for name in ("model/model.safetensors", "loss.png", "train_results.json"):
         assert (place / "runs/2b" / name).exists()
     assert (place / "packs/plan.json").exists()
+
+
+def test_fine_tune_on_conversations(place, tiny_model, processor):
+    (commands,) = blocks("bash", "Fine-tune on conversations")
+    for part in (tiny_model, processor):
+        part.save_pretrained(place / "runs/2b/model")
+    (place / "images").mkdir()
+    Image.linear_gradient("L").convert("RGB").save(place / "images/cat.png")
+    turns = [{"from": "human", "value": "<image>\nwhat is shown?"}, {"from": "gpt", "value": "a cat"}]
+    records = [{"id": str(number), "image": "cat.png", "conversations": turns} for number in range(6)]
+    (place / "conversations.json").write_text(json.dumps(records))
+    changes = {
+        "--image-seq-length 729": "--image-seq-length 16",  # the tiny tower's whole grid
+        "--num_processes 8": "--cpu --num_processes 1",
+        "--output_dir runs/2b-sft": "--output_dir runs/2b-sft --max_steps 1 --gradient_accumulation_steps 1 "
+        "--dataloader_num_workers 0 --bf16=false --use_cpu",
+    }
+    for there, here in changes.items():
+        assert there in commands
+        commands = commands.replace(there, here)
+    done = subprocess.run(["sh", "-ec", commands], cwd=place, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (place / "runs/2b-sft/model/model.safetensors").exists()

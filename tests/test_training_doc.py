@@ -54,7 +54,7 @@ def pack(command: list[str], text: str) -> None:
     assert cli.main([*words, "--image-seq-length", "4", "--max-length", "32", "--num-workers", "1"]) == 0
 
 
-def test_commands_that_need_no_gpu(place, backbones, monkeypatch):
+def test_commands_that_need_no_gpu(place, backbones, monkeypatch, capsys):
     (mixture,) = re.findall(r"^```yaml\n(.*?)^```", DOCUMENT, flags=re.MULTILINE | re.DOTALL)
     options = yaml.safe_load(mixture)
     for source in options["train_packs"]:
@@ -66,9 +66,16 @@ def test_commands_that_need_no_gpu(place, backbones, monkeypatch):
     for command in filter(runs_here, commands()):
         if command[:2] == ["open-qwen2vl", "pack"]:
             pack(command, backbones["text"])
+        elif command[:2] == ["open-qwen2vl", "estimate"]:
+            recipe = yaml.safe_load((ROOT / command[2]).read_text())
+            recipe |= {"vision_model": backbones["vision"], "text_model": backbones["text"], "image_seq_length": 4}
+            (place / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+            assert cli.main(["estimate", "tiny.yaml", *command[3:]]) == 0
         else:
             launch(command, tiny + ([] if "--max_steps" in command else ["--max_steps", "2"]), monkeypatch)
 
+    printed = capsys.readouterr().out
+    assert "language model" in printed and "GPU-hours" in printed and "FSDP2" in printed
     for run in ("2b", "mixture", "2b-evaluated", "profile"):
         assert (place / "runs" / run / "model" / "model.safetensors").exists()
     assert (place / "runs" / "profile" / "profile" / "trace-rank0.json.gz").exists()

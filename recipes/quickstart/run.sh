@@ -1,6 +1,7 @@
 #!/bin/sh
 # The quickstart from drawings to two reports; `make quickstart` calls it. Each step does nothing if its result is there.
-# Arguments go to both trainings: `run.sh --max_steps 4` shows the whole chain in two minutes.
+# Arguments go to both trainings, and PICTURES limits those of the second half on each side: `PICTURES=40 run.sh
+# --max_steps 4` shows the whole chain in two minutes.
 set -eu
 cores=$(nproc)
 # Threads that wait without spinning: on cores that are shared with anything else, spinning costs a factor of ten.
@@ -17,7 +18,7 @@ train() {
 train recipes/pretrain.py recipes/quickstart.yaml "$@"
 python recipes/quickstart/report.py
 
-python recipes/quickstart/build_sft_data.py
+python recipes/quickstart/build_sft_data.py ${PICTURES:+--limit "$PICTURES"}
 open-qwen2vl pack runs/quickstart/sft/data/train.json --images runs/quickstart/sft/data/images \
     --output runs/quickstart/sft/packs --tokenizer runs/quickstart/model --image-seq-length 36 --max-length 768
 train recipes/sft.py recipes/sft_quickstart.yaml "$@"

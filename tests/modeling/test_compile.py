@@ -61,12 +61,18 @@ def test_the_packed_path_never_waits_for_the_device(config, tokenizer, monkeypat
             model(**inputs)
 
 
-def test_after_two_steps_no_pack_compiles_anything_anew(config, tokenizer):
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def test_after_two_steps_no_pack_compiles_anything_anew(config, tokenizer, fresh_compiler):
     torch.manual_seed(0)
     model = OpenQwen2VLForConditionalGeneration._from_config(config, attn_implementation="packed_varlen").train()
     model.model.vision_tower.requires_grad_(False)
-    torch._dynamo.reset()
-    counters.clear()
     compiled = torch.compile(model, backend="eager")
     graphs = []
     for step, documents in enumerate([3, 2, 4, 5, 2]):

@@ -1,15 +1,19 @@
 """The processor: budgets per call, chat template, saving and loading, errors that count."""
 
+import copy
 import io
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from matplotlib import get_data_path
 from PIL import Image
 from transformers import AutoProcessor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from open_qwen2vl import OpenQwen2VLProcessor
-from open_qwen2vl.processing.images import decode_image
+from open_qwen2vl.processing.images import ImageError, decode_image
 from open_qwen2vl.processing.text_formats import tokenize_captions
 
 IMAGE = Image.linear_gradient("L").convert("RGB").resize((50, 40))
@@ -88,6 +92,32 @@ def test_uint8_path_equals_the_float_path(processor):
     assert quantised.dtype == torch.uint8
     torch.testing.assert_close((quantised.float() / 255 - 0.5) / 0.5, floats, atol=1e-6, rtol=0)
     assert processor.resize_images([]).shape == (0, 3, 32, 32)
+
+
+@pytest.mark.parametrize("size", [(50, 40), (32, 32), (7, 90), (1, 1)])
+@pytest.mark.parametrize("resample", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR])
+def test_training_reads_a_file_as_a_call_sees_it(processor, size, resample):
+    """But for a grey level here and there where it shrinks; these are too small to be decoded at a fraction."""
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "JPEG")
+    processor = copy.copy(processor)
+    processor.image_processor = SiglipImageProcessorPil(size={"height": 32, "width": 32}, resample=resample)
+    read = processor.read_image(buffer.getvalue())
+    assert (read.shape, read.dtype) == ((1, 3, 32, 32), torch.uint8) and read.is_contiguous()
+    difference = (read.int() - processor.resize_images([decode_image(buffer.getvalue())]).int()).abs()
+    assert difference.max() <= (min(size) > 32)
+    with pytest.raises(ImageError):
+        processor.read_image(b"no image")
+
+
+def test_of_a_photograph_training_reads_few_pixels_differently(processor):
+    processor = copy.copy(processor)
+    processor.image_processor = SiglipImageProcessorPil(size={"height": 300, "width": 300})
+    data = Path(f"{get_data_path()}/sample_data/grace_hopper.jpg").read_bytes()
+    whole = processor.resize_images([decode_image(data)])
+    difference = (processor.read_image(data).int() - whole.int()).abs()
+    assert difference.max() <= 1 and difference.float().mean() < 0.005
 
 
 def test_a_tokenizer_without_image_token_is_refused(backbones, tmp_path):

@@ -233,7 +233,12 @@ def test_whole_chain(tmp_path):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     command = ["sh", "recipes/quickstart/run.sh", "--max_steps", "4", "--logging_steps", "1"]
     done = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PATH": path}, timeout=400
+        command,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path, "PICTURES": "40"},
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -251,3 +256,11 @@ def test_whole_chain(tmp_path):
     begun = AutoModel.from_pretrained(run / "backbones/vision")
     weights = trained.model.vision_tower.embeddings.patch_embedding.weight
     assert not torch.equal(weights, begun.embeddings.patch_embedding.weight)
+
+    # The second half: the same model, tuned on questions.
+    tuned = json.loads((run / "sft/metrics.json").read_text())
+    assert tuned.keys() >= {"accuracy", "majority_accuracy", "blanked_accuracy", "by_type"}
+    assert 0 <= tuned["accuracy"] <= 1 and set(tuned["by_type"]) == {"color", "shape", "yes_no_color", "yes_no_shape"}
+    assert OpenQwen2VLForConditionalGeneration.from_pretrained(run / "sft/model").config.image_seq_length == 36
+    for name in ("report.html", "report.png", "loss.png"):
+        assert (run / "sft" / name).stat().st_size > 10_000, name

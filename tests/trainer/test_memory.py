@@ -21,8 +21,8 @@ from open_qwen2vl.trainer.memory import (
 
 SCRIPT = Path(__file__).with_name("peak_memory.py")
 PRETRAINING = frozenset({"projector", "language_model"})
-# The measured peak is within this of the estimate, both ways. Measured: 0 to 7 %.
-TOLERANCE = 0.15
+# Measured peaks were 4 % below to 11 % above the estimate (three runs on a busy machine).
+TOLERANCE = 0.2
 
 
 def small_config():

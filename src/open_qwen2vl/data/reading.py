@@ -5,8 +5,6 @@ from typing import Any
 
 import torch
 
-from ..processing.images import decode_image
-
 OPEN_FILES = 64  # of each kind that one process keeps open
 
 
@@ -42,4 +40,4 @@ def read_pixels(data: bytes, processor: Any) -> torch.Tensor:
     Raises:
         ImageError: if it cannot be decoded.
     """
-    return processor.resize_images([decode_image(data, min_size=processor.target_size)])
+    return processor.read_image(data)

@@ -10,13 +10,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 from transformers import AutoTokenizer, BatchFeature
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
-from .images import to_rgb
+from .images import decode_image, to_rgb
 from .text_formats import IMAGE_TOKEN, prepare_tokenizer
+
+# Filters of SigLIP's image processors by the name that torch has for them.
+TORCH_RESAMPLING = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
 
 
 class OpenQwen2VLImagesKwargs(ImagesKwargs, total=False):
@@ -133,11 +137,6 @@ class OpenQwen2VLProcessor(ProcessorMixin):
             num_image_tokens=[image_seq_length] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
         )
 
-    @property
-    def target_size(self) -> tuple[int, int]:
-        """Width and height of what `resize_images` gives."""
-        return self.image_processor.size["width"], self.image_processor.size["height"]
-
     def resize_images(self, images: list[Image.Image]) -> torch.Tensor:
         """The transform without its normalisation, which the model does on its own device.
 
@@ -147,13 +146,38 @@ class OpenQwen2VLProcessor(ProcessorMixin):
         Returns:
             `torch.Tensor` of shape `(images, 3, height, width)`, uint8.
         """
-        width, height = self.target_size
+        size = self.image_processor.size
         # What the image processor does, without its way to arrays and back before it: the same pixels, sooner.
         resample = Image.Resampling(self.image_processor.resample)
-        pixels = np.empty((len(images), height, width, 3), dtype=np.uint8)
+        pixels = np.empty((len(images), size["height"], size["width"], 3), dtype=np.uint8)
         for number, image in enumerate(images):
-            pixels[number] = image.resize((width, height), resample)
+            pixels[number] = image.resize((size["width"], size["height"]), resample)
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+    def read_image(self, data: bytes) -> torch.Tensor:
+        """One image file as training reads it: what `resize_images` gives of it, in about half the time.
+
+        Torch's integer kernel makes images smaller, after which one pixel in 500 is a grey level off; for what
+        decoding large JPEGs at a fraction changes see `decode_image` in images.py.
+
+        Args:
+            data (`bytes`): content of a JPEG, PNG or WebP file.
+
+        Returns:
+            `torch.Tensor` of shape `(1, 3, height, width)`, uint8.
+
+        Raises:
+            ImageError: for a file that cannot be used.
+        """
+        height, width = self.image_processor.size["height"], self.image_processor.size["width"]
+        image = decode_image(data, min_size=(width, height))
+        mode = TORCH_RESAMPLING.get(self.image_processor.resample)
+        if mode is None or image.width < width or image.height < height:
+            # Where it enlarges, torch differs by more, and small images take no time.
+            return self.resize_images([image])
+        # (height, width, 3) -> (1, 3, height, width), which torch takes for its fast, channels-last kernel
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+        return nn.functional.interpolate(pixels, (height, width), mode=mode, antialias=True).contiguous()
 
 
 def _to_rgb(images: ImageInput) -> ImageInput:

@@ -6,6 +6,8 @@
 The MFU and the price are assumptions, and printed as such.
 """
 
+import math
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -155,11 +157,7 @@ def estimate_run(
     training = read_training(options)
     batch_size = int(number_of(options, "per_device_train_batch_size"))
     packs_per_step = num_gpus * batch_size * training.accumulation
-    packs = sum(each.packs for each in work)
-    max_steps = int(number_of(options, "max_steps"))
-    steps = max_steps if max_steps > 0 else -int(-packs * number_of(options, "num_train_epochs") // packs_per_step)
-    epochs = max_steps * packs_per_step / packs if max_steps > 0 else number_of(options, "num_train_epochs")
-
+    steps, epochs = _steps(options, work, packs_per_step)
     switches = {f"train_{part}": part in training.trained for part in PARTS}
     flops = epochs * sum(
         step_flops(config, each.tokens, each.squared_lengths, each.images, each.image_seq_length, **switches)
@@ -168,7 +166,7 @@ def estimate_run(
     tokens, images = (epochs * sum(getattr(each, name) for each in work) for name in ("tokens", "images"))
     kind = GPUS[gpu]
     seconds = flops / (num_gpus * kind.peak_flops * mfu)
-    price, vendor = PRICES.get(gpu, (None, "")) if price_per_hour is None else (price_per_hour, None)
+    price, vendor = PRICES.get(gpu, (None, None)) if price_per_hour is None else (price_per_hour, None)
     return Estimate(
         gpu=gpu,
         num_gpus=num_gpus,
@@ -188,6 +186,18 @@ def estimate_run(
         price_per_hour=price,
         price_source="--price-per-hour" if vendor is None else f"{vendor}'s list of {PRICES_OF}; --price-per-hour",
     )
+
+
+def _steps(options: dict[str, Any], work: list[Work], packs_per_step: int) -> tuple[int, float]:
+    """Optimizer steps and epochs; sources of one number of tokens per image fill up whole steps together."""
+    phases: Counter[int] = Counter()
+    for each in work:
+        phases[each.image_seq_length] += each.packs
+    steps_per_epoch = sum(math.ceil(packs / packs_per_step) for packs in phases.values())
+    epochs, max_steps = number_of(options, "num_train_epochs"), int(number_of(options, "max_steps"))
+    if max_steps > 0:
+        return max_steps, max_steps / steps_per_epoch
+    return math.ceil(epochs * steps_per_epoch), epochs
 
 
 def _memory(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from ..data.mixture import parse_sources
 from ..data.pack_order import picks_per_epoch
@@ -143,18 +143,25 @@ def read_config(options: dict[str, Any]) -> OpenQwen2VLConfig:
         [`OpenQwen2VLConfig`].
 
     Raises:
-        ValueError: if the recipe names no model.
+        ValueError: if the recipe names no model, or one whose config cannot be read.
     """
     if options.get("model_name_or_path"):
-        return AutoConfig.from_pretrained(options["model_name_or_path"])
+        return _config_of(options, "model_name_or_path")
     if not (options.get("vision_model") and options.get("text_model")):
         raise ValueError("the recipe names no model: give either vision_model and text_model, or model_name_or_path")
-    vision = AutoConfig.from_pretrained(options["vision_model"])
+    vision = _config_of(options, "vision_model")
     return OpenQwen2VLConfig(
         vision_config=getattr(vision, "vision_config", vision),
-        text_config=AutoConfig.from_pretrained(options["text_model"]),
+        text_config=_config_of(options, "text_model"),
         image_seq_length=options.get("image_seq_length") or 144,
     )
+
+
+def _config_of(options: dict[str, Any], name: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(options[name])
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{name} {options[name]}: {error}") from error
 
 
 def read_training(options: dict[str, Any]) -> Training:
