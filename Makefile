@@ -32,6 +32,8 @@ precommit: .venv/.installed
 bench: .venv/.installed
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/loading.py
+	$(BIN)/python benchmarks/sft.py
 	$(BIN)/python benchmarks/generate.py
 
 clean:

@@ -7,7 +7,10 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
 from open_qwen2vl import PackingCollator
+from open_qwen2vl.data import plan_packs
+from open_qwen2vl.data.mixture import PackMixture, parse_sources
 from open_qwen2vl.trainer import PackedTrainingArguments, newest_complete_checkpoint, save_final_model
+from tests.tars import write_caption_tar
 
 PARTS = {"train_projector": "projector", "train_language_model": "language_model", "train_vision_tower": "vision"}
 
@@ -262,3 +265,15 @@ def test_the_final_model_loads_with_the_auto_classes_and_generates_with_a_cache(
     )
     model.generate(input_ids=torch.tensor([[4, 10, 11]]), max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert calls == [3, 1, 1], "generation without a cache reads the whole text again for each token"
+
+
+@pytest.mark.parametrize(("compiled", "lengths"), [(False, None), (True, {64})])
+def test_packs_are_padded_to_one_length_for_a_compiler(make_trainer, tmp_path, processor, compiled, lengths):
+    write_caption_tar(tmp_path / "0.tar", ["a photo of a cat", "two dogs"] * 9)
+    plan_packs(
+        [tmp_path / "0.tar"], tmp_path / "packs", processor.tokenizer, image_seq_length=4, max_length=64, num_workers=1
+    )
+    packs = PackMixture(parse_sources(str(tmp_path / "packs")), processor)
+    trainer = make_trainer(train_dataset=packs, torch_compile=compiled)
+    found = {batch["input_ids"].shape[1] for batch in trainer.get_train_dataloader()}
+    assert found == lengths if compiled else max(found) < 64

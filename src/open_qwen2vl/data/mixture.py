@@ -127,6 +127,11 @@ class PackMixture(Dataset):
         return self.datasets[0].image_seq_length
 
     @property
+    def max_length(self) -> int:
+        """Positions of the longest pack that may come."""
+        return max(dataset.plan["max_length"] for dataset in self.datasets)
+
+    @property
     def fingerprint(self) -> dict[str, Any]:
         """What decides which packs are read and when: by source its place, its plan's hash, weight and epochs."""
         return {

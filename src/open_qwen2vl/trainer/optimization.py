@@ -71,18 +71,6 @@ def trained_parameters(model: nn.Module) -> dict[str, int]:
     return counts
 
 
-def decayed_names(model: nn.Module) -> list[str]:
-    """Parameters that weight decay reaches: all of two and more dimensions; biases and norms have one.
-
-    Args:
-        model (`nn.Module`): the model.
-
-    Returns:
-        `list[str]`: their names.
-    """
-    return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
-
-
 def set_part_learning_rates(
     optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, nn.Parameter]], args: PackedArguments
 ) -> list[str]:
@@ -124,3 +112,65 @@ def enter_schedule(scheduler: LRScheduler) -> None:
             # torch warns that no optimizer step came before: that is what is wanted.
             warnings.simplefilter("ignore", UserWarning)
             scheduler.step()
+
+
+class PartwiseOptimization:
+    """The part of [`PackedTraining`] that makes optimizer and schedule; in front of a `Trainer`.
+
+    Attributes:
+        part_rates (`dict[str, float]`): `learning_rate/PART` of the last step; empty where all parts have the same.
+    """
+
+    def __init__(self, *args, **kwargs):
+        self.part_rates: dict[str, float] = {}
+        self._part_of_group: list[str] = []
+        super().__init__(*args, **kwargs)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Every parameter of two and more dimensions; biases and norms have one.
+
+        Args:
+            model (`nn.Module`): the model.
+
+        Returns:
+            `list[str]`: their names.
+        """
+        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer that `args` names, with the learning rates of the parts.
+
+        Args:
+            model (`nn.Module`, *optional*): the trainer's own by default.
+
+        Returns:
+            `torch.optim.Optimizer`: the optimizer.
+        """
+        created = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if created:
+            named = (self.model if model is None else model).named_parameters()
+            self._part_of_group = set_part_learning_rates(optimizer, named, self.args)
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """The schedule that `args` names, without the zeros at its ends.
+
+        Args:
+            num_training_steps (`int`): steps of the training.
+            optimizer (`torch.optim.Optimizer`, *optional*): the trainer's own by default.
+
+        Returns:
+            `torch.optim.lr_scheduler.LRScheduler`: the schedule.
+        """
+        created = self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps + 1, optimizer)
+        if created:
+            enter_schedule(scheduler)
+        return scheduler
+
+    def _get_learning_rate(self) -> float:
+        # Trainer asks right before the schedule moves on, and logs the first group's alone.
+        rates = zip(self._part_of_group, self.lr_scheduler.get_last_lr(), strict=False)
+        self.part_rates = {f"learning_rate/{part}": rate for part, rate in rates}
+        return super()._get_learning_rate()

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
@@ -22,31 +21,27 @@ from transformers.trainer_callback import ProgressCallback
 from ..data.mixture import PackMixture
 from ..data.pack_order import PackOrder
 from ..processing.collator import PackingCollator
+from .arguments import PackedArguments
 from .checkpoint_saving import ExactCheckpoints
 from .flops import step_flops
 from .loss_watch import LossWatch, stop_training
-from .optimization import (
-    base_model,
-    choose_trained_parts,
-    decayed_names,
-    enter_schedule,
-    set_part_learning_rates,
-    trained_parameters,
-)
+from .optimization import PartwiseOptimization, base_model, choose_trained_parts, trained_parameters
 from .packed_evaluation import PackedEvaluation
+from .profiling import ProfileCallback
 from .progress import ThroughputProgressCallback
 from .steps import StepMeter
 from .throughput import ThroughputCallback, rates
 
 
-class PackedTraining(ExactCheckpoints, PackedEvaluation):
+class PackedTraining(ExactCheckpoints, PartwiseOptimization, PackedEvaluation):
     """Trains on the batches of a [`PackingCollator`]; to be combined with `Trainer` or a subclass of it.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): with `model.vision_tower`, `model.multi_modal_projector` and
             `model.language_model`. Its parameters are frozen or not as `args` says.
         args ([`PackedArguments`]): the arguments.
-        data_collator (`Callable`, *optional*): a [`PackingCollator`] by default.
+        data_collator (`Callable`, *optional*): a [`PackingCollator`] by default, which pads all packs to the plan's
+            length where `torch_compile` is set.
         callbacks (`list[TrainerCallback]`, *optional*): besides those of this class.
         kwargs: all else that the stock trainer takes. A `train_dataset` that is a [`PackMixture`] is read in
             [`PackOrder`], any other in the stock trainer's.
@@ -60,15 +55,13 @@ class PackedTraining(ExactCheckpoints, PackedEvaluation):
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator if data_collator is not None else PackingCollator(),
+            data_collator=data_collator or self._collator(args, kwargs.get("train_dataset")),
             callbacks=[ThroughputCallback(), LossWatch(), *(callbacks or [])],
             **kwargs,
         )
         self._check_fsdp()
         self.add_callback(_StepEnd(self))
         if args.profile:
-            from .profiling import ProfileCallback
-
             self.add_callback(ProfileCallback())
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ThroughputProgressCallback)
@@ -78,8 +71,6 @@ class PackedTraining(ExactCheckpoints, PackedEvaluation):
         self._micro_batch_flops = 0
         self._row_losses: torch.Tensor | None = None
         self._grad_norm: torch.Tensor | float = 0.0
-        self._part_of_group: list[str] = []
-        self._part_rates: dict[str, float] = {}
         self._meter = StepMeter(args.device, args.world_size, len(self.source_names))
 
     def _prepare_model(self, model: nn.Module, args) -> None:
@@ -88,6 +79,12 @@ class PackedTraining(ExactCheckpoints, PackedEvaluation):
         # A cache would join the documents of a pack. Trainer switches it off in the top config only.
         base.config.text_config.use_cache = False
         self._gives_row_losses = "return_row_losses" in inspect.signature(base.forward).parameters
+
+    @staticmethod
+    def _collator(args: PackedArguments, train_dataset: Dataset | None) -> PackingCollator:
+        # One shape for all batches, so that a compiler compiles once.
+        fixed = args.torch_compile and isinstance(train_dataset, PackMixture)
+        return PackingCollator(pad_to_multiple_of=train_dataset.max_length if fixed else None)
 
     def _check_fsdp(self) -> None:
         if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not self.is_fsdp_enabled:
@@ -142,49 +139,6 @@ class PackedTraining(ExactCheckpoints, PackedEvaluation):
             args.seed if args.data_seed is None else args.data_seed,
         )
         return self._order
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Every parameter of two and more dimensions; biases and norms have one.
-
-        Args:
-            model (`nn.Module`): the model.
-
-        Returns:
-            `list[str]`: their names.
-        """
-        return decayed_names(model)
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer that `args` names, with the learning rates of the parts.
-
-        Args:
-            model (`nn.Module`, *optional*): the trainer's own by default.
-
-        Returns:
-            `torch.optim.Optimizer`: the optimizer.
-        """
-        created = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        if created:
-            named = (self.model if model is None else model).named_parameters()
-            self._part_of_group = set_part_learning_rates(optimizer, named, self.args)
-        return optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
-        """The schedule that `args` names, without the zeros at its ends.
-
-        Args:
-            num_training_steps (`int`): steps of the training.
-            optimizer (`torch.optim.Optimizer`, *optional*): the trainer's own by default.
-
-        Returns:
-            `torch.optim.lr_scheduler.LRScheduler`: the schedule.
-        """
-        created = self.lr_scheduler is None
-        scheduler = super().create_scheduler(num_training_steps + 1, optimizer)
-        if created:
-            enter_schedule(scheduler)
-        return scheduler
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -261,12 +215,6 @@ class PackedTraining(ExactCheckpoints, PackedEvaluation):
         self._grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return self._grad_norm
 
-    def _get_learning_rate(self) -> float:
-        # Trainer asks right before the schedule moves on, and logs the first group's alone.
-        rates = zip(self._part_of_group, self.lr_scheduler.get_last_lr(), strict=False)
-        self._part_rates = {f"learning_rate/{part}": rate for part, rate in rates}
-        return super()._get_learning_rate()
-
     def _end_step(self) -> None:
         """After each optimizer step, on every rank: account, judge, and leave if asked to."""
         self._meter.end_step(self.state.global_step, self._grad_norm, self.stop_request.requested)
@@ -312,7 +260,7 @@ class PackedTraining(ExactCheckpoints, PackedEvaluation):
         if "loss" in logs:
             # Trainer's own loss starts anew after an interruption; the window's does not.
             logs.update(self.throughput.close_window(self.args.device, self.args.world_size, self.source_names))
-            logs.update(self._part_rates)
+            logs.update(self.part_rates)
         Trainer.log(self, logs, start_time)
 
     def summary(self) -> dict[str, Any]:
