@@ -46,8 +46,11 @@ def test_tensorboard_has_every_figure(make_trainer, mixture):
 
 
 def test_trackio_has_every_figure(make_trainer, mixture, monkeypatch, tmp_path):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     pytest.importorskip("trackio")
+    from trackio import sqlite_storage
+
+    # Its environment variable counts only before the first import, which may have been in another test.
+    monkeypatch.setattr(sqlite_storage, "TRACKIO_DIR", tmp_path / "trackio")
     trainer = make_trainer(
         train_dataset=mixture,
         report_to=["trackio"],
