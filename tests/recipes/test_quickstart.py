@@ -264,3 +264,13 @@ def test_whole_chain(tmp_path):
     assert OpenQwen2VLForConditionalGeneration.from_pretrained(run / "sft/model").config.image_seq_length == 36
     for name in ("report.html", "report.png", "loss.png"):
         assert (run / "sft" / name).stat().st_size > 10_000, name
+
+    (question,) = re.findall(r"^```bash\n(echo .*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    asked = subprocess.run(
+        ["sh", "-c", question.replace(".venv/bin/", "")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path},
+    )
+    assert asked.returncode == 0 and asked.stdout.endswith("\n"), asked.stderr[-2000:]
