@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from ..data.mixture import PackMixture
@@ -299,7 +299,7 @@ class _StepEnd(TrainerCallback):
     def __init__(self, trainer: PackedTraining):
         self._trainer = trainer
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """After the optimizer step and before Trainer logs, evaluates and saves."""
         if state.global_step >= state.max_steps:
             control.should_log = True
