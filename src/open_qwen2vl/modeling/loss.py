@@ -5,6 +5,8 @@ would be computed for nothing. Labelled positions are selected first, then proje
 gradients of a chunk are formed while its logits exist, so that the head runs once and no logits are kept for backward.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -22,7 +24,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     """Cross-entropy(hidden @ weight.T, target): the sum and, detached, each row's; gradients come in the forward."""
 
     @staticmethod
-    def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, with_grad: bool):
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, with_grad: bool):
         need_hidden, need_weight = (with_grad and needed for needed in ctx.needs_input_grad[:2])
         rows = _chunk_rows(hidden.shape[0], weight)
         losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
@@ -48,7 +50,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         return losses.sum(), losses
 
     @staticmethod
-    def backward(ctx, grad_loss: torch.Tensor, _):
+    def backward(ctx: Any, grad_loss: torch.Tensor, _: torch.Tensor):
         # In place: nobody else holds them, and a second backward through the same graph is refused by torch.
         return *(None if grad is None else grad.mul_(grad_loss) for grad in ctx.saved_tensors), None, None
 
