@@ -1,0 +1,43 @@
+"""The command `open-qwen2vl`: one subcommand for each step from data to model, each a module of this folder.
+
+What a user can get wrong (`ValueError`, `OSError`) ends in one line and exit code 2. The libraries of a step are
+imported when it runs, so that `--help` is quick.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from . import chat, convert, estimate, pack
+
+COMMANDS = (pack, convert, estimate, chat)  # in the order of --help
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        """End with one line instead of the whole usage."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): its arguments; those of the process where not given.
+
+    Returns:
+        `int`: exit code, 0 if all went well and 2 after an error of the user's making.
+    """
+    parser = _Parser(prog="open-qwen2vl", description="Steps around the training of Open-Qwen2VL.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_command(commands)
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog} {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
