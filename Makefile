@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow style precommit bench clean
+.PHONY: quickstart test test-slow browser style precommit bench clean
 
 # Installed again whenever the dependencies change.
 .venv/.installed: pyproject.toml constraints.txt
@@ -16,11 +16,16 @@ quickstart: .venv/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh recipes/quickstart/run.sh
 
 # Two worker processes of one thread each (tests/conftest.py sets the threads).
-test: .venv/.installed
+test: .venv/.installed browser
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-test-slow: .venv/.installed
+test-slow: .venv/.installed browser
 	$(BIN)/python -m pytest -m slow
+
+# The pages are tested in a real browser. Debian's is installed where that needs no password; else these tests skip.
+browser:
+	@command -v chromium chromium-browser google-chrome > /dev/null || [ "$$(id -u)" != 0 ] || \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium > /dev/null; } || true
 
 style: .venv/.installed
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .

@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks/mfu.py"
 
 
+@pytest.mark.slow
 def test_tiny_run_prints_the_trainers_figures_of_a_lever():
     command = [sys.executable, SCRIPT, "--tiny", "--steps", "2", "--levers", "checkpoint2"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -69,6 +69,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_after_two_steps_no_pack_compiles_anything_anew(config, tokenizer, fresh_compiler):
     torch.manual_seed(0)
     model = OpenQwen2VLForConditionalGeneration._from_config(config, attn_implementation="packed_varlen").train()

@@ -96,6 +96,7 @@ def config(tmp_path_factory, backbones) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_fsdp_without_gpus_is_refused_in_one_line(config):
     """accelerate would train with DDP in silence."""
     fsdp = ["--config_file", str(RECIPES / "accelerate" / "fsdp2_8gpu.yaml"), "--num_processes", "2"]
