@@ -1,8 +1,9 @@
 """From tars of samples, or conversations, to packs that a loader reads.
 
 tars ─ shards.py: index of the headers ─ captions.py ─────────────┐
-json ─ json_records.py, tables ─ table_rows.py: where records are ┼► documents ─ packing.py: which share a pack
-images ─ image_files.py: where they are ─ conversations.py ───────┘  and lengths             │
+json ─ json_records.py, tables ─ table_rows.py: where records are │
+ └ records.py ─ conversations.py, interleaved.py, caption_rows.py ┼► documents ─ packing.py: which share a pack
+images ─ image_files.py: where they are ──────────────────────────┘  and lengths             │
   │            plan.py runs this (sources.py), one task for each group ─────────► packs/ (plan_files.py)
   │                                                                                          │
   └── bytes by offset ──► packed_dataset.py: input_ids, position_ids, labels (S,), pixel_values (images, 3, H, W)

@@ -1,6 +1,7 @@
 """What a caption sample is (`key.jpg`, `key.txt`, perhaps `key.json`) and how it becomes a document of the plan."""
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from ..processing.text_formats import caption_document, caption_document_length, tokenize_captions
 from .plan_files import Document, Group, GroupDocuments, shard_path
 from .reading import Newest, read_pixels
-from .shards import IMAGE_EXTENSIONS, MemberError, Sample, index_shard, read_member, sample_uid
+from .shard_index import read_shard_index
+from .shards import IMAGE_EXTENSIONS, MemberError, Sample, ShardIndex, index_shard, read_member, sample_uid
+
+logger = logging.getLogger(__name__)
 
 
 def caption_documents(group: Group, tokenizer: PreTrainedTokenizerBase) -> GroupDocuments:
@@ -94,38 +98,19 @@ def decode_caption(data: bytes) -> str:
     return caption
 
 
-class _TarDocuments(NamedTuple):
-    documents: list[Document]
-    skipped: list[tuple[str, str]]  # key and reason
-    ignored_members: int
+def caption_members(file: int, sample: Sample) -> tuple[list[tuple[str, int, int]], str]:
+    """Where a caption sample's image and text are, and the text.
 
+    Args:
+        file (`int`): descriptor of the open tar.
+        sample ([`Sample`]): from its index.
 
-def _tar_documents(
-    path: str, number: int, tokenizer: PreTrainedTokenizerBase, recipe: dict[str, Any]
-) -> _TarDocuments:
-    index = index_shard(path)
-    readable, captions, skipped = [], [], list(index.skipped)
-    with open(path, "rb", buffering=0) as file:
-        for sample in index.samples:
-            try:
-                members, caption = _caption_members(file.fileno(), sample)
-            except MemberError as error:
-                skipped.append((sample.key, error.reason))
-                continue
-            uid = sample_uid(_read_json(file.fileno(), sample), os.path.basename(path), sample.key)
-            readable.append((sample.key, uid, members))
-            captions.append(caption)
-    documents = []
-    for (key, uid, members), ids in zip(readable, tokenize_captions(tokenizer, captions), strict=True):
-        tokens = caption_document_length(len(ids), recipe["image_seq_length"])
-        if tokens > recipe["max_length"]:
-            skipped.append((key, "too_long"))
-        else:
-            documents.append(Document(number, key, uid, members, tokens))
-    return _TarDocuments(documents, skipped, index.ignored_members)
+    Returns:
+        `tuple`: extension, byte offset and size of the image and of the text, and the caption.
 
-
-def _caption_members(file: int, sample: Sample) -> tuple[list[tuple[str, int, int]], str]:
+    Raises:
+        MemberError: `missing_image`, `missing_caption`, `empty_image`, or as [`decode_caption`] and [`read_member`].
+    """
     image_ext = next((ext for ext in IMAGE_EXTENSIONS if ext in sample.members), None)
     if image_ext is None:
         raise MemberError("missing_image", f"{sample.key} has no member {', '.join(IMAGE_EXTENSIONS)}")
@@ -137,11 +122,72 @@ def _caption_members(file: int, sample: Sample) -> tuple[list[tuple[str, int, in
     return [(ext, *sample.members[ext]) for ext in (image_ext, "txt")], caption
 
 
-def _read_json(file: int, sample: Sample) -> Any:
-    """The sample's metadata; `None` where it has none that can be read, which costs it nothing but its uid."""
+def read_json(file: int, sample: Sample) -> Any:
+    """A sample's metadata.
+
+    Args:
+        file (`int`): descriptor of the open tar.
+        sample ([`Sample`]): from its index.
+
+    Returns:
+        `Any`: its parsed json; `None` where it has none that can be read, which costs it nothing but its uid.
+    """
     if "json" not in sample.members:
         return None
     try:
         return json.loads(read_member(file, f"{sample.key}.json", *sample.members["json"]))
     except (ValueError, RecursionError):
         return None
+
+
+class _TarDocuments(NamedTuple):
+    documents: list[Document]
+    skipped: list[tuple[str, str]]  # key and reason
+    ignored_members: int
+
+
+def _tar_documents(
+    path: str, number: int, tokenizer: PreTrainedTokenizerBase, recipe: dict[str, Any]
+) -> _TarDocuments:
+    indexed = read_shard_index(path)
+    found = _read_captions(path, *indexed) if indexed else None
+    if found and any(reason == "moved_member" for _, reason in found.skipped):
+        logger.warning("%s: its index is that of another tar: not used", path)
+        found = None
+    index = ShardIndex() if found else index_shard(path)
+    readable, captions, unusable = found or _read_captions(path, index.samples)
+    skipped = index.skipped + unusable
+    documents = []
+    for (key, uid, members), ids in zip(readable, tokenize_captions(tokenizer, captions), strict=True):
+        tokens = caption_document_length(len(ids), recipe["image_seq_length"])
+        if tokens > recipe["max_length"]:
+            skipped.append((key, "too_long"))
+        else:
+            documents.append(Document(number, key, uid, members, tokens))
+    return _TarDocuments(documents, skipped, index.ignored_members)
+
+
+class _Captions(NamedTuple):
+    readable: list[tuple[str, str, list[tuple[str, int, int]]]]  # key, uid, members
+    texts: list[str]
+    skipped: list[tuple[str, str]]  # key and reason
+
+
+def _read_captions(path: str, samples: list[Sample], uids: list[str] | None = None) -> _Captions:
+    """Read the texts of some samples, and their uids from their metadata where they are not given."""
+    found = _Captions([], [], [])
+    with open(path, "rb", buffering=0) as file:
+        for number, sample in enumerate(samples):
+            try:
+                members, caption = caption_members(file.fileno(), sample)
+            except MemberError as error:
+                found.skipped.append((sample.key, error.reason))
+                continue
+            uid = uids[number] if uids else _uid(file.fileno(), path, sample)
+            found.readable.append((sample.key, uid, members))
+            found.texts.append(caption)
+    return found
+
+
+def _uid(file: int, path: str, sample: Sample) -> str:
+    return sample_uid(read_json(file, sample), os.path.basename(path), sample.key)

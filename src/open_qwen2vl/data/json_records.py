@@ -74,21 +74,22 @@ def record_spans(path: str | os.PathLike, start: int, stop: int) -> Iterator[tup
         yield from map(tuple, spans.tolist())
 
 
-def read_record(file: int, offset: int, size: int) -> Any:
+def read_record(file: int, offset: int, size: int, max_bytes: int | None = None) -> Any:
     """Read and parse one record.
 
     Args:
         file (`int`): descriptor of the open file.
         offset (`int`): its first byte.
         size (`int`): its bytes.
+        max_bytes (`int`, *optional*): most of them; `MAX_RECORD_BYTES` where not given.
 
     Returns:
         `Any`: the parsed JSON; `None` for a blank line.
 
     Raises:
-        RecordError: `record_too_large` above `MAX_RECORD_BYTES`, `invalid_json` if it cannot be parsed.
+        RecordError: `record_too_large` above that, `invalid_json` if it cannot be parsed.
     """
-    if size > MAX_RECORD_BYTES:
+    if size > (MAX_RECORD_BYTES if max_bytes is None else max_bytes):
         raise RecordError("record_too_large", f"the record at byte {offset} has {size:,} bytes")
     try:
         text = os.pread(file, size, offset).decode("utf-8-sig" if offset == 0 else "utf-8")

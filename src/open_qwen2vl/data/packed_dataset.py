@@ -28,7 +28,7 @@ from .json_records import RecordError
 from .plan_files import read_plan, shard_path
 from .reading import Newest
 from .shards import MemberError
-from .sources import source_kind
+from .sources import planned_kind
 
 logger = logging.getLogger(__name__)
 
@@ -165,8 +165,7 @@ class _OpenFiles:
 
     def __init__(self, folder: Path, plan: dict[str, Any], processor: Any):
         self.process = os.getpid()
-        kind = source_kind([shard["path"] for shard in plan["shards"]])
-        self.reader = kind.reader(folder, plan, processor)
+        self.reader = planned_kind(plan).reader(folder, plan, processor)
         parts = Newest(lambda part: pq.ParquetFile(folder / plan["parts"][part]["name"]))
         self._parts = parts
         self._row_group = lru_cache(ROW_GROUPS)(

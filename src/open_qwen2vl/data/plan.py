@@ -11,44 +11,37 @@ parts only; `plan.json` is written last.
 """
 
 import functools
-import logging
-import multiprocessing
 import os
 import tempfile
-import threading
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..processing.conversations import ConversationFormat, training_chat_template
 from ..processing.text_formats import caption_document_length, prepare_tokenizer, tokenizer_fingerprint
+from .caption_rows import common_caption_column
+from .engine import Outcome, show_progress, work_through
 from .image_files import describe_images, index_archives, remove_index
+from .interleaved import RULES
 from .packing import pack_lengths
 from .plan_files import (
     FORMAT_VERSION,
+    PLAN_NAME,
     Group,
     describe_shard,
     packs_table,
     read_part_metadata,
-    remove_temporaries,
     write_part,
     write_plan,
     write_skipped,
 )
 from .plan_report import PlanReport
-from .shards import TAR_DAMAGE
-from .sources import SourceKind, source_kind
-
-logger = logging.getLogger(__name__)
-
-LOGGED_SKIPS = 3  # of each reason, and each damaged tar; all of them stand in the skipped files
+from .sources import SourceKind, planned_kind, source_kind
+from .whole_files import remove_temporaries
 
 
 @dataclass(frozen=True)
@@ -75,15 +68,6 @@ class _Task:
         return sum(shard["size"] for shard in recipe["shards"])
 
 
-@dataclass(frozen=True)
-class _Done:
-    """What the main process hears of a finished part."""
-
-    samples: int
-    amount: int
-    skipped: list[tuple[str, str, str]]  # the first of each reason
-
-
 def plan_packs(
     shards: Sequence[str | Path],
     output: str | Path,
@@ -95,9 +79,13 @@ def plan_packs(
     shards_per_group: int = 8,
     images: Sequence[str | Path] = (),
     records_per_group: int = 10_000,
+    caption_column: str | None = None,
+    rules: str = "standard",
     num_workers: int | None = None,
 ) -> PlanReport:
-    """Plan the packs of captions or conversations. The same input gives the same plan, with any number of workers.
+    """Plan the packs of captions, interleaved documents or conversations.
+
+    The same input gives the same plan, with any number of workers.
 
     Args:
         shards (`Sequence[str | Path]`): files of one kind of `sources.py`; [`find_sources`] lists those of a folder.
@@ -107,9 +95,12 @@ def plan_packs(
         max_length (`int`, *optional*, defaults to 4096): positions of a pack.
         max_images (`int`, *optional*): most images of a pack; a document with more is skipped.
         shards_per_group (`int`, *optional*, defaults to 8): tars whose samples may share packs.
-        images (`Sequence[str | Path]`, *optional*): folders, `.tar` and `.zip` files in which conversations' images
-            are looked up by their path.
-        records_per_group (`int`, *optional*, defaults to 10000): conversations that may share packs.
+        images (`Sequence[str | Path]`, *optional*): folders, `.tar` and `.zip` files in which images that are named
+            by a path are looked up.
+        records_per_group (`int`, *optional*, defaults to 10000): records or rows of a file that may share packs.
+        caption_column (`str`, *optional*): of tables, `caption` or `text` where not given.
+        rules (`str`, *optional*, defaults to `"standard"`): what happens to interleaved documents of ten images and
+            more, or longer than a pack: they are split before images, or dropped with `"original"`.
         num_workers (`int`, *optional*): processes; where not given one per core, but no more than there are groups.
 
     Returns:
@@ -122,7 +113,7 @@ def plan_packs(
     """
     if not shards:
         raise ValueError("no shards given: name at least one tar, or one file of conversations")
-    kind = source_kind(shards)
+    kind = source_kind(shards, caption_column)
     numbers = {
         "image_seq_length": image_seq_length,
         "max_images": max_images,
@@ -130,7 +121,7 @@ def plan_packs(
         "records_per_group": records_per_group,
         "num_workers": num_workers,
     }
-    _check_options(kind, max_length, images, numbers)
+    _check_options(kind, max_length, images, rules, numbers)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     options = {
@@ -141,9 +132,14 @@ def plan_packs(
         "max_length": max_length,
         "max_images": max_images,
     }
+    if kind.images_elsewhere:
+        options["images"] = describe_images(images, folder)
     if kind.text_format == "conversation":
         options["chat_template"] = ConversationFormat(tokenizer, training_chat_template(tokenizer)).fingerprint
-        options["images"] = describe_images(images, folder)
+    elif kind.text_format == "interleaved":
+        options["rules"] = rules
+    elif kind.images_elsewhere:
+        options["caption_column"] = common_caption_column(shards, caption_column)
     described = [describe_shard(shard, folder) for shard in shards]
     groups = _groups(kind, shards, shards_per_group, records_per_group)
     tasks = [
@@ -152,27 +148,30 @@ def plan_packs(
     ]
     if not tasks:
         raise ValueError(f"{shards[0]}: not a single record in it")
-    remove_temporaries(folder)
+    remove_temporaries([folder / PLAN_NAME, *(path for task in tasks for path in (task.part, task.skipped))])
     missing = _missing_parts(folder, tasks)
     if missing and images:
         index_archives(folder, options["images"])
-    workers = num_workers or min(len(missing), os.cpu_count() or 1)
-    _follow(_run(missing, tokenizer, workers), sum(task.amount for task in missing))
+    _run(missing, tokenizer, num_workers or os.cpu_count() or 1)
     remove_index(folder)
     return _finish(folder, {**options, "shards": described}, tasks)
 
 
 def _check_options(
-    kind: SourceKind, max_length: int, images: Sequence[str | Path], numbers: dict[str, int | None]
+    kind: SourceKind, max_length: int, images: Sequence[str | Path], rules: str, numbers: dict[str, int | None]
 ) -> None:
     for name, value in numbers.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if kind.text_format == "caption" and images:
-        raise ValueError("images are for conversations: the images of captions are in their tars")
+    if images and not kind.images_elsewhere:
+        raise ValueError("images are for conversations, documents and tables: those of captions are in their tars")
+    if rules not in RULES:
+        raise ValueError(f"rules must be {' or '.join(RULES)}, got {rules!r}")
+    if rules != RULES[0] and kind.text_format != "interleaved":
+        raise ValueError(f"rules {rules} are for interleaved documents, not for {kind.text_format}s")
     image_seq_length = numbers["image_seq_length"]
     shortest = caption_document_length(1, image_seq_length)
-    if kind.text_format == "caption" and max_length < shortest:
+    if kind.text_format != "conversation" and max_length < shortest:
         raise ValueError(
             f"max_length {max_length} is below {shortest}, the shortest document with image_seq_length "
             f"{image_seq_length}"
@@ -212,46 +211,33 @@ def _missing_parts(folder: Path, tasks: list[_Task]) -> list[_Task]:
     return missing
 
 
-def _run(tasks: list[_Task], tokenizer: PreTrainedTokenizerBase, num_workers: int) -> Iterator[_Done]:
-    """Make parts, in this process or in several; yields as they get done."""
-    if num_workers <= 1 or len(tasks) <= 1:
-        yield from (_make_part(task, tokenizer) for task in tasks)
-        return
-    with tempfile.TemporaryDirectory() as tokenizer_folder:
-        tokenizer.save_pretrained(tokenizer_folder)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])  # imported once instead of by each worker
-        with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker) as pool:
-            futures = [pool.submit(_make_part_in_worker, task, tokenizer_folder) for task in tasks]
-            try:
-                yield from (future.result() for future in as_completed(futures))
-            finally:
-                pool.shutdown(cancel_futures=True)
+def _run(tasks: list[_Task], tokenizer: PreTrainedTokenizerBase, num_workers: int) -> None:
+    """Make parts, in this process or in several."""
+
+    def make_worker() -> Callable[[_Task], Outcome]:
+        return functools.partial(_make_part, tokenizer=tokenizer)
+
+    with tempfile.TemporaryDirectory() as folder:
+        if min(num_workers, len(tasks)) > 1:
+            tokenizer.save_pretrained(folder)
+            make_worker = functools.partial(_load_part_maker, folder, tokenizer_fingerprint(tokenizer))
+        outcomes = work_through(tasks, make_worker, num_workers=num_workers)
+        sized = ((task.amount, outcome) for task, outcome in outcomes)
+        for _ in show_progress(sized, sum(task.amount for task in tasks), "planning"):
+            pass  # the figures stand in the parts
 
 
-def _start_worker() -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one process for each core already
-    parent = multiprocessing.parent_process()
-    # The workers of a pool outlive a parent that was killed, and would write beside the rerun.
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def _make_part_in_worker(task: _Task, tokenizer_folder: str) -> _Done:
-    return _make_part(task, _load_tokenizer(tokenizer_folder, task.group.recipe["tokenizer"]))
-
-
-@functools.cache
-def _load_tokenizer(folder: str, fingerprint: str) -> PreTrainedTokenizerBase:
-    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(folder))
+def _load_part_maker(tokenizer_folder: str, fingerprint: str) -> Callable[[_Task], Outcome]:
+    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(tokenizer_folder))
     if tokenizer_fingerprint(tokenizer) != fingerprint:
         raise ValueError("the tokenizer is another one after save_pretrained; use num_workers 1")
-    return tokenizer
+    return functools.partial(_make_part, tokenizer=tokenizer)
 
 
-def _make_part(task: _Task, tokenizer: PreTrainedTokenizerBase) -> _Done:
+def _make_part(task: _Task, tokenizer: PreTrainedTokenizerBase) -> Outcome:
     """The whole work on one group."""
     recipe = task.group.recipe
-    kind = source_kind([shard["path"] for shard in recipe["shards"]])
+    kind = planned_kind(recipe)
     documents, skipped, ignored = kind.plan(task.group, tokenizer)
     limit = recipe["max_images"]
     if limit is not None:
@@ -265,28 +251,7 @@ def _make_part(task: _Task, tokenizer: PreTrainedTokenizerBase) -> _Done:
     report = PlanReport.of_part(table, recipe["max_length"], skipped, ignored)
     write_skipped(task.skipped, skipped)
     write_part(task.part, table, {"recipe": recipe, "report": asdict(report)})
-    return _Done(report.samples, task.amount, list(_worth_logging(skipped, Counter())))
-
-
-def _worth_logging(skipped: Iterable[tuple[str, str, str]], seen: Counter) -> Iterator[tuple[str, str, str]]:
-    for row in skipped:
-        seen[row[2]] += 1
-        if seen[row[2]] <= LOGGED_SKIPS or row[2] in TAR_DAMAGE:
-            yield row
-
-
-def _follow(parts: Iterator[_Done], total: int) -> None:
-    """Show progress, in samples, and log the first of what is skipped."""
-    seen: Counter = Counter()
-    finished = 0
-    with tqdm(desc="planning", unit=" samples", unit_scale=True, disable=not total) as bar:
-        for part in parts:
-            finished += part.amount
-            # How many samples there are is known at the end only; the bytes left tell about how many.
-            bar.total = round((bar.n + part.samples) * total / max(1, finished))
-            bar.update(part.samples)
-            for file, key, reason in _worth_logging(part.skipped, seen):
-                logger.warning("skipped %s/%s: %s", file, key, reason)
+    return Outcome.of(report.samples, skipped)
 
 
 def _finish(folder: Path, plan: dict[str, Any], tasks: list[_Task]) -> PlanReport:

@@ -8,10 +8,9 @@ A reader needs one row at a time and in any order, hence small row groups. Every
 renamed when it is whole.
 """
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .shards import IMAGE_EXTENSIONS
+from .whole_files import renamed_when_whole
 
 PLAN_NAME = "plan.json"
 FORMAT_VERSION = 1
@@ -33,9 +33,9 @@ _DOCUMENT = pa.struct(
         ("shard", pa.int32()),  # index into the plan's list of files
         ("key", pa.string()),
         ("uid", pa.string()),
-        ("members", pa.list_(_MEMBER)),  # of a caption: the image, the text; of a conversation: the record
+        ("members", pa.list_(_MEMBER)),  # of a caption in a tar: the image, the text; else the record, its entries
         ("tokens", pa.int32()),
-        ("images", pa.list_(_PLACE)),  # of a conversation, in the order of the text; null: the record has the bytes
+        ("images", pa.list_(_PLACE)),  # of records, in the order of the text; null: the record has the bytes
     ]
 )
 _SKIPPED = pa.schema([("tar", pa.string()), ("key", pa.string()), ("reason", pa.string())])
@@ -48,11 +48,13 @@ class Document(NamedTuple):
         shard (`int`): index of its file in the plan's list.
         key (`str`): key of its sample.
         uid (`str`): 32 hex digits.
-        members (`list[tuple[str, int, int]]`): extension, byte offset and size: of a caption the image, then the
-            text; of a conversation its record (of a table's row: its number and 0).
+        members (`list[tuple[str, int, int]]`): extension, byte offset and size: of a caption in a tar the image, then
+            the text; else its record (of a table's row: its number and 0), and of an interleaved document then
+            `"entries"`, the first of them and their number.
         tokens (`int`): positions that it takes.
-        images (`list[tuple[int, int, int] | None]`): images outside of the file, in the order of the text: which of
-            the plan's image folders and archives, byte offset and size; `None` for one whose bytes the record holds.
+        images (`list[tuple[int, int, int] | None]`): images outside of the record, in the order of the text: which of
+            the plan's image folders and archives (-1: the document's own tar), byte offset and size; `None` for one
+            whose bytes the record holds.
     """
 
     shard: int
@@ -203,7 +205,7 @@ def write_plan(folder: Path, plan: dict[str, Any]) -> None:
     """
     path, text = folder / PLAN_NAME, json.dumps(plan, indent=1, sort_keys=True) + "\n"
     if not path.exists() or path.read_text(encoding="utf8") != text:
-        with _renamed_when_whole(path) as temporary:
+        with renamed_when_whole(path) as temporary:
             temporary.write_text(text, encoding="utf8")
 
 
@@ -230,29 +232,8 @@ def read_plan(folder: Path) -> dict[str, Any]:
     return plan
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Remove what a killed run left half-written.
-
-    Args:
-        folder (`Path`): folder of the plan.
-    """
-    for name in ("part-*.parquet", "skipped-*.parquet", PLAN_NAME):
-        for temporary in folder.glob(f"{name}.*.tmp"):
-            temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _renamed_when_whole(path: Path) -> Iterator[Path]:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _write_table(path: Path, table: pa.Table) -> None:
-    with _renamed_when_whole(path) as temporary:
+    with renamed_when_whole(path) as temporary:
         # Nobody searches by value; without statistics a footer, which is read to get at any pack, is half the size.
         pq.write_table(
             table, temporary, row_group_size=PACKS_PER_ROW_GROUP, compression="zstd", write_statistics=False

@@ -18,6 +18,7 @@ TAR_DAMAGE = ("truncated_tar", "corrupt_tar")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
+_UID = re.compile("[0-9a-fA-F]{32}")
 _UNSAFE_KEY = re.compile(r"^/|(^|/)\.\.(/|$)|[\ud800-\udfff]")  # absolute, climbing up, not UTF-8
 
 
@@ -40,10 +41,13 @@ class Sample:
     Attributes:
         key (`str`): path in the tar up to the first dot of the last part.
         members (`dict[str, tuple[int, int]]`): byte offset and size of the data by lower-case extension.
+        spans (`list[tuple[int, int]]`): first byte and that behind the last of the members with their headers and
+            their padding, one span for members that follow each other.
     """
 
     key: str
     members: dict[str, tuple[int, int]] = field(default_factory=dict)
+    spans: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -65,6 +69,7 @@ class ShardIndex:
 class _Member(NamedTuple):
     name: str
     is_file: bool
+    start: int  # of its first header block
     offset: int
     size: int
 
@@ -142,6 +147,7 @@ def index_shard(path: str | Path) -> ShardIndex:
                 seen.add(key)
             if member.is_file:
                 current.members[extension] = (member.offset, member.size)
+                _append_span(current.spans, member.start, padded_end(member.offset, member.size))
             else:
                 index.ignored_members += 1
     except _DamagedTar as damage:
@@ -220,9 +226,41 @@ def sample_uid(metadata: Any, tar_name: str, key: str) -> str:
         of `tar_name/key`.
     """
     uid = metadata.get("uid") if isinstance(metadata, dict) else None
-    if isinstance(uid, str) and re.fullmatch("[0-9a-fA-F]{32}", uid):
+    if isinstance(uid, str) and _UID.fullmatch(uid):
         return uid.lower()
     return hashlib.sha256(f"{tar_name}/{key}".encode()).hexdigest()[:32]
+
+
+def has_bad_uid(metadata: Any) -> bool:
+    """Whether a sample names itself by something else than a uid.
+
+    Args:
+        metadata (`Any`): the sample's parsed json, or `None`.
+
+    Returns:
+        `bool`: whether the json has a `uid` that is not 32 hex digits.
+    """
+    uid = metadata.get("uid") if isinstance(metadata, dict) else None
+    return uid is not None and not (isinstance(uid, str) and _UID.fullmatch(uid))
+
+
+def padded_end(offset: int, size: int) -> int:
+    """Where the next header may begin.
+
+    Args:
+        offset (`int`): first byte of a member's data.
+        size (`int`): its bytes.
+
+    Returns:
+        `int`: the byte behind the padding that fills its last block.
+    """
+    return offset + -(-size // _BLOCK) * _BLOCK
+
+
+def _append_span(spans: list[tuple[int, int]], start: int, end: int) -> None:
+    if spans and spans[-1][1] == start:
+        start = spans.pop()[0]
+    spans.append((start, end))
 
 
 def _scan(path: str | Path) -> Iterator[_Member]:
@@ -263,7 +301,7 @@ def _parse(file: BinaryIO, header: bytes, offset: int) -> tuple[_Member, int]:
         try:
             name, size = header[:100].split(b"\0", 1)[0].decode(), int(header[124:136].strip(b"\0 "), 8)
             if size >= 0:
-                return _Member(name, True, offset + _BLOCK, size), offset + _BLOCK + -(-size // _BLOCK) * _BLOCK
+                return _Member(name, True, offset, offset + _BLOCK, size), padded_end(offset + _BLOCK, size)
         except ValueError:  # sizes above 8 GB are not octal, old names not UTF-8
             pass
     file.seek(offset)
@@ -275,7 +313,7 @@ def _parse(file: BinaryIO, header: bytes, offset: int) -> tuple[_Member, int]:
     if info is None or info.size < 0 or tar.offset <= offset:
         raise _DamagedTar("truncated_tar")
     name = info.name + "/" if info.isdir() else info.name
-    return _Member(name, info.isreg() and not info.issparse(), info.offset_data, info.size), tar.offset
+    return _Member(name, info.isreg() and not info.issparse(), offset, info.offset_data, info.size), tar.offset
 
 
 def _loggable(key: str) -> str:

@@ -1,16 +1,16 @@
 """Rows of Hugging Face data sets: parquet files, and the arrow files of a folder from `Dataset.save_to_disk`.
 
 Both come in batches of rows (parquet's row groups, arrow's record batches); a row is read through its batch. Columns
-that are not of a conversation are not touched, and to plan a parquet file no byte of an image is read.
+that nobody asks for are not touched, and to plan a parquet file no byte of an image is read.
 """
 
 import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,54 @@ COLUMNS = (*TEXT_COLUMNS, *IMAGE_COLUMNS, "id", *OTHER_MEDIA)
 _SPLIT = re.compile(r"(.+)-\d+-of-\d+\.parquet$")  # as the Hub names them
 LARGE_BATCH = 256 << 20  # bytes; each row of a parquet file costs the reading of its whole batch
 LEVELS = 64  # bytes: far above what parquet spends on a null
+
+
+class Columns(NamedTuple):
+    """The columns of a table that are read.
+
+    Attributes:
+        texts (`tuple[str, ...]`): what is read whole, to plan as well.
+        images (`tuple[str, ...]`): an image or a list of images in each row: structs of bytes and path, or paths.
+    """
+
+    texts: tuple[str, ...]
+    images: tuple[str, ...]
+
+
+CONVERSATION_COLUMNS = Columns((*TEXT_COLUMNS, "id", *OTHER_MEDIA), IMAGE_COLUMNS)
+
+
+def column_names(path: str | os.PathLike) -> list[str]:
+    """The names of a table's columns.
+
+    Args:
+        path (`str | os.PathLike`): a `.parquet` or `.arrow` file.
+
+    Returns:
+        `list[str]`: in order.
+
+    Raises:
+        ValueError: if it is no such file.
+    """
+    try:
+        if os.fspath(path).endswith(".parquet"):
+            return pq.read_schema(path).names
+        with pa.memory_map(os.fspath(path)) as file:
+            return pa.ipc.open_stream(file).schema.names
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path}: not a table that can be read: {error}") from error
+
+
+def split_names(files: Iterable[str]) -> list[str]:
+    """The splits that parquet files belong to.
+
+    Args:
+        files (`Iterable[str]`): their names, perhaps with folders.
+
+    Returns:
+        `list[str]`: what stands before `-00000-of-00001.parquet`, as the Hub names them, each once and sorted.
+    """
+    return sorted({match[1] for file in files if (match := _SPLIT.match(file))})
 
 
 def find_tables(path: Path) -> list[Path]:
@@ -47,7 +95,7 @@ def find_tables(path: Path) -> list[Path]:
         state = json.loads((path / "state.json").read_text(encoding="utf8"))
         return [path / file["filename"] for file in state["_data_files"]]
     files = sorted(path.glob("*.parquet"))
-    splits = sorted({match[1] for file in files if (match := _SPLIT.match(file.name))})
+    splits = split_names(file.name for file in files)
     if len(splits) > 1:
         raise ValueError(
             f"{path} holds the splits {', '.join(splits)}: name the files, as {path / splits[-1]}-*.parquet"
@@ -66,9 +114,9 @@ def cut_rows(path: str | os.PathLike, number: int) -> list[tuple[int, int]]:
         `list[tuple[int, int]]`: first row of each group and the row behind it.
 
     Raises:
-        ValueError: if it is no such file or has no column of conversations.
+        ValueError: if it is no such file.
     """
-    table = RowTable(path)
+    table = RowTable(path, CONVERSATION_COLUMNS)
     ends = [int(end) for end in table.ends]
     table.close()
     groups, start = [], 0
@@ -84,23 +132,24 @@ class RowTable:
 
     Args:
         path (`str | os.PathLike`): a `.parquet` or `.arrow` file.
+        columns ([`Columns`]): those to read, of which some may be missing.
 
     Attributes:
         ends (`np.ndarray`): number of the row behind each batch.
 
     Raises:
-        ValueError: if it is no such file or has no column `messages` or `conversations`.
+        ValueError: if it is no such file.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, columns: Columns):
         self.path = os.fspath(path)
+        self._columns = columns
         self._is_parquet = self.path.endswith(".parquet")
         try:
             self._open()
         except pa.ArrowInvalid as error:
             raise ValueError(f"{path}: not a table that can be read: {error}") from error
-        if not set(TEXT_COLUMNS) & set(self._names):
-            raise ValueError(f"{path}: no column {' or '.join(TEXT_COLUMNS)} among {', '.join(self._names)}")
+        self._images = [name for name in columns.images if name in self._names]
 
     def _open(self) -> None:
         if self._is_parquet:
@@ -150,18 +199,18 @@ class RowTable:
                 beside it, if only an empty one.
 
         Returns:
-            `pa.RecordBatch | pa.Table`: the columns that are of a conversation.
+            `pa.RecordBatch | pa.Table`: the columns.
         """
-        names = [name for name in COLUMNS if name in self._names]
+        names = [name for name in self._columns.texts if name in self._names] + self._images
         if not self._is_parquet:
             rows = self._batches[batch].select(names)
             if not without_bytes:
                 return rows
-            return pa.table({n: _without_bytes(rows[n]) if n in IMAGE_COLUMNS else rows[n] for n in names})
+            return pa.table({n: _without_bytes(rows[n]) if n in self._images else rows[n] for n in names})
         leaves = [path for path in self._leaves if path.split(".")[0] in names]
         if without_bytes:
             paths = {path.removesuffix(".path") for path in leaves if path.endswith(".path")}
-            leaves = [p for p in leaves if not (_is_bytes_of_image(p) and p.removesuffix(".bytes") in paths)]
+            leaves = [p for p in leaves if not (self._is_bytes(p) and p.removesuffix(".bytes") in paths)]
         return self._file.read_row_group(batch, columns=leaves, use_threads=False)
 
     def rows_to_plan(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -180,16 +229,16 @@ class RowTable:
             content = b"" if self._has_bytes(batch) else None
             for number, row in enumerate(self.read_batch(batch, without_bytes=True).to_pylist(), start=before):
                 if start <= number < stop:
-                    _fill_in_bytes(row, content)
+                    self._fill_in_bytes(row, content)
                     yield number, row
 
     def _has_bytes(self, batch: int) -> bool:
         """Whether any image of a batch is there with its content and not by its path only."""
         if not self._is_parquet:
-            return any(_holds_bytes(self._batches[batch][name]) for name in IMAGE_COLUMNS if name in self._names)
+            return any(_holds_bytes(self._batches[batch][name]) for name in self._images)
         group = self._file.metadata.row_group(batch)
         for number, leaf in enumerate(self._leaves):
-            if not _is_bytes_of_image(leaf):
+            if not self._is_bytes(leaf):
                 continue
             chunk = group.column(number)
             if chunk.total_uncompressed_size > LEVELS * (1 + chunk.num_values):
@@ -199,9 +248,15 @@ class RowTable:
                 return True
         return False
 
+    def _is_bytes(self, leaf: str) -> bool:
+        return leaf.split(".")[0] in self._images and leaf.endswith(".bytes")
 
-def _is_bytes_of_image(leaf: str) -> bool:
-    return leaf.split(".")[0] in IMAGE_COLUMNS and leaf.endswith(".bytes")
+    def _fill_in_bytes(self, row: dict[str, Any], content: bytes | None) -> None:
+        for name in self._images:
+            images = row[name]
+            for image in images if isinstance(images, list) else [images]:
+                if isinstance(image, dict) and "bytes" not in image:
+                    image["bytes"] = content
 
 
 def _holds_bytes(column: pa.Array) -> bool:
@@ -227,11 +282,3 @@ def _without_bytes(column: pa.Array) -> pa.Array:
         return paths
     kind = pa.LargeListArray if pa.types.is_large_list(column.type) else pa.ListArray
     return kind.from_arrays(column.offsets, paths, mask=column.is_null())
-
-
-def _fill_in_bytes(row: dict[str, Any], content: bytes | None) -> None:
-    for name in IMAGE_COLUMNS:
-        images = row.get(name)
-        for image in images if isinstance(images, list) else [images]:
-            if isinstance(image, dict) and "bytes" not in image:
-                image["bytes"] = content

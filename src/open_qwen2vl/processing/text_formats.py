@@ -136,6 +136,28 @@ def caption_document(
     return input_ids, labels
 
 
+def tokenize_interleaved(tokenizer: PreTrainedTokenizerBase, texts: list[str | None]) -> list[list[int]]:
+    r"""Token ids of the text parts of an interleaved document.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
+        texts (`list[str | None]`): the texts in reading order, None where an image stands.
+
+    Returns:
+        `list[list[int]]`: one list of ids for each entry. The newline that follows an image is at the start of the
+        text behind it, or stands alone in the image's list where no text follows. A literal `<image>` becomes
+        `<image-placeholder>`, as in [`tokenize_captions`].
+    """
+    parts = []
+    for i, text in enumerate(texts):
+        if text is None:
+            parts.append("\n" if i + 1 == len(texts) or texts[i + 1] is None else "")
+        else:
+            newline = "\n" if i and texts[i - 1] is None else ""
+            parts.append(newline + text.replace("<image>", "<image-placeholder>"))
+    return encode_as_text(tokenizer, parts)
+
+
 def interleaved_document(
     texts: list[str | None], tokenizer: PreTrainedTokenizerBase, image_seq_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -151,26 +173,60 @@ def interleaved_document(
     Returns:
         `tuple[np.ndarray, np.ndarray]`: int64 `input_ids` and `labels`; labels are -100 at the first token and at
         images.
-
-    Raises:
-        ValueError: for no image, or ten and more: the original leaves such documents out.
     """
-    images = texts.count(None)
-    if not 1 <= images <= MAX_INTERLEAVED_IMAGES:
-        raise ValueError(f"an interleaved document has 1 to {MAX_INTERLEAVED_IMAGES} images, this one {images}")
     bos, eos, image, end_of_chunk = _special_ids(tokenizer)
-    ids, before = [bos], ""
-    for text in texts:
-        if text is None:
-            ids += _text_ids(tokenizer, before) + [image] * image_seq_length
-            before = "\n"
-        else:
-            ids += _text_ids(tokenizer, before + text) + [end_of_chunk] * (images > 1)
-            before = ""
-    input_ids = np.array(ids + _text_ids(tokenizer, before) + [eos], dtype=np.int64)
+    end_of_text = [end_of_chunk] if texts.count(None) > 1 else []
+    ids = [bos]
+    for text, text_ids in zip(texts, tokenize_interleaved(tokenizer, texts), strict=True):
+        ids += [image] * image_seq_length + text_ids if text is None else text_ids + end_of_text
+    input_ids = np.array([*ids, eos], dtype=np.int64)
     labels = np.where(input_ids == image, IGNORE_INDEX, input_ids)
     labels[0] = IGNORE_INDEX
     return input_ids, labels
+
+
+def split_interleaved(
+    texts: list[str | None],
+    text_ids: list[list[int]],
+    image_seq_length: int,
+    max_length: int,
+    max_images: int = MAX_INTERLEAVED_IMAGES,
+) -> list[tuple[int, int, int]]:
+    """Split a document before images into pieces that each become an [`interleaved_document`].
+
+    Each piece takes as much as fits. What stands from an image to the next is never split; if that is too long by
+    itself its piece is too.
+
+    Args:
+        texts (`list[str | None]`): the texts in reading order, None where an image stands.
+        text_ids (`list[list[int]]`): their ids from [`tokenize_interleaved`].
+        image_seq_length (`int`): tokens of each image.
+        max_length (`int`): most positions of a piece.
+        max_images (`int`, *optional*, defaults to 9): most images of a piece, at least 1.
+
+    Returns:
+        `list[tuple[int, int, int]]`: of each piece its first entry, the entry behind its last, and its positions.
+        Together the pieces are the document, in order. Only the first can be without an image: the text that stands
+        before all images, where it does not fit to the first.
+    """
+    pieces: list[tuple[int, int, int]] = []
+    starts = [i for i, text in enumerate(texts) if text is None or i == 0]
+    first = images = chunks = positions = 0  # of the piece that is being filled
+    for start, stop in zip(starts, [*starts[1:], len(texts)], strict=True):
+        has_image = texts[start] is None
+        new_chunks = stop - start - has_image
+        new_positions = has_image * image_seq_length + sum(map(len, text_ids[start:stop]))
+        joined = _positions(images + has_image, chunks + new_chunks, positions + new_positions)
+        if start > first and (images + has_image > max_images or joined > max_length):
+            pieces.append((first, start, _positions(images, chunks, positions)))
+            first, images, chunks, positions = start, 0, 0, 0
+        images, chunks, positions = images + has_image, chunks + new_chunks, positions + new_positions
+    return [*pieces, (first, len(texts), _positions(images, chunks, positions))]
+
+
+def _positions(images: int, chunks: int, positions: int) -> int:
+    """Of a whole interleaved document: `<s>` and `<|im_end|>` are added, and the ends of the texts."""
+    return 2 + positions + (chunks if images > 1 else 0)
 
 
 def original_conversation_document(

@@ -1,0 +1,71 @@
+"""The data engine's second form: the same tasks on the actors of a Ray cluster.
+
+Without a cluster (`RAY_ADDRESS`, or one that `ray start` has started on this machine) Ray is started here. All files
+must lie where every machine sees them under the same path.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from .engine import RETRIES, LazyWorker, Task
+
+
+def work_on_ray(
+    tasks: Sequence[Task], make_worker: Callable[[], Callable[[Task], Any]], num_workers: int | None, num_gpus: float
+) -> Iterator[tuple[Task, Any]]:
+    """Apply a worker to each task, on the actors of a Ray cluster.
+
+    A task whose machine is taken away is done again on another one.
+
+    Args:
+        tasks (`Sequence`): at least one.
+        make_worker (`Callable`): called once in each actor.
+        num_workers (`int`, *optional*): actors; where not given as many as the cluster's cores or GPUs allow now.
+        num_gpus (`float`): of each actor; it takes one core besides.
+
+    Yields:
+        `tuple`: a task and what the worker returned, in the order in which they get done.
+
+    Raises:
+        ValueError: without Ray, if not one actor fits the cluster, or what a worker raises.
+    """
+    try:
+        import ray
+        from ray.util import ActorPool
+    except ImportError as error:
+        raise ValueError('--engine ray needs ray: pip install "open-qwen2vl[ray]"') from error
+    ours = not ray.is_initialized()
+    if ours:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="warning")
+    try:
+        actors = min(num_workers or _capacity(ray.cluster_resources(), num_gpus), len(tasks))
+        actor = ray.remote(num_cpus=1, num_gpus=num_gpus, max_restarts=RETRIES, max_task_retries=RETRIES)(_Actor)
+        pool = ActorPool([actor.remote(make_worker) for _ in range(actors)])
+        done = pool.map_unordered(lambda actor, number: actor.work.remote(number, tasks[number]), range(len(tasks)))
+        for number, result in done:
+            yield tasks[number], result
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error  # what the worker raised, as it would be without Ray
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+class _Actor:
+    def __init__(self, make_worker: Callable[[], Callable[[Any], Any]]):
+        self._worker = LazyWorker(make_worker)
+
+    def work(self, number: int, task: Any) -> tuple[int, Any]:
+        """Do a task; its number tells which, for results come in any order."""
+        return number, self._worker(task)
+
+
+def _capacity(resources: dict[str, float], num_gpus: float) -> int:
+    """Actors that fit a cluster."""
+    actors = int(resources.get("CPU", 0))
+    if num_gpus:
+        actors = min(actors, int(resources.get("GPU", 0) / num_gpus))
+    if not actors:
+        found = f"{resources.get('CPU', 0):g} cores and {resources.get('GPU', 0):g} GPUs"
+        raise ValueError(f"the Ray cluster has {found}: too little for a worker of 1 core and {num_gpus:g} GPUs")
+    return actors
