@@ -1,0 +1,121 @@
+"""From a tar to its pairs of image and caption: members are read and prepared by threads, ahead of who scores them."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from ...processing.images import ImageError, decode_image
+from ..captions import caption_members, read_json
+from ..shards import MemberError, Sample, has_bad_uid, read_member, sample_uid
+
+
+class RawPair(NamedTuple):
+    """A sample as it stands in its tar.
+
+    Attributes:
+        key (`str`): of the sample.
+        uid (`str`): 32 lower-case hex digits.
+        image (`bytes`): the image file.
+        caption (`str`): not empty, unchanged.
+    """
+
+    key: str
+    uid: str
+    image: bytes
+    caption: str
+
+
+class Pair(NamedTuple):
+    """A sample with its image decoded.
+
+    Attributes:
+        key (`str`): of the sample.
+        uid (`str`): 32 lower-case hex digits.
+        image (`PIL.Image.Image`): upright, mode RGB.
+        caption (`str`): not empty, unchanged.
+    """
+
+    key: str
+    uid: str
+    image: Image.Image
+    caption: str
+
+
+class PreparedSample(NamedTuple):
+    """What became of a sample.
+
+    Attributes:
+        key (`str`): of the sample.
+        uid (`str`): 32 lower-case hex digits; of a `bad_uid` those that it would have without one.
+        item (`Any`): what `prepare` returned, `None` if there is a reason.
+        reason (`str`, *optional*): why it cannot be used.
+    """
+
+    key: str
+    uid: str
+    item: Any
+    reason: str | None
+
+
+def decode_pair(pair: RawPair) -> Pair:
+    """Decode a pair's image.
+
+    Args:
+        pair ([`RawPair`]): from [`read_pairs`].
+
+    Returns:
+        [`Pair`].
+
+    Raises:
+        ImageError: if the image cannot be used.
+    """
+    return Pair(pair.key, pair.uid, decode_image(pair.image), pair.caption)
+
+
+def read_pairs(
+    tar: Path, samples: Sequence[Sample], prepare: Callable[[RawPair], Any], num_threads: int = 0, ahead: int = 0
+) -> Iterator[PreparedSample]:
+    """Read some samples of a tar.
+
+    Args:
+        tar (`Path`): the tar.
+        samples (`Sequence[Sample]`): from its index.
+        prepare (`Callable`): applied to each; a `MemberError` or `ImageError` that it raises becomes the reason.
+        num_threads (`int`, *optional*, defaults to 0): threads that read and prepare; 0 is none but the caller's.
+        ahead (`int`, *optional*, defaults to 0): samples to have read, or in work, beside the one that is returned.
+
+    Yields:
+        [`PreparedSample`]: one for each sample, in their order.
+
+    Raises:
+        OSError: if the tar cannot be read.
+    """
+    with open(tar, "rb", buffering=0) as file:
+        if not num_threads:
+            yield from (_prepare(file.fileno(), tar.name, sample, prepare) for sample in samples)
+            return
+        with ThreadPoolExecutor(num_threads) as pool:
+            waiting: deque = deque()
+            for sample in samples:
+                waiting.append(pool.submit(_prepare, file.fileno(), tar.name, sample, prepare))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+
+def _prepare(file: int, tar_name: str, sample: Sample, prepare: Callable[[RawPair], Any]) -> PreparedSample:
+    metadata = read_json(file, sample)
+    uid = sample_uid(metadata, tar_name, sample.key)
+    try:
+        if has_bad_uid(metadata):
+            raise MemberError("bad_uid", f"a uid has 32 hex digits, that of {sample.key} has not")
+        ((extension, *place), _), caption = caption_members(file, sample)
+        image = read_member(file, f"{sample.key}.{extension}", *place)
+        return PreparedSample(sample.key, uid, prepare(RawPair(sample.key, uid, image, caption)), None)
+    except (MemberError, ImageError) as error:
+        return PreparedSample(sample.key, uid, None, error.reason)

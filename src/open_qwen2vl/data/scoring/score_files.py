@@ -1,0 +1,153 @@
+"""The files of scores, `OUTPUT/NAME/TAR.parquet`: what stands in them and how they are written and found.
+
+One row for each sample and value. Its file is the done-marker of a tar: renamed into place when it is whole, and with
+what it was made from in its metadata. The same input gives the same bytes.
+"""
+
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..whole_files import renamed_when_whole
+
+FORMAT_VERSION = 1
+_METADATA_KEY = b"open_qwen2vl"
+_ROW_GROUP = 1 << 17
+_LABEL = pa.dictionary(pa.int32(), pa.string())
+
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),  # of the sample in its tar; null where the scores come from a table
+        ("uid", pa.string()),  # 32 lower-case hex digits
+        ("scorer", _LABEL),  # NAME, or NAME.PART of a scorer with several values
+        ("model", _LABEL),
+        ("value", pa.float64()),  # null where there is none, never NaN
+        ("reason", _LABEL),  # why there is none; null where there is a value
+    ]
+)
+HASH_SCHEMA = pa.schema(
+    [
+        *SCHEMA,
+        ("bytes_hash", pa.uint64()),  # the first 8 bytes, big-endian, of SHA-256 of the image file
+        ("phash", pa.uint64()),  # perceptual hash of 8x8 bits, the first bit the highest
+    ]
+)
+
+
+def score_table(
+    labels: Sequence[str],
+    model: str,
+    keys: Sequence[str | None],
+    uids: Sequence[str],
+    values: np.ndarray,
+    reasons: Sequence[str | None],
+    missing_reason: str | None,
+) -> pa.Table:
+    """The rows of some samples: all of the first label, then all of the next.
+
+    Args:
+        labels (`Sequence[str]`): of the column `scorer`, one for each value of a sample.
+        model (`str`): of the column `model`.
+        keys (`Sequence[str | None]`): of the samples.
+        uids (`Sequence[str]`): of the samples.
+        values (`np.ndarray` of shape `(samples, labels)`, float64): what is not finite has no value in the table.
+        reasons (`Sequence[str | None]`): why a sample has no values, `None` where it should have some.
+        missing_reason (`str`, *optional*): the reason of a value that is not finite in a sample without one.
+
+    Returns:
+        `pa.Table` of `SCHEMA`.
+    """
+    samples, parts = values.shape
+    flat = values.T.reshape(-1)
+    missing = ~np.isfinite(flat)
+    why = [
+        reason or missing_reason if gone else None for reason, gone in zip(list(reasons) * parts, missing, strict=True)
+    ]
+    columns = (
+        pa.array(list(keys) * parts, pa.string()),
+        pa.array(list(uids) * parts, pa.string()),
+        pa.DictionaryArray.from_arrays(np.repeat(np.arange(parts, dtype=np.int32), samples), pa.array(labels)),
+        pa.DictionaryArray.from_arrays(np.zeros(samples * parts, np.int32), pa.array([model])),
+        pa.array(flat, pa.float64(), mask=missing),
+        pa.array(why, pa.string()).dictionary_encode(),
+    )
+    return pa.table(columns, schema=SCHEMA)
+
+
+def write_scores(path: Path, tables: pa.Table | Iterable[pa.Table], metadata: Mapping[str, Any]) -> None:
+    """Write a score file.
+
+    Args:
+        path (`Path`): its file; the folder is made where there is none.
+        tables (`pa.Table` or `Iterable[pa.Table]`): of `SCHEMA` or `HASH_SCHEMA`; several are written one after the
+            other, with one of them in memory at a time, and the first says which schema it is.
+        metadata (`Mapping[str, Any]`): kept in the file and returned by [`read_score_metadata`]: `recipe` and counts.
+            Read when all tables are written, so that an iterator of them may still count.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pieces = iter([tables] if isinstance(tables, pa.Table) else tables)
+    first = next(pieces, SCHEMA.empty_table())
+    with renamed_when_whole(path) as temporary:
+        with pq.ParquetWriter(temporary, first.schema, compression="zstd") as writer:
+            for piece in itertools.chain([first], pieces):
+                writer.write_table(piece, row_group_size=_ROW_GROUP)
+            whole = {"format_version": FORMAT_VERSION, **metadata}
+            writer.add_key_value_metadata({_METADATA_KEY: json.dumps(whole, sort_keys=True).encode()})
+
+
+def read_score_metadata(path: Path) -> dict[str, Any]:
+    """What a score file was made from.
+
+    Args:
+        path (`Path`): the file.
+
+    Returns:
+        `dict`: as given to [`write_scores`], and `format_version`.
+
+    Raises:
+        ValueError: if the file holds no scores, or of a version that this code does not know.
+        OSError: if it cannot be read.
+    """
+    try:
+        metadata = json.loads(pq.read_metadata(path).metadata[_METADATA_KEY])
+        version = metadata["format_version"]
+        pq_names = set(pq.read_schema(path).names)
+    except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a file of scores, as open-qwen2vl score writes them") from error
+    if not pq_names.issuperset(SCHEMA.names):
+        raise ValueError(f"{path}: not a file of scores, as open-qwen2vl score writes them")
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {version}; this code reads {FORMAT_VERSION}")
+    return metadata
+
+
+def find_score_files(paths: Iterable[str | Path]) -> list[Path]:
+    """The score files that the given paths stand for.
+
+    Args:
+        paths (`Iterable[str | Path]`): files, and folders that stand for every `*.parquet` in them and below, sorted.
+
+    Returns:
+        `list[Path]`: the files in the order given; one that is named twice stands once.
+
+    Raises:
+        ValueError: if a path does not exist or a folder has no such file.
+    """
+    found: dict[Path, Path] = {}
+    for path in map(Path, paths):
+        if not path.exists():
+            raise ValueError(f"{path}: no such file or folder of scores")
+        files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+        if not files:
+            raise ValueError(f"{path}: no .parquet file in this folder or below it")
+        for file in files:
+            found.setdefault(file.resolve(), file)
+    if not found:
+        raise ValueError("no scores given: name at least one score file or a folder of them")
+    return list(found.values())

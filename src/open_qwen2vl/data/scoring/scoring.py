@@ -1,0 +1,202 @@
+"""The step `score`: from a tar to its score file.
+
+    tar ─ shards.py: index ─ pairs.py: threads read and `prepare` ─► batches ─ `score` ─► OUTPUT/NAME/TAR.parquet
+                                                                     (one is scored while the next is collected)
+
+A batch holds consecutive samples that can be used, whatever the number of threads, so that the same tar gives the same
+file. What a scorer is stands in `Scorer`; which there are, in kinds.py.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from ..engine import Outcome, ShardTask
+from ..plan_files import describe_shard
+from ..shards import Sample, index_shard
+from .pairs import Pair, PreparedSample, RawPair, decode_pair, read_pairs
+from .score_files import score_table, write_scores
+
+__all__ = ["Pair", "Scorer", "TarScorer", "find_device", "value_names"]
+
+
+class Scorer(Protocol):
+    """Gives each pair one or several values. To be subclassed: what is not needed has a default.
+
+    Attributes:
+        parts (`tuple[str, ...]`): names of its values; `("",)` for a single one that is called as the scorer is.
+        model (`str`): for the column `model`.
+        recipe (`dict`): what its values depend on beyond the options that it was made with; json-able.
+        batch_size (`int`): pairs that are scored together.
+        missing_reason (`str`): the reason written where `score` returned NaN.
+    """
+
+    parts: tuple[str, ...]
+    model: str
+    recipe: dict[str, Any]
+    batch_size: int
+    missing_reason: str = "nan_score"
+
+    def prepare(self, pair: RawPair) -> Any:
+        """Make an item of a pair, in several threads at a time; by default a [`Pair`] with its image decoded.
+
+        Args:
+            pair ([`RawPair`]): as it stands in the tar.
+
+        Returns:
+            `Any`: an item of a batch.
+
+        Raises:
+            MemberError, ImageError: if the pair cannot be used; the error's `reason` is written.
+        """
+        return decode_pair(pair)
+
+    def collate(self, items: list[Any]) -> Any:
+        """Join items, in one thread, while the batch before is scored; by default the list.
+
+        Args:
+            items (`list`): at least one and at most `batch_size`.
+
+        Returns:
+            `Any`: what [`score`] takes.
+        """
+        return items
+
+    def score(self, batch: Any) -> np.ndarray:
+        """Score a batch; one at a time, in a thread beside that of `collate`.
+
+        Args:
+            batch (`Any`): from [`collate`]; without one of its own, the list of items.
+
+        Returns:
+            `np.ndarray` of shape `(items, parts)`, float64: NaN where there is no value.
+        """
+        ...
+
+
+class TarScorer:
+    """Scores one tar after the other, for one worker of the engine.
+
+    Args:
+        make_scorer (`Callable`): makes the [`Scorer`].
+        name (`str`): for the column `scorer`.
+        recipe (`dict`): kept in each file, with the tar's description added.
+        num_threads (`int`): threads that prepare pairs; 0 is none but the worker's own.
+    """
+
+    def __init__(self, make_scorer: Callable[[], Scorer], name: str, recipe: dict[str, Any], num_threads: int):
+        self._scorer = make_scorer()
+        self._labels = value_names(name, self._scorer.parts)
+        self._recipe = recipe
+        self._num_threads = num_threads
+
+    def __call__(self, task: ShardTask) -> Outcome:
+        """Score a tar.
+
+        Args:
+            task ([`ShardTask`]): tar and score file.
+
+        Returns:
+            [`Outcome`].
+        """
+        recipe = {**self._recipe, "source": describe_shard(task.source, task.output.parent)}
+        index, scorer = index_shard(task.source), self._scorer
+        values = np.full((len(index.samples), len(self._labels)), np.nan)
+        samples: list[PreparedSample] = []
+        with ThreadPoolExecutor(1) as runner:
+            waiting: tuple = ()
+            for rows, batch in self._batches(task.source, index.samples, samples):
+                following = rows, runner.submit(scorer.score, batch)
+                _keep(values, *waiting)
+                waiting = following
+            _keep(values, *waiting)
+        keys, uids, _, reasons = zip(*samples, strict=True) if samples else ((),) * 4
+        table = score_table(self._labels, scorer.model, keys, uids, values, reasons, scorer.missing_reason)
+        skipped = list(index.skipped)
+        for sample, whole in zip(samples, np.isfinite(values).all(axis=1), strict=True):
+            if not whole:
+                skipped.append((sample.key, sample.reason or scorer.missing_reason))
+        total = len(samples) + len(index.skipped)
+        return write_tar_scores(task, table, total, skipped, recipe, scorer.recipe)
+
+    def _batches(
+        self, tar: Path, samples: Sequence[Sample], seen: list[PreparedSample]
+    ) -> Iterator[tuple[list[int], Any]]:
+        """Rows and content of each batch; every sample is added to `seen`, without its item."""
+        rows, items = [], []
+        ahead = 2 * self._scorer.batch_size + self._num_threads
+        for sample in read_pairs(tar, samples, self._scorer.prepare, self._num_threads, ahead):
+            if sample.reason is None:
+                rows.append(len(seen))
+                items.append(sample.item)
+            seen.append(sample._replace(item=None))
+            if len(rows) == self._scorer.batch_size:
+                yield rows, self._scorer.collate(items)
+                rows, items = [], []
+        if rows:
+            yield rows, self._scorer.collate(items)
+
+
+def _keep(values: np.ndarray, rows: Sequence[int] = (), future: Any = None) -> None:
+    if len(rows):
+        values[rows] = future.result()
+
+
+def write_tar_scores(
+    task: ShardTask,
+    table: pa.Table,
+    samples: int,
+    skipped: Sequence[tuple[str, str]],
+    recipe: dict[str, Any],
+    made_with: dict[str, Any],
+) -> Outcome:
+    """Write a shard's score file with its counts.
+
+    Args:
+        task ([`ShardTask`]): shard and score file.
+        table (`pa.Table`): the rows.
+        samples (`int`): what the shard holds, usable or not.
+        skipped (`Sequence[tuple[str, str]]`): key and reason of what has no value.
+        recipe (`dict`): what a rerun compares.
+        made_with (`dict`): what else the values depend on.
+
+    Returns:
+        [`Outcome`].
+    """
+    outcome = Outcome.of(samples, [(str(task.source), key, reason) for key, reason in skipped])
+    counts = {"samples": samples, "skipped": outcome.skipped}
+    write_scores(task.output, table, {"recipe": recipe, "made_with": made_with, **counts})
+    return outcome
+
+
+def value_names(name: str, parts: Sequence[str]) -> list[str]:
+    """What the values of a scorer are called.
+
+    Args:
+        name (`str`): of the scorer.
+        parts (`Sequence[str]`): of its values; an empty one adds nothing.
+
+    Returns:
+        `list[str]`: for the column `scorer`.
+    """
+    return [f"{name}.{part}" if part else name for part in parts]
+
+
+def find_device(device: str | None) -> torch.device:
+    """Where a worker's model runs.
+
+    Args:
+        device (`str`, *optional*): as torch names it; where not given the worker's GPU, or the CPU without one.
+
+    Returns:
+        `torch.device`.
+    """
+    if device is None:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
