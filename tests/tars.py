@@ -9,13 +9,13 @@ import numpy as np
 from PIL import Image
 
 
-def write_caption_tar(path: Path, captions: list[str], seed: int = 0) -> None:
-    """A WebDataset tar of small random JPEGs with these captions (`key.jpg`, `key.txt`, `key.json`)."""
+def write_caption_tar(path: Path, captions: list[str], seed: int = 0, size: tuple[int, int] = (24, 40)) -> None:
+    """A WebDataset tar of random JPEGs (height, width) with these captions (`key.jpg`, `key.txt`, `key.json`)."""
     generator = np.random.default_rng(seed)
     with tarfile.open(path, "w") as tar:
         for number, caption in enumerate(captions):
             picture = io.BytesIO()
-            Image.fromarray(generator.integers(0, 256, (24, 40, 3), dtype=np.uint8)).save(picture, "JPEG")
+            Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)).save(picture, "JPEG")
             uid = json.dumps({"uid": f"{number:032x}"})
             for ext, content in (("jpg", picture.getvalue()), ("txt", caption.encode()), ("json", uid.encode())):
                 info = tarfile.TarInfo(f"{number:05d}.{ext}")

@@ -3,13 +3,20 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import open_clip
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from open_qwen2vl import cli
+from open_qwen2vl.data.shards import index_shard
+from open_qwen2vl.data.uids import read_uids
 from tests.tars import write_caption_tar
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +56,30 @@ def test_use_a_model(place, backbones):
         code = code.replace(hub_id, backbones[part])
     done = subprocess.run([sys.executable, "-c", code], cwd=place, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_choose_data(tmp_path, monkeypatch):
+    """In this process: each command would import torch anew."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    config = {
+        "embed_dim": 8,
+        "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 16, "head_width": 8, "layers": 1},
+    }
+    config["text_cfg"] = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    Path("clip").mkdir()
+    save_file(open_clip.CLIP(**config).state_dict(), "clip/open_clip_model.safetensors")
+    Path("clip/open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    Path("pool").mkdir()
+    captions = ["two dogs run in the green park near the house"] * 39 + ["cats"]
+    write_caption_tar(Path("pool/0.tar"), captions, size=(200, 220))
+    (commands,) = blocks("bash", "Choose data")
+    assert "hf-hub:apple/DFN2B-CLIP-ViT-B-16" in commands
+    for command in commands.replace("hf-hub:apple/DFN2B-CLIP-ViT-B-16", "local-dir:clip --device cpu").splitlines():
+        program, *argv = shlex.split(command)
+        assert (program, cli.main(argv)) == ("open-qwen2vl", 0)
+    # The best six, without the caption of one word if it is among them.
+    assert len(read_uids("subset.npy")) == len(index_shard("shards/00000.tar").samples) in (5, 6)
 
 
 def test_pre_train_at_full_size(place, backbones):
