@@ -1,0 +1,384 @@
+"""Run tasks of lmms-eval on a model, one after another, and write what came out.
+
+    names -> targets -> tasks with data -> requests -> answers -> scores -> samples/TASK.parquet, results.json
+
+A task that fails leaves the others' results in place and ends the run with an error. Answers lie in OUTPUT/journal as
+soon as they are there: the same command goes on after a kill.
+"""
+
+import contextlib
+import logging
+import os
+import random
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from transformers import PreTrainedModel, ProcessorMixin
+
+from ..modeling.configuration_open_qwen2vl import pooled_grid_side
+from .benchmarks import BENCHMARKS
+from .few_shot import PAPER_SCORES, FewShot, Run, entry_over_seeds, few_shot_runs, few_shot_target
+from .harness import (
+    Target,
+    find_target,
+    load_tasks,
+    make_task_manager,
+    may_ask_judge,
+    require_judge_key,
+    root_cause,
+    run_task,
+)
+from .journal import Journal, model_fingerprint
+from .results import FORMAT_VERSION, TaskResult, versions, write_results, write_samples
+
+if TYPE_CHECKING:
+    from lmms_eval.api.model import lmms
+
+logger = logging.getLogger(__name__)
+
+
+class TasksFailed(ValueError):
+    """Some tasks failed, and the others ran.
+
+    Args:
+        message (`str`): names those that failed.
+        results (`dict`): what the others gave, as [`evaluate`] returns it.
+    """
+
+    def __init__(self, message: str, results: dict[str, Any]):
+        super().__init__(message)
+        self.results = results
+
+
+def evaluate(
+    model: str,
+    tasks: Sequence[str] | None,
+    output: str | os.PathLike,
+    *,
+    rules: str = "standard",
+    batch_size: int = 8,
+    limit: int | None = None,
+    image_seq_length: int | None = None,
+    max_new_tokens: int = 1024,
+    judge: bool = False,
+    device: str | None = None,
+    include_path: Sequence[str | os.PathLike] = (),
+    few_shot: FewShot | None = None,
+) -> dict[str, Any]:
+    """Evaluate a checkpoint, alone or in each process of `accelerate launch`.
+
+    Args:
+        model (`str`): hub id or folder of a model with its processor, or the `output_dir` of a training.
+        tasks (`Sequence[str]`, *optional*): benchmarks by the names of benchmarks.py, or any tasks or groups of
+            lmms-eval; the eight benchmarks where None.
+        output (`str` or `os.PathLike`): folder of the results; a rerun goes on where a killed one ended.
+        rules (`str`, *optional*, defaults to `"standard"`): `"paper"` for the original's prompts and scoring.
+        batch_size (`int`, *optional*, defaults to 8): prompts that run at a time, in each process.
+        limit (`int`, *optional*): only the first documents of each task.
+        image_seq_length (`int`, *optional*): tokens per image; the processor's where not given.
+        max_new_tokens (`int`, *optional*, defaults to 1024): longest answer where a task names none.
+        judge (`bool`, *optional*, defaults to `False`): allow tasks that ask an LLM judge over a paid API.
+        device (`str`, *optional*): as `"cuda:1"` or `"cpu"`; the process's own where not given.
+        include_path (`Sequence`, *optional*): folders with YAML files of more tasks.
+        few_shot ([`FewShot`], *optional*): prompt as a base model, with demonstrations; `tasks` are then those of the
+            paper's Table 5 by default.
+
+    Returns:
+        `dict`: the content of `results.json`, the same in all processes.
+
+    Raises:
+        ValueError: for a user's mistake before anything runs; after the other tasks ran, naming those that failed.
+    """
+    targets, manager = find_tasks(tasks, rules, limit, judge, include_path, few_shot)
+
+    from .generation import load_model
+
+    # Without this accelerate takes processes on CPUs for strangers.
+    state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available())
+    loaded, processor = load_model(model, device)
+    raw = rules == "paper" or few_shot is not None
+    lm = _make_lmms(loaded, processor, raw, batch_size, image_seq_length, max_new_tokens)
+    lm.fingerprint = model_fingerprint(loaded, processor)
+    lm.journal = Journal(Path(output) / "journal", state.process_index)
+    # No rank writes before all have read.
+    state.wait_for_everyone()
+    identity = _identity(model, loaded, lm.fingerprint)
+    options = {"batch_size": batch_size, "limit": limit, "max_new_tokens": max_new_tokens, "judge": judge}
+    options |= _token_budget(processor, image_seq_length) | {"dtype": str(loaded.dtype).removeprefix("torch.")}
+    options["device"] = loaded.device.type
+    try:
+        return run_targets(lm, targets, Path(output), manager, identity, options, rules=rules, few_shot=few_shot)
+    finally:
+        lm.journal.close()
+
+
+def evaluate_loaded(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    tasks: Sequence[str],
+    output: str | os.PathLike | None = None,
+    *,
+    rules: str = "standard",
+    batch_size: int = 8,
+    limit: int | None = None,
+    image_seq_length: int | None = None,
+    max_new_tokens: int = 1024,
+    include_path: Sequence[str | os.PathLike] = (),
+    few_shot: FewShot | None = None,
+    name: str | None = None,
+) -> dict[str, Any]:
+    """Evaluate a model in memory; it and the random generators are left as they were.
+
+    Args:
+        model (`PreTrainedModel`): not wrapped; all processes of a data-parallel run call this with the same weights.
+        processor (`ProcessorMixin`): its processor.
+        tasks (`Sequence[str]`): as in [`evaluate`].
+        output (`str` or `os.PathLike`, *optional*): folder of the results; nothing is written where not given.
+        rules (`str`, *optional*, defaults to `"standard"`): as in [`evaluate`], like all that follow.
+        batch_size (`int`, *optional*, defaults to 8): prompts that run at a time, in each process.
+        limit (`int`, *optional*): only the first documents of each task.
+        image_seq_length (`int`, *optional*): tokens per image.
+        max_new_tokens (`int`, *optional*, defaults to 1024): longest answer where a task names none.
+        include_path (`Sequence`, *optional*): folders with YAML files of more tasks.
+        few_shot ([`FewShot`], *optional*): prompt as a base model, with demonstrations.
+        name (`str`, *optional*): the model's name in the results; where it was loaded from if not given.
+
+    Returns:
+        `dict`: as [`evaluate`]; without fingerprint, and without a journal to go on from.
+
+    Raises:
+        ValueError: as [`evaluate`].
+    """
+    targets, manager = find_tasks(tasks, rules, limit, False, include_path, few_shot)
+    raw = rules == "paper" or few_shot is not None
+    lm = _make_lmms(model, processor, raw, batch_size, image_seq_length, max_new_tokens)
+    options = {"batch_size": batch_size, "limit": limit, "max_new_tokens": max_new_tokens, "judge": False}
+    options |= _token_budget(processor, image_seq_length) | {"dtype": str(model.dtype).removeprefix("torch.")}
+    options["device"] = model.device.type
+    identity = _identity(model.name_or_path, model, None)
+    identity["name"] = name or identity["name"]
+    folder = None if output is None else Path(output)
+    with _left_as_it_was(model):
+        return run_targets(lm, targets, folder, manager, identity, options, rules=rules, few_shot=few_shot)
+
+
+def run_targets(
+    model: "lmms",
+    targets: Sequence[Target],
+    output: Path | None,
+    manager: Any,
+    identity: dict[str, Any],
+    options: dict[str, Any],
+    *,
+    rules: str = "standard",
+    few_shot: FewShot | None = None,
+) -> dict[str, Any]:
+    """Run targets with any model of lmms-eval and write the results.
+
+    Args:
+        model (`lmms`): answers; [`TransformersModel`], or another one in a single process.
+        targets (`Sequence[Target]`): what to run.
+        output (`Path`, *optional*): folder of the results; nothing is written where not given.
+        manager (`TaskManager`): knows the targets' tasks.
+        identity (`dict`): `model` of `results.json`.
+        options (`dict`): `options` of `results.json`; a `judge` that is not true is refused to tasks that may ask one.
+        rules (`str`, *optional*, defaults to `"standard"`): `rules` of `results.json`.
+        few_shot ([`FewShot`], *optional*): runs each task once for each number of shots and seed; the model is a
+            [`TransformersModel`] of raw prompts then.
+
+    Returns:
+        `dict`: the content of `results.json`.
+
+    Raises:
+        ValueError: if a task would ask a judge that is not allowed, or has nothing to draw demonstrations from.
+        TasksFailed: after all ran, naming those that failed.
+    """
+    begin = time.perf_counter()
+    loaded, failed = _load_all(targets, manager, bool(options.get("judge")))
+    unloaded = len(failed)
+    runs = _runs(loaded, few_shot, model)
+    results = {"format_version": FORMAT_VERSION, "model": identity, **versions(), "rules": rules}
+    results |= {"shots": 0 if few_shot is None else list(few_shot.shots), "options": options}
+    results |= {"seconds": 0.0, "tasks": {}}
+    for run in runs:
+        outcome = _run_on_all(run, model, manager, options.get("limit"), output)
+        if isinstance(outcome, str):
+            failed[run.target.name] = outcome
+            continue
+        results["tasks"][run.target.name] = outcome
+        results["seconds"] = round(time.perf_counter() - begin, 2)
+        if output is not None and PartialState().is_main_process:
+            write_results(results, [run.target for run in runs], output)
+    if failed:
+        where = f"; the results of the others are in {output}" if results["tasks"] and output is not None else ""
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+        raise TasksFailed(f"{len(failed)} of {len(runs) + unloaded} tasks failed: {reasons}{where}", results)
+    return results
+
+
+def find_tasks(
+    tasks: Sequence[str] | None,
+    rules: str = "standard",
+    limit: int | None = None,
+    judge: bool = False,
+    include_path: Sequence[str | os.PathLike] = (),
+    few_shot: FewShot | None = None,
+) -> tuple[list[Target], Any]:
+    """Look tasks up, without their data.
+
+    Args:
+        tasks (`Sequence[str]`, *optional*): as in [`evaluate`], like all that follow.
+        rules (`str`, *optional*, defaults to `"standard"`): which rules.
+        limit (`int`, *optional*): at least 1.
+        judge (`bool`, *optional*, defaults to `False`): whether a judge may be asked.
+        include_path (`Sequence`, *optional*): folders with YAML files of more tasks.
+        few_shot ([`FewShot`], *optional*): numbers of shots and seeds.
+
+    Returns:
+        `tuple[list[Target], TaskManager]`: what to run, and what knows it.
+
+    Raises:
+        ValueError: for a user's mistake.
+    """
+    targets = _find_targets(tasks, rules, limit, judge, few_shot)
+    return targets, make_task_manager([target.task for target in targets], [Path(folder) for folder in include_path])
+
+
+def _find_targets(
+    tasks: Sequence[str] | None, rules: str, limit: int | None, judge: bool, few_shot: FewShot | None
+) -> list[Target]:
+    default = BENCHMARKS if few_shot is None else PAPER_SCORES
+    names = list(default) if tasks is None else list(dict.fromkeys(tasks))
+    if not names:
+        raise ValueError("--tasks: no task given")
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {limit}")
+    if judge:
+        require_judge_key()
+    if few_shot is None:
+        return [find_target(name, rules, judge) for name in names]
+    few_shot.check()
+    if rules != "standard":
+        raise ValueError("--shots has prompts and rules of its own: it does not go with --rules paper")
+    return [few_shot_target(name) for name in names]
+
+
+def _make_lmms(model, processor, raw, batch_size, image_seq_length, max_new_tokens):
+    from .lmms_model import TransformersModel
+
+    if image_seq_length is not None and hasattr(model.config, "patches_per_side"):
+        pooled_grid_side(image_seq_length, model.config.patches_per_side)
+    return TransformersModel(
+        model,
+        processor,
+        batch_size=batch_size,
+        prompt_style="raw" if raw else "chat",
+        image_seq_length=image_seq_length,
+        max_new_tokens=max_new_tokens,
+        share_requests=True,
+    )
+
+
+def _identity(path: str, model: PreTrainedModel, fingerprint: str | None) -> dict[str, Any]:
+    revision = getattr(model.config, "_commit_hash", None)
+    # A training's last checkpoint lies in its output_dir/model.
+    name = Path(path).parent.name if Path(path).name == "model" else Path(path).name
+    return {
+        "name": path if revision else name or path,
+        "path": path,
+        "revision": revision,
+        "fingerprint": fingerprint,
+    }
+
+
+def _token_budget(processor: ProcessorMixin, image_seq_length: int | None) -> dict[str, int | None]:
+    return {"image_seq_length": image_seq_length or getattr(processor, "image_seq_length", None)}
+
+
+def _load_all(targets: Sequence[Target], manager: Any, judge: bool) -> tuple[list[tuple[Target, Any]], dict[str, str]]:
+    """All tasks with their data, and what failed; rank 0 first, which fills the cache for the others."""
+    loaded, failed = [], {}
+    for target in targets:
+        tasks, reason = [], None
+        with PartialState().main_process_first():
+            try:
+                tasks = load_tasks(manager, target.task)
+            except Exception as error:
+                reason = root_cause(error)
+        reason = next(filter(None, gather_object([reason])), None)
+        if reason is not None:
+            failed[target.name] = reason
+            continue
+        for task in tasks:
+            if not judge and target.benchmark is None and may_ask_judge(task):
+                raise ValueError(f"--tasks {target.name}: {task.config.task} may ask a paid judge; --judge allows it")
+            loaded.append((target if len(tasks) == 1 else target._replace(name=task.config.task), task))
+    return loaded, failed
+
+
+def _runs(loaded: list[tuple[Target, Any]], few_shot: FewShot | None, model: "lmms") -> list[Run]:
+    if few_shot is None:
+        return [Run(target, task, [None]) for target, task in loaded]
+    runs, error = [], None
+    with PartialState().main_process_first():
+        try:
+            runs = few_shot_runs(loaded, few_shot, model.model, model.processor)
+        except Exception as exception:
+            error = exception
+    if error is not None:
+        raise error
+    return runs
+
+
+def _run_on_all(run: Run, model: "lmms", manager: Any, limit: int | None, output: Path | None) -> dict[str, Any] | str:
+    """A run's entry, or why it failed: the same on all ranks, after rank 0 has scored."""
+    outcome: list[Any] = [None]
+    try:
+        outcome = [_run_here(run, model, manager, limit, output)]
+    except Exception as error:
+        logger.debug("%s failed", run.target.name, exc_info=True)
+        outcome = [root_cause(error)]
+    if PartialState().num_processes > 1:
+        broadcast_object_list(outcome)
+    return outcome[0]
+
+
+def _run_here(run: Run, model: "lmms", manager: Any, limit: int | None, output: Path | None) -> dict[str, Any] | None:
+    from .lmms_model import ScoredElsewhere
+
+    results, entries = [], []
+    for make_messages in run.messages:
+        begin = time.perf_counter()
+        model.make_messages = make_messages
+        try:
+            raw = run_task(run.task, model, manager, limit, output)
+        except ScoredElsewhere:
+            continue
+        results.append(TaskResult(run.target, run.task, raw, getattr(model, "prompts", {})))
+        entries.append(results[-1].entry(time.perf_counter() - begin))
+    if not results:
+        return None
+    if output is not None:
+        write_samples(results, output / "samples" / f"{run.target.name}.parquet")
+    return entries[0] if run.shots is None else entry_over_seeds(entries, run.shots, run.seeds)
+
+
+@contextlib.contextmanager
+def _left_as_it_was(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode inside; outside the mode and the random generators, which lmms-eval seeds, as before."""
+    training, python, numbers = model.training, random.getstate(), np.random.get_state()
+    devices = [model.device] if model.device.type == "cuda" else []
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)
+        model.train(training)

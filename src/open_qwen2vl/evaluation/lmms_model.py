@@ -1,0 +1,296 @@
+"""Any image-text-to-text model of transformers as a model of lmms-eval.
+
+Requests are sorted by length, cut into batches, dealt to the ranks, and answered in turn while a thread prepares the
+next batches; answers come back in the order of the requests. lmms-eval picks the *least* of its "log-likelihoods",
+because its own models return losses, so that is what `loglikelihood` returns.
+"""
+
+import json
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from lmms_eval.api.instance import GenerationResult, Instance
+from lmms_eval.api.model import lmms
+from tqdm import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
+
+from .generation import cut_at, generation_options, load_model, stop_at
+from .journal import Journal, request_key
+from .likelihood import continuation_losses
+from .prompts import Prompt, PromptBuilder, user_turn
+
+PREPARED_BATCHES = 2
+
+
+class ScoredElsewhere(Exception):
+    """All ranks have answered and rank 0 has the answers: the others have nothing more to do in this task."""
+
+
+class _Work(NamedTuple):
+    """A prepared batch: what the journal knew, and the rest with its inputs."""
+
+    known: dict[int, tuple[Any, str]]
+    waiting: list[tuple[int, str, Prompt]]
+    inputs: dict
+
+
+class TransformersModel(lmms):
+    """Answers lmms-eval's requests with a model of transformers.
+
+    Args:
+        pretrained (`str` or `PreTrainedModel`): hub id or folder, or a model that is loaded.
+        processor (`ProcessorMixin`, *optional*): of a loaded model.
+        device (`str`, *optional*): where to; the process's own GPU, or else the CPU, where not given.
+        batch_size (`int`, *optional*, defaults to 1): prompts, or answers of one prompt, that run at a time.
+        prompt_style (`str`, *optional*, defaults to `"chat"`): `"chat"` (the chat template) or `"raw"`.
+        image_seq_length (`int`, *optional*): tokens per image; the processor's where not given.
+        image_separator (`str`, *optional*, defaults to a newline): between an image and its text.
+        max_new_tokens (`int`, *optional*, defaults to 1024): longest answer where a task names none.
+        share_requests (`bool`, *optional*, defaults to `False`): every rank gets all requests and answers its part of
+            them; lmms-eval's own CLI deals them out itself.
+        max_batch_size (`int`, *optional*): not used; lmms-eval's CLI passes it.
+
+    Raises:
+        ValueError: if the model cannot be loaded or an option does not fit it.
+    """
+
+    is_simple = False
+    accelerator = None
+
+    def __init__(
+        self,
+        pretrained: str | PreTrainedModel,
+        processor: ProcessorMixin | None = None,
+        device: str | None = None,
+        batch_size: int | str = 1,
+        prompt_style: str = "chat",
+        image_seq_length: int | None = None,
+        image_separator: str = "\n",
+        max_new_tokens: int = 1024,
+        share_requests: bool = False,
+        max_batch_size: int | None = None,
+    ):
+        super().__init__()
+        self.batch_size = int(batch_size)
+        if self.batch_size < 1 or max_new_tokens < 1:
+            raise ValueError("batch_size and max_new_tokens must be at least 1")
+        if isinstance(pretrained, str):
+            pretrained, processor = load_model(pretrained, device)
+        self.model, self.processor = pretrained, processor
+        self.prompt_builder = PromptBuilder(processor, prompt_style, image_seq_length, image_separator)
+        self.max_new_tokens = max_new_tokens
+        self.state = PartialState() if share_requests else None
+        # Of rank 0, after a task: the prompt of each (task, document).
+        self.prompts: dict[tuple[str, int], str] = {}
+        # Makes the messages of (document, row) in place of the task.
+        self.make_messages: Callable[[int, dict], list[dict]] | None = None
+        self.journal: Journal | None = None
+        self.fingerprint: str | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    def clean(self) -> None:
+        """Keep the model: lmms-eval would throw it away after a task."""
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Generate an answer to each request.
+
+        Args:
+            requests (`list[Instance]`): of one or more tasks.
+
+        Returns:
+            `list[GenerationResult]`: texts, cut at the first of the request's `until` strings.
+        """
+        options = [json.dumps(_generation_kwargs(request), sort_keys=True, default=str) for request in requests]
+        # Longest first: what does not fit into memory fails at once.
+        order = sorted(range(len(requests)), key=lambda i: (options[i], -len(str(requests[i].args[0])), i))
+        batches = [
+            chunk
+            for _, alike in groupby(order, options.__getitem__)
+            for chunk in _chunks(list(alike), self.batch_size)
+        ]
+        return [GenerationResult(text=text) for text in self._answer_all(requests, batches, self._generate)]
+
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Losses of given answers; those of one document share its context's KV cache.
+
+        Args:
+            requests (`list[Instance]`): of one or more tasks.
+
+        Returns:
+            `list[GenerationResult]`: `text` is a pair of the summed negative log-likelihood (least is best) and
+            whether greedy decoding writes the answer; in this wrapping lmms-eval 0.7.3 leaves the pair as it is.
+
+        Raises:
+            ValueError: for requests without a document, which mutual information asks for.
+        """
+        for request in requests:
+            if len(request.args) < 6:
+                raise ValueError(f"{request.task_name}: acc_mutual_info is not supported")
+        contexts: dict[tuple, list[int]] = {}
+        for i, request in enumerate(requests):
+            contexts.setdefault((request.args[4], request.args[3], request.args[0]), []).append(i)
+        pairs = self._answer_all(requests, list(contexts.values()), self._score)
+        return [GenerationResult(text=(loss, greedy)) for loss, greedy in pairs]
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Not supported."""
+        raise NotImplementedError(f"{requests[0].task_name}: tasks of several rounds are not supported")
+
+    def _answer_all(self, requests: list[Instance], batches: list[list[int]], answer: Callable) -> list:
+        """Answers in the order of the requests, on each rank that lmms-eval goes on in."""
+        if self.state is None:
+            answers = self._answer_own(requests, batches, answer)
+        else:
+            answers = self._gather(lambda mine: self._answer_own(requests, batches[mine], answer))
+            if not self.state.is_main_process:
+                raise ScoredElsewhere
+        for i, (_, prompt) in answers.items():
+            self.prompts[requests[i].args[4], requests[i].args[3]] = prompt
+        return [answers[i][0] for i in range(len(requests))]
+
+    def _gather(self, answer_own: Callable[[slice], dict]) -> dict[int, tuple[Any, str]]:
+        """All ranks' answers; an error of one is an error of all, so that none waits for it."""
+        answers, error = {}, None
+        try:
+            answers = answer_own(slice(self.state.process_index, None, self.state.num_processes))
+        except Exception as exception:
+            error = exception
+        shares = gather_object([(answers, error and f"{type(error).__name__}: {error}")])
+        if error is not None:
+            raise error
+        for rank, (_, message) in enumerate(shares):
+            if message:
+                raise RuntimeError(f"rank {rank}: {message}")
+        return {i: answer for share, _ in shares for i, answer in share.items()}
+
+    def _answer_own(self, requests: list[Instance], batches: list[list[int]], answer: Callable) -> dict:
+        nth, seen = [], Counter()
+        for request in requests:
+            # A task may ask the same thing several times.
+            seen[id(request)] += 1
+            nth.append(seen[id(request)])
+        answers: dict[int, tuple[Any, str]] = {}
+        total = sum(len(batch) for batch in batches)
+        hidden = self.state is not None and not self.state.is_main_process
+        name = requests[0].task_name if requests else ""
+        with tqdm(total=total, desc=name, unit="request", disable=hidden or None) as bar:
+            for work in _ahead(lambda batch: self._prepare(requests, nth, batch), batches):
+                answers.update(work.known)
+                if work.waiting:
+                    new = answer([requests[i] for i, _, _ in work.waiting], work)
+                    if self.journal is not None:
+                        self.journal.add(dict(zip([key for _, key, _ in work.waiting], new, strict=True)))
+                    for (i, _, prompt), one in zip(work.waiting, new, strict=True):
+                        answers[i] = (one, prompt.text)
+                bar.update(len(work.known) + len(work.waiting))
+        return answers
+
+    def _prepare(self, requests: list[Instance], nth: list[int], batch: list[int]) -> _Work:
+        known, waiting, prompt = {}, [], None
+        scoring = requests[batch[0]].request_type == "loglikelihood"
+        for i in batch:
+            if prompt is None or not scoring:
+                prompt = self._prompt(requests[i])
+            key = "" if self.journal is None else self._key(requests[i], prompt, nth[i])
+            found = None if self.journal is None else self.journal.get(key)
+            waiting.append((i, key, prompt))
+            if found is not None:
+                known[i] = (found, prompt.text)
+        if scoring and len(known) < len(batch):
+            # All or none: a loss's last digits depend on what it is computed with.
+            known = {}
+        waiting = [entry for entry in waiting if entry[0] not in known]
+        prompts = [entry[2] for entry in waiting][: 1 if scoring else None]
+        return _Work(known, waiting, self.prompt_builder.encode(prompts) if prompts else {})
+
+    def _prompt(self, request: Instance) -> Prompt:
+        context, *_, document, task, split = request.args
+        doc = self.task_dict[task][split][document]
+        maker = next(argument for argument in request.args[1:3][::-1] if callable(argument))
+        try:
+            if self.make_messages is not None:
+                return self.prompt_builder.build(self.make_messages(document, doc))
+            messages = maker(doc) if _is_chat(request) else user_turn(maker(doc), context)
+            return self.prompt_builder.build(messages)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{task}, sample {document}: {error}") from error
+
+    def _key(self, request: Instance, prompt: Prompt, nth: int) -> str:
+        continuation = _continuation(self, request) if request.request_type == "loglikelihood" else None
+        options = {} if continuation is not None else _generation_kwargs(request)
+        parts = (request.request_type, request.args[4], request.args[3], nth, prompt.text, continuation, options)
+        budget = (self.prompt_builder.options, self.max_new_tokens, self.prompt_builder.style)
+        return request_key(self.fingerprint, *parts, *budget, *prompt.images)
+
+    @torch.inference_mode()
+    def _generate(self, requests: list[Instance], work: _Work) -> list[str]:
+        options, until = generation_options(_generation_kwargs(requests[0]), self.max_new_tokens)
+        inputs = work.inputs.to(self.device)
+        length = inputs["input_ids"].shape[1]
+        self._check_length(length + options["max_new_tokens"])
+        tokenizer = self.processor.tokenizer
+        if until:
+            options["stopping_criteria"] = [stop_at(tokenizer, until, length)]
+        ids = self.model.generate(**inputs, **options)[:, length:]
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return [cut_at(text, until) for text in texts]
+
+    def _score(self, requests: list[Instance], work: _Work) -> list[tuple[float, bool]]:
+        prompt = work.waiting[0][2]
+        ids = [self.prompt_builder.continuation_ids(prompt, _continuation(self, request)) for request in requests]
+        self._check_length(work.inputs["input_ids"].shape[1] + max(map(len, ids)))
+        return continuation_losses(self.model, work.inputs.to(self.device), ids, self.batch_size)
+
+    def _check_length(self, positions: int) -> None:
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and positions > limit:
+            raise ValueError(
+                f"a prompt with its answer takes {positions} positions and the model has {limit}: fewer shots or a "
+                "smaller image_seq_length fit"
+            )
+
+
+class SimpleTransformersModel(TransformersModel):
+    """The same for lmms-eval's `--force_simple`, which its multiple-choice tasks need."""
+
+    is_simple = True
+
+
+def _is_chat(request: Instance) -> bool:
+    # (context, doc_to_messages, kwargs, document, task, split) or (context, kwargs or answer, doc_to_visual, ...)
+    return callable(request.args[1]) and isinstance(request.args[2], dict)
+
+
+def _generation_kwargs(request: Instance) -> dict[str, Any]:
+    return next(argument for argument in request.args[1:3] if isinstance(argument, dict))
+
+
+def _continuation(model: TransformersModel, request: Instance) -> str:
+    _, continuation, _, document, task, split = request.args
+    return continuation(model.task_dict[task][split][document]) if callable(continuation) else continuation
+
+
+def _chunks(items: list, size: int) -> list[list]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _ahead(function: Callable, items: Sequence) -> Iterator:
+    """The function's results in order, computed in a thread a few items ahead."""
+    with ThreadPoolExecutor(1) as executor:
+        futures: deque = deque()
+        for item in items:
+            futures.append(executor.submit(function, item))
+            if len(futures) > PREPARED_BATCHES:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
