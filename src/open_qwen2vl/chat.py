@@ -1,7 +1,8 @@
-"""A conversation with a model in the terminal: answers stream, images are added on the way.
+"""A conversation with a model, and the terminal as a way to have one: answers stream, images are added on the way.
 
-Standard output has the answers only and everything else goes to standard error, so that a script can pipe questions
-in and answers out. The model is loaded by the Auto classes and never runs code of the checkpoint.
+`Conversation` is the browser's too (`demo.py`). In the terminal, standard output has the answers only and everything
+else goes to standard error, so that a script can pipe questions in and answers out. The model is loaded by the Auto
+classes and never runs code of the checkpoint.
 """
 
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 from PIL import Image
 from transformers import (
@@ -20,6 +22,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
+from .evaluation.generation import model_folder
 from .modeling.configuration_open_qwen2vl import pooled_grid_side
 from .processing.images import decode_image
 
@@ -45,24 +48,53 @@ def chat(
     Raises:
         ValueError: if an option is out of its range, or the model cannot be loaded.
     """
-    if max_new_tokens < 1 or temperature < 0:
-        raise ValueError("--max-new-tokens must be at least 1 and --temperature at least 0")
-    if not (Path(model) / "config.json").exists() and (Path(model) / "model" / "config.json").exists():
-        model = str(Path(model) / "model")
-    loaded = AutoModelForImageTextToText.from_pretrained(
-        model, dtype="auto", device_map="auto", trust_remote_code=False
-    ).eval()
-    processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
-    if image_seq_length is not None:
-        pooled_grid_side(image_seq_length, loaded.config.patches_per_side)
-    options = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
-    if temperature > 0:
-        options["temperature"] = temperature
-    conversation = Conversation(loaded, processor, image_seq_length, options)
+    options = generation_options(max_new_tokens, temperature)
+    conversation = Conversation(*load_model(model, image_seq_length), image_seq_length, options)
     _note(HELP)
     for file in images or []:
         _add_image(conversation, file)
     _talk(conversation)
+
+
+def load_model(model: str, image_seq_length: int | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load a model to talk with, on the GPU where there is one, and its processor.
+
+    Args:
+        model (`str`): hub id or folder of a model with its processor, or the `output_dir` of a training.
+        image_seq_length (`int`, *optional*): tokens per image that will be asked for.
+
+    Returns:
+        `tuple[PreTrainedModel, ProcessorMixin]`: the model in evaluation mode.
+
+    Raises:
+        ValueError: if the model cannot be loaded or has no such budget.
+    """
+    model = model_folder(model)
+    loaded = AutoModelForImageTextToText.from_pretrained(
+        model, dtype="auto", device_map="auto", trust_remote_code=False
+    ).eval()
+    if image_seq_length is not None:
+        pooled_grid_side(image_seq_length, loaded.config.patches_per_side)
+    return loaded, AutoProcessor.from_pretrained(model, trust_remote_code=False)
+
+
+def generation_options(max_new_tokens: int, temperature: float) -> dict[str, Any]:
+    """What `generate` is called with.
+
+    Args:
+        max_new_tokens (`int`): longest answer.
+        temperature (`float`): of sampling; 0 takes the likeliest token each time.
+
+    Returns:
+        `dict[str, Any]`: arguments.
+
+    Raises:
+        ValueError: if one is out of its range.
+    """
+    if max_new_tokens < 1 or temperature < 0:
+        raise ValueError("--max-new-tokens must be at least 1 and --temperature at least 0")
+    options = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    return options | ({"temperature": temperature} if temperature > 0 else {})
 
 
 class Conversation:
@@ -78,57 +110,83 @@ class Conversation:
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, image_seq_length: int | None, options: dict):
         self.model = model
         self.processor = processor
+        self.set_options(image_seq_length, options)
+        self.reset()
+
+    def set_options(self, image_seq_length: int | None, options: dict) -> None:
+        """Change how the next answers are made.
+
+        Args:
+            image_seq_length (`int`, *optional*): tokens per image, of earlier ones too; `None` for the processor's.
+            options (`dict`): passed to `generate`.
+        """
         self.processor_kwargs = {} if image_seq_length is None else {"image_seq_length": image_seq_length}
         self.options = options
-        self.reset()
 
     def reset(self) -> None:
         """Forget all messages and waiting images."""
         self.messages: list[dict] = []
         self.waiting: list[Image.Image] = []
 
-    def ask(self, text: str) -> Iterator[str]:
+    def ask(self, text: str, stop: Event | None = None) -> Iterator[str]:
         """Send a message with the waiting images; what was yielded is remembered, also of an answer cut short.
 
         Args:
             text (`str`): the message.
+            stop (`Event`, *optional*): ends the answer when another thread sets it.
 
         Yields:
             `str`: pieces of the answer.
+
+        Raises:
+            ValueError: if the conversation and the longest answer exceed the model's positions. Message and images
+                then count as not sent.
         """
         content = [{"type": "image", "image": image} for image in self.waiting]
         # Training has a newline between an image and its text.
         content.append({"type": "text", "text": "\n" + text if self.waiting else text})
-        self.messages.append({"role": "user", "content": content})
-        self.waiting = []
-        answer = {"type": "text", "text": ""}
+        messages = [*self.messages, {"role": "user", "content": content}]
         inputs = self.processor.apply_chat_template(
-            self.messages,
+            messages,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
             processor_kwargs=self.processor_kwargs,
         ).to(self.model.device)
-        self.messages.append({"role": "assistant", "content": [answer]})
-        for piece in stream(self.model, self.processor.tokenizer, {**inputs, **self.options}):
+        self._check_length(inputs["input_ids"].shape[1])
+        answer = {"type": "text", "text": ""}
+        self.messages = [*messages, {"role": "assistant", "content": [answer]}]
+        self.waiting = []
+        for piece in stream(self.model, self.processor.tokenizer, {**inputs, **self.options}, stop):
             answer["text"] += piece
             yield piece
 
+    def _check_length(self, length: int) -> None:
+        most, answer = self.model.config.get_text_config().max_position_embeddings, self.options["max_new_tokens"]
+        if length + answer > most:
+            raise ValueError(
+                f"too long: the conversation has {length:,} tokens and the answer may have {answer:,}, the model "
+                f"takes {most:,}; start anew, or ask for a shorter answer or fewer tokens per image"
+            )
 
-def stream(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: dict) -> Iterator[str]:
+
+def stream(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: dict, stop: Event | None = None
+) -> Iterator[str]:
     """Generate in a thread and yield the text as it comes; a caller that stops reading stops the generation.
 
     Args:
         model (`PreTrainedModel`): generates.
         tokenizer (`PreTrainedTokenizerBase`): decodes.
         inputs (`dict`): all arguments of `generate`, for one prompt.
+        stop (`Event`, *optional*): ends the generation when another thread sets it.
 
     Yields:
         `str`: pieces of the answer, never empty.
     """
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    stop = Event()
+    stop = stop or Event()
     with ThreadPoolExecutor(1) as executor:
         future = executor.submit(
             model.generate, **inputs, streamer=streamer, stopping_criteria=[lambda *_, **__: stop.is_set()]
@@ -179,6 +237,9 @@ def _answer(conversation: Conversation, text: str) -> None:
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         pieces.close()
+    except ValueError as error:
+        _note(str(error))
+        return
     print(flush=True)
 
 

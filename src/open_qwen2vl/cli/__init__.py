@@ -9,9 +9,9 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from . import chat, convert, estimate, pack
+from . import chat, convert, demo, estimate, evaluate, filter, pack, report, reshard, score
 
-COMMANDS = (pack, convert, estimate, chat)  # in the order of --help
+COMMANDS = (score, filter, reshard, pack, convert, estimate, chat, evaluate, report, demo)  # in the order of --help
 
 
 class _Parser(argparse.ArgumentParser):

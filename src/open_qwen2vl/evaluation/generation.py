@@ -27,6 +27,19 @@ PASSED = (
 )
 
 
+def model_folder(name: str) -> str:
+    """Where a model is.
+
+    Args:
+        name (`str`): hub id or folder of a model, or the `output_dir` of a training.
+
+    Returns:
+        `str`: the name, or the folder `model` in it if that is where the model is.
+    """
+    inner = Path(name) / "model"
+    return str(inner) if (inner / "config.json").exists() and not (Path(name) / "config.json").exists() else name
+
+
 def load_model(name: str, device: str | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load a model and its processor, without any code of the checkpoint.
 
@@ -38,8 +51,7 @@ def load_model(name: str, device: str | None = None) -> tuple[PreTrainedModel, P
         `tuple[PreTrainedModel, ProcessorMixin]`: the model in evaluation mode, in fp32 on a CPU and in the
         checkpoint's own type elsewhere.
     """
-    if not (Path(name) / "config.json").exists() and (Path(name) / "model" / "config.json").exists():
-        name = str(Path(name) / "model")
+    name = model_folder(name)
     target = torch.device(device) if device else PartialState().device
     dtype = torch.float32 if target.type == "cpu" else "auto"
     model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=False)

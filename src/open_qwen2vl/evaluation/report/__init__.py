@@ -1,0 +1,44 @@
+"""The report: what several evaluations gave, on one page that needs nothing else.
+
+folders of `open-qwen2vl evaluate` → `folders` (read, label) → `scores` (rows, `intervals`) and `samples` (choose,
+match across models) → `page` (HTML). Nothing here loads a model or a benchmark.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...data.whole_files import renamed_when_whole
+from .folders import load_evaluations
+from .page import render_page
+from .samples import ImageStore, choose_samples
+from .scores import build_rows
+
+
+def write_report(folders: Sequence[str | Path], output: str | Path, samples_per_task: int = 200) -> Path:
+    """Write the report of one or more evaluations.
+
+    Args:
+        folders (`Sequence[str | Path]`): outputs of `open-qwen2vl evaluate`, one for each model.
+        output (`str | Path`): the page; it appears whole or not at all.
+        samples_per_task (`int`, *optional*, defaults to 200): most samples shown of a task. Those on which models
+            disagree come first, the others are drawn by a hash of their id: the same ones each time.
+
+    Returns:
+        `Path`: the page.
+
+    Raises:
+        ValueError: for a folder without results, results of another format, or a negative `samples_per_task`.
+    """
+    if samples_per_task < 0:
+        raise ValueError(f"--samples-per-task={samples_per_task} must be at least 0")
+    evaluations, images, output = load_evaluations(folders), ImageStore(), Path(output)
+    samples = choose_samples(evaluations, samples_per_task, images)
+    page = render_page(evaluations, build_rows(evaluations), samples, images)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with renamed_when_whole(output) as temporary:
+        # A results file may hold half of a surrogate pair, which UTF-8 cannot.
+        temporary.write_text(page, encoding="utf-8", errors="replace")
+    return output
+
+
+__all__ = ["write_report"]

@@ -1,0 +1,140 @@
+"""What the tables and bars of the report show: a row for each task and rule, a cell for each model, with intervals."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..benchmarks import BENCHMARKS
+from .folders import Evaluation, sample_scores
+from .intervals import Interval, confidence_interval
+
+
+class Cell(NamedTuple):
+    """One score of one model.
+
+    Attributes:
+        value (`float`): the score.
+        interval ([`Interval`], *optional*): where one is known.
+        num_samples (`int`): questions behind it.
+    """
+
+    value: float
+    interval: Interval | None
+    num_samples: int
+
+
+class Row(NamedTuple):
+    """One task under one rule.
+
+    Attributes:
+        task (`str`): its name.
+        metric (`str`): the main metric.
+        higher_is_better (`bool`): of the metric.
+        rule (`str`): one sentence on how an answer is scored.
+        shots (`int`): demonstrations in the prompt.
+        cells (`list[Cell | None]`): one for each model, `None` where it was not evaluated on this.
+        categories (`list[tuple[str, list[Cell | None]]]`): the same by category, in the order of the results.
+        paper (`dict[str, float]`): the paper's scores by the name of the model; empty for tasks that it lacks.
+        paper_rule (`str`): how the paper scored; empty for tasks that it lacks.
+    """
+
+    task: str
+    metric: str
+    higher_is_better: bool
+    rule: str
+    shots: int
+    cells: list[Cell | None]
+    categories: list[tuple[str, list[Cell | None]]]
+    paper: dict[str, float]
+    paper_rule: str
+
+    @property
+    def in_percent(self) -> bool:
+        """Whether all scores lie between 0 and 100, so that bars can be drawn."""
+        return all(0 <= cell.value <= 100 for cell in self.cells if cell)
+
+
+class RowKey(NamedTuple):
+    """What two scores must share to stand in one row: the first fields of [`Row`]."""
+
+    task: str
+    metric: str
+    higher_is_better: bool
+    rule: str
+    shots: int
+
+
+class _TaskScores(NamedTuple):
+    """One model on one task: the main cell (`None` for a metric without a value) and those of the categories."""
+
+    cell: Cell | None
+    categories: dict[str, Cell]
+
+
+def build_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
+    """Scores of all models, side by side where they were made by the same rule.
+
+    Args:
+        evaluations (`Sequence[Evaluation]`): the models.
+
+    Returns:
+        `list[Row]`: tasks in the order of the results.
+    """
+    found: dict[RowKey, list[_TaskScores | None]] = {}
+    for number, evaluation in enumerate(evaluations):
+        for task, entry in evaluation.results["tasks"].items():
+            name, shots = entry["main_metric"], entry.get("shots", evaluation.results.get("shots"))
+            higher = entry["metrics"][name].get("higher_is_better", True)
+            key = RowKey(task, name, higher is not False, str(entry.get("rule", "")), int(shots or 0))
+            found.setdefault(key, [None] * len(evaluations))[number] = _task_scores(evaluation, task, entry)
+    order = list(dict.fromkeys(key.task for key in found))
+    return [_row(key, found[key]) for key in sorted(found, key=lambda key: order.index(key.task))]
+
+
+def _row(key: RowKey, scores: list[_TaskScores | None]) -> Row:
+    names = dict.fromkeys(name for score in scores if score for name in score.categories)
+    categories = [(name, [score and score.categories.get(name) for score in scores]) for name in names]
+    benchmark = BENCHMARKS.get(key.task) if key.shots == 0 else None
+    return Row(
+        *key,
+        cells=[score and score.cell for score in scores],
+        categories=categories,
+        paper=dict(benchmark.paper_scores) if benchmark else {},
+        paper_rule=benchmark.paper_rule if benchmark else "",
+    )
+
+
+def _task_scores(evaluation: Evaluation, task: str, entry: dict[str, Any]) -> _TaskScores:
+    metric = entry["metrics"][entry["main_metric"]]
+    scores, categories = _scores_by_sample(evaluation, task)
+    cell = _cell(metric["value"], entry["num_samples"], scores, metric.get("stderr"))
+    parts = {
+        name: _cell(part["score"], part["num_samples"], scores[categories == name])
+        for name, part in (entry.get("categories") or {}).items()
+    }
+    return _TaskScores(cell, parts)
+
+
+def _cell(value: object, num_samples: int, scores: np.ndarray, stderr: object = None) -> Cell | None:
+    """A cell, `None` if the value is no number; the harness writes words for standard errors that it lacks."""
+    if not _is_number(value):
+        return None
+    interval = confidence_interval(float(value), scores, float(stderr) if _is_number(stderr) else None)
+    return Cell(float(value), interval, int(num_samples))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _scores_by_sample(evaluation: Evaluation, task: str) -> tuple[np.ndarray, np.ndarray]:
+    """Score (NaN: unknown) and category of each question; several answers to one, as of seeds, are averaged."""
+    table = evaluation.read_samples(task)
+    if table is None:
+        return np.empty(0), np.empty(0, dtype=object)
+    _, first, question = np.unique(table["sample_id"].to_pylist(), return_index=True, return_inverse=True)
+    answers = np.bincount(question, minlength=len(first))
+    scores = np.bincount(question, weights=sample_scores(table), minlength=len(first)) / answers
+    return scores, np.array(table["category"].to_pylist(), dtype=object)[first]
