@@ -19,6 +19,7 @@ from open_qwen2vl.data import plan_packs
 from open_qwen2vl.data.plan_files import read_part_metadata
 from open_qwen2vl.data.shards import index_shard
 from open_qwen2vl.processing.text_formats import caption_document_length, tokenize_captions
+from tests.data.killed_step import OUTPUT, check_killed_step
 
 OPTIONS = {"image_seq_length": 4, "max_length": 128, "shards_per_group": 1, "num_workers": 1}
 
@@ -332,3 +333,12 @@ def test_killed_planner_leaves_only_whole_parts_and_no_process(write_tar, sample
     assert len(finished) >= 6 and finished.items() <= read_bytes(whole).items()
     plan(shards, folder, tokenizer, max_length=256)
     assert read_bytes(folder) == read_bytes(whole)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(write_tar, sample, tmp_path, backbones, kills):
+    members = [m for i in range(40) for m in sample(f"{i:04d}", f"cat {i} " * (i % 9 + 1))]
+    shards = [write_tar(members, f"{shard:02d}.tar") for shard in range(12)]
+    command = ["pack", *map(str, shards), "--tokenizer", backbones["text"], "--image-seq-length", "4", "--max-length"]
+    command += ["256", "--shards-per-group", "1", "--num-workers", "1", "--output", OUTPUT]
+    check_killed_step(command, tmp_path, kills=kills, seed=kills)

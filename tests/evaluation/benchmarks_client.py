@@ -11,9 +11,11 @@ from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 
 from open_qwen2vl.evaluation.benchmarks import BENCHMARKS
-from open_qwen2vl.evaluation.evaluate import evaluate, run_targets
-from open_qwen2vl.evaluation.generation import cut_at
+from open_qwen2vl.evaluation.evaluate import evaluate
+from open_qwen2vl.evaluation.few_shot import FewShot, few_shot_target
+from open_qwen2vl.evaluation.generation import cut_at, load_model
 from open_qwen2vl.evaluation.harness import find_target, make_task_manager
+from open_qwen2vl.evaluation.runs import run_targets
 
 RULES = ("standard", "paper")
 
@@ -68,12 +70,27 @@ def run_table(rules: str, answers: dict[str, list[str]], out: Path) -> dict:
     return {"results": results, "asked": {target.name: table.asked[target.task] for target in targets}}
 
 
+def run_few_shot_table(answers: dict[str, list[str]], model: str, out: Path) -> dict:
+    """The tasks of base models with the recorded answers."""
+    table = TableModel({f"{name}_few_shot": own for name, own in answers.items()})
+    table.model, table.processor = load_model(model, "cpu")
+    targets = [few_shot_target(name) for name in answers]
+    manager = make_task_manager([target.task for target in targets])
+    options = {"limit": None, "judge": False}
+    few_shot = FewShot((0,))
+    return run_targets(table, targets, out / "table_few", manager, {"name": "table"}, options, few_shot=few_shot)
+
+
 if __name__ == "__main__":
     answers, model, out = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2], Path(sys.argv[3])
+    few_answers = json.loads((out / "few_shot_answers.json").read_text())
     figures = {}
     for rules in RULES:
         figures[f"table {rules}"] = run_table(rules, answers, out)
         figures[f"real {rules}"] = evaluate(
             model, None, out / f"real_{rules}", rules=rules, limit=3, batch_size=2, device="cpu"
         )
+    few = figures["few"] = {"table": run_few_shot_table(few_answers, model, out)}
+    options = {"few_shot": FewShot((0, 2), (0, 1)), "limit": 3, "batch_size": 2, "device": "cpu"}
+    few["real"] = evaluate(model, None, out / "real_few", **options)
     (out / "figures.json").write_text(json.dumps(figures))

@@ -12,6 +12,7 @@ import pytest
 
 from open_qwen2vl import OpenQwen2VLForConditionalGeneration
 from open_qwen2vl.evaluation.benchmarks import BENCHMARKS, TASKS_FOLDER, category_of, sample_scores
+from tests.evaluation.few_shot_fixtures import TASKS, add_few_shot_tasks, common_answer, question, recorded
 from tests.evaluation.fixture_rows import benchmark_fixtures
 from tests.evaluation.fixtures import add_benchmarks, write_answers
 from tests.hub_server import hub_server
@@ -32,8 +33,10 @@ def outcome(tmp_path_factory, backbones, processor) -> dict:
     model.save_pretrained(out / "model")
     processor.save_pretrained(out / "model")
     write_answers(out / "answers.json")
+    (out / "few_shot_answers.json").write_text(json.dumps({task: recorded(task)[0] for task in TASKS}))
     with hub_server() as hub:
         add_benchmarks(hub)
+        add_few_shot_tasks(hub)
         environment = {**os.environ, **hub.environment(out / "home"), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, CLIENT, out / "answers.json", out / "model", out]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -110,7 +113,8 @@ def test_the_table_has_the_papers_scores():
 def test_every_task_of_ours_has_a_file():
     ours = {path.stem for path in TASKS_FOLDER.rglob("*.yaml")}
     named = {benchmark.paper_task for benchmark in BENCHMARKS.values()} | {"seedbench_image", "mathvista_rules"}
-    assert named | {"common"} == ours
+    few_shot = {f"{task}_few_shot" for task in TASKS}
+    assert named | few_shot | {"common"} == ours
 
 
 def test_sample_scores_of_other_tasks_are_numbers_or_none():
@@ -121,3 +125,28 @@ def test_categories_have_names():
     assert category_of(BENCHMARKS["mmmu_val"], {"id": "validation_Art_Theory_12"}) == "Art_Theory"
     assert category_of(BENCHMARKS["seedbench"], {"question_type_id": 9}) == "Text Understanding"
     assert category_of(BENCHMARKS["ai2d"], {}) is None
+
+
+@pytest.mark.parametrize("task", list(TASKS))
+def test_tasks_of_base_models(outcome, task):
+    """Recorded answers score what was counted by hand; demonstrations are rows of their split with their answers."""
+    entry = outcome["few"]["table"]["tasks"][f"{task}_0shot"]
+    expected = recorded(task)[1]
+    assert [row["score"] for row in _rows(outcome, "table", "few", f"{task}_0shot")] == pytest.approx(expected)
+    assert entry["metrics"]["exact_match"]["value"] == pytest.approx(100 * sum(expected) / len(expected))
+    assert "seeds" in outcome["few"]["real"]["tasks"][f"{task}_2shot"]
+    rows = _rows(outcome, "real", "few", f"{task}_2shot")
+    assert [row["sample_id"] for row in rows] == ["0", "1", "2"] * 2
+    _, asked, shown = TASKS[task]
+    known = {question(task, shown, i): common_answer(task, shown, i) for i in range(8)}
+    drawn = set()
+    for row in rows:
+        one, two, last = row["prompt"].removeprefix("<s><|image_pad|>\n").split("<|endofchunk|><|image_pad|>\n")
+        for shot in (one, two):
+            text, answer = shot.removeprefix("Question: ").split(" Short answer: ")
+            assert known[text] == answer
+            drawn.add(text)
+            assert shown != asked or int(text.split()[3]) != int(row["sample_id"])
+        if task != "textvqa":
+            assert last == f"Question: {question(task, asked, int(row['sample_id']))} Short answer:"
+    assert len(drawn) > 3

@@ -35,3 +35,15 @@ def test_smoothing_keeps_a_constant_and_stays_within_the_losses():
     np.testing.assert_allclose(smooth(np.full(50, 3.0)), 3.0)
     noisy = np.random.default_rng(0).normal(size=300)
     assert np.abs(smooth(noisy)).max() <= np.abs(noisy).max() and smooth(noisy).std() < noisy.std() / 2
+
+
+def test_scores_have_a_panel_and_sources_a_line_each(tmp_path):
+    orange, green, red = (255, 127, 14), (44, 160, 44), (214, 39, 40)
+    losses = {"eval_loss": 1.5, "eval_loss/cats": 1.4, "eval_loss/dogs": 1.7}
+    plot_loss(HISTORY + [{"step": step, **losses} for step in (20, 39)], tmp_path / "sources.png")
+    assert {orange, green, red} <= colours(tmp_path / "sources.png")
+    scores = {"eval_pope_f1": 80.0, "eval_mmstar_average": 40.0, "eval_tasks_seconds": 3.0}
+    plot_loss(HISTORY + [{"step": step, **scores} for step in (20, 39)], tmp_path / "scores.png")
+    assert orange in colours(tmp_path / "scores.png") and green not in colours(tmp_path / "scores.png")
+    plot_loss(HISTORY + [{"step": 20, "eval_tasks_seconds": 3.0}], tmp_path / "failed.png")
+    assert orange not in colours(tmp_path / "failed.png"), "every task failed"

@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText
 
 from open_qwen2vl import cli
 from open_qwen2vl.trainer import newest_complete_checkpoint
+from tests.evaluation.easyvqa import write_tasks
 from tests.tars import write_caption_tar
 
 SCRIPT = Path(__file__).with_name("train_and_resume.py")
@@ -168,6 +169,23 @@ def test_fsdp2_goes_on_with_another_number_of_processes(folder):
     assert continued["devices"] == 3
     assert_same_training(continued, whole)
     assert_same_model(folder / "fsdp2_three" / "six" / "model", folder / "six" / "six" / "model")
+
+
+@pytest.mark.slow
+def test_benchmarks_during_training_on_two_processes(folder):
+    """The ranks share the questions and train on as if there had been none; sharded weights are refused."""
+    tasks = {"eval_tasks": "easyvqa_gen", "eval_tasks_steps": 2, "eval_tasks_limit": 5, "eval_tasks_batch_size": 2}
+    tasks["eval_tasks_path"] = str(write_tasks(folder / "tasks", 6))
+    two = launch("ddp", folder, {"plain": MIXTURE, "tasks": {**MIXTURE, **tasks}})
+    scores = two["tasks"].pop("eval_tasks")
+    assert two["tasks"]["losses"] == two["plain"]["losses"]
+    assert {name: two["tasks"][name] for name in COUNTS} == {name: two["plain"][name] for name in COUNTS}
+    (last,) = (folder / "ddp" / "tasks" / "eval_tasks").glob(f"step-{two['tasks']['steps']}")
+    entry = json.loads((last / "results.json").read_text())["tasks"]["easyvqa_gen"]
+    assert scores == {"eval_easyvqa_gen_exact_match": entry["metrics"]["exact_match"]["value"]}
+    assert entry["num_samples"] == 5
+    with pytest.raises(AssertionError, match="eval_tasks needs whole weights on each device"):
+        launch("fsdp2", folder, {"tasks": {**MIXTURE, **tasks}})
 
 
 def start_ranks(config: Path) -> list[subprocess.Popen]:

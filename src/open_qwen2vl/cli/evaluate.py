@@ -35,13 +35,13 @@ def add_command(commands: "argparse._SubParsersAction") -> None:
     )
     parser.add_argument(
         "--shots",
-        type=_numbers,
+        type=numbers,
         metavar="N,...",
         help="evaluate a base model with so many demonstrations, on the five tasks of the paper's Table 5 by default",
     )
     parser.add_argument(
         "--seeds",
-        type=_numbers,
+        type=numbers,
         default=(0, 1, 2),
         metavar="N,...",
         help="with --shots: draws of the demonstrations (default: 0,1,2)",
@@ -66,7 +66,8 @@ def add_command(commands: "argparse._SubParsersAction") -> None:
     parser.set_defaults(run=_run)
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def numbers(text: str) -> tuple[int, ...]:
+    """Read `0,4,8`; named as argparse's message about another text has it."""
     return tuple(int(number) for number in text.split(","))
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..processing.text_formats import caption_document, caption_document_length, tokenize_captions
+from .engine import collection_paused
 from .plan_files import Document, Group, GroupDocuments, shard_path
 from .reading import Newest, read_pixels
 from .shard_index import read_shard_index
@@ -19,6 +20,7 @@ from .shards import IMAGE_EXTENSIONS, MemberError, Sample, ShardIndex, index_sha
 logger = logging.getLogger(__name__)
 
 
+@collection_paused()
 def caption_documents(group: Group, tokenizer: PreTrainedTokenizerBase) -> GroupDocuments:
     """Plan the documents of some tars: no image is read.
 

@@ -18,6 +18,7 @@ TAR_DAMAGE = ("truncated_tar", "corrupt_tar")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
+_WINDOW = 8 * _BLOCK
 _UID = re.compile("[0-9a-fA-F]{32}")
 _UNSAFE_KEY = re.compile(r"^/|(^|/)\.\.(/|$)|[\ud800-\udfff]")  # absolute, climbing up, not UTF-8
 
@@ -268,8 +269,11 @@ def _scan(path: str | Path) -> Iterator[_Member]:
     with open(path, "rb", buffering=0) as file:
         length = os.fstat(file.fileno()).st_size
         offset, ended = 0, False
+        window, start = b"", 0  # a text, its json and the headers around them are one read
         while offset < length:
-            header = os.pread(file.fileno(), _BLOCK, offset)
+            if offset + _BLOCK > start + len(window):
+                window, start = os.pread(file.fileno(), _WINDOW, offset), offset
+            header = window[offset - start : offset - start + _BLOCK]
             if header == _ZEROS:
                 # Not the last word: tars that were joined with `cat` go on behind their end marks.
                 offset, ended = offset + _BLOCK, True
@@ -289,7 +293,9 @@ def _scan(path: str | Path) -> Iterator[_Member]:
 
 def _has_valid_checksum(header: bytes) -> bool:
     try:
-        return int(header[148:156].strip(b"\0 "), 8) == sum(header) - sum(header[148:156]) + 8 * ord(" ")
+        found = int(header[148:156].strip(b"\0 "), 8)
+        # Most of a header is zeros, and a sum over bytes is slow.
+        return found == sum(header.translate(None, b"\0")) - sum(header[148:156]) + 8 * ord(" ")
     except ValueError:
         return False
 

@@ -30,6 +30,18 @@ class PackedArguments:
         max_loss_rise (`float`, *optional*, defaults to 3.0):
             Stop when the loss of a step is so much above its running average (nats per token), and name the samples;
             0 never stops. A loss that is not finite stops always.
+        eval_tasks (`str`, *optional*):
+            Benchmarks of `open-qwen2vl evaluate` to run during the training and at its end, separated by commas.
+        eval_tasks_steps (`int`, *optional*):
+            Steps between two such runs; they follow `eval_strategy` where not given.
+        eval_tasks_limit (`int`, *optional*):
+            Only the first samples of each task.
+        eval_tasks_shots (`int`, *optional*):
+            Prompt as a base model with so many demonstrations, and not through the chat template.
+        eval_tasks_batch_size (`int`, *optional*, defaults to 8):
+            Prompts that run at a time on each device.
+        eval_tasks_path (`str`, *optional*):
+            Folder with YAML files of more tasks.
         profile (`bool`, *optional*, defaults to `False`):
             Record a few steps with torch's profiler into `output_dir/profile`.
         per_device_train_batch_size (`int`, *optional*, defaults to 1):
@@ -68,6 +80,27 @@ class PackedArguments:
     max_loss_rise: float = field(
         default=3.0,
         metadata={"help": "Stop when a step's loss is so far above its running average (nats); 0 never stops."},
+    )
+    eval_tasks: str | None = field(
+        default=None, metadata={"help": "Benchmarks to run during training, separated by commas."}
+    )
+    eval_tasks_steps: int | None = field(
+        default=None, metadata={"help": "Steps between two runs of eval_tasks; as eval_strategy where not given."}
+    )
+    eval_tasks_limit: int | None = field(
+        default=None, metadata={"help": "Only the first samples of each of the eval_tasks."}
+    )
+    eval_tasks_shots: int | None = field(
+        default=None,
+        metadata={
+            "help": "Prompt eval_tasks as for a base model, with so many demonstrations; else by chat template."
+        },
+    )
+    eval_tasks_batch_size: int = field(
+        default=8, metadata={"help": "Prompts of eval_tasks that run at a time on each device."}
+    )
+    eval_tasks_path: str | None = field(
+        default=None, metadata={"help": "Folder with YAML files of more tasks for eval_tasks."}
     )
     profile: bool = field(
         default=False, metadata={"help": "Record a few steps with torch's profiler into output_dir/profile."}
@@ -109,6 +142,8 @@ class PackedArguments:
         self.bf16, self.fp16 = self.mixed_precision == "bf16", self.mixed_precision == "fp16"
         if not (self.train_projector or self.train_language_model or self.train_vision_tower):
             raise ValueError("nothing to train: switch on train_projector, train_language_model or train_vision_tower")
+        if self.eval_tasks_steps is not None and self.eval_tasks_steps < 1:
+            raise ValueError(f"eval_tasks_steps must be at least 1, got {self.eval_tasks_steps}")
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor is not supported: it needs the logits of every position")
         if self.dataloader_num_workers == 0:

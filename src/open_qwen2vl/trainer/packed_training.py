@@ -30,10 +30,11 @@ from .packed_evaluation import PackedEvaluation
 from .profiling import ProfileCallback
 from .progress import ThroughputProgressCallback
 from .steps import StepMeter
+from .task_evaluation import TaskEvaluation
 from .throughput import ThroughputCallback, rates
 
 
-class PackedTraining(ExactCheckpoints, PartwiseOptimization, PackedEvaluation):
+class PackedTraining(ExactCheckpoints, PartwiseOptimization, PackedEvaluation, TaskEvaluation):
     """Trains on the batches of a [`PackingCollator`]; to be combined with `Trainer` or a subclass of it.
 
     Args:
@@ -47,7 +48,8 @@ class PackedTraining(ExactCheckpoints, PartwiseOptimization, PackedEvaluation):
             [`PackOrder`], any other in the stock trainer's.
 
     Raises:
-        ValueError: under FSDP version 1, or where FSDP was asked for and accelerate did not start it.
+        ValueError: under FSDP version 1, where FSDP was asked for and accelerate did not start it, or for `eval_tasks`
+            that cannot run.
     """
 
     def __init__(self, model: nn.Module, args, data_collator=None, callbacks: list | None = None, **kwargs):
@@ -269,7 +271,8 @@ class PackedTraining(ExactCheckpoints, PartwiseOptimization, PackedEvaluation):
         Returns:
             `dict`: `steps`, `epochs`, `documents`, `images`, `tokens`, `positions`, `flops`, `train_seconds` (without
             evaluation and checkpoints), the mean [`rates`], `devices`, `final_loss` (the last log's), `sources`
-            (packs, tokens, labels and share of all tokens by name) and `dropped_documents` by reason.
+            (packs, tokens, labels and share of all tokens by name), `dropped_documents` by reason and, with
+            `eval_tasks`, their latest scores.
         """
         counters = self.throughput
         totals = dict(counters.totals)
@@ -290,6 +293,7 @@ class PackedTraining(ExactCheckpoints, PartwiseOptimization, PackedEvaluation):
                 for name, source in zip(self.source_names, counters.sources, strict=False)
             },
             "dropped_documents": counters.dropped,
+            **({"eval_tasks": self.task_scores} if self.args.eval_tasks else {}),
         }
 
 

@@ -7,6 +7,8 @@ from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
+from .task_evaluation import logged_scores
+
 
 class ThroughputProgressCallback(ProgressCallback):
     """transformers' progress bar with the latest log behind it, in place of a printed dict per log."""
@@ -40,11 +42,14 @@ class ThroughputProgressCallback(ProgressCallback):
         logs: dict[str, float] | None = None,
         **kwargs,
     ):
-        """Show the log's figures behind the bar, and an evaluation's loss on a line above it."""
+        """Show the log's figures behind the bar, and an evaluation's loss or scores on a line above it."""
         if self.training_bar is None:
             return
         if "eval_loss" in logs:
             self.training_bar.write(f"step {state.global_step}: eval loss {logs['eval_loss']:.4f}", file=sys.stderr)
+        elif scores := logged_scores(logs):
+            figures = ", ".join(f"{name.removeprefix('eval_')} {score:.2f}" for name, score in scores.items())
+            self.training_bar.write(f"step {state.global_step}: {figures}", file=sys.stderr)
         elif "loss" in logs:
             self.training_bar.set_postfix_str(progress_figures(logs), refresh=False)
 

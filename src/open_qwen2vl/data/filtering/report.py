@@ -1,0 +1,113 @@
+"""How many pairs a selection keeps and drops, and where: counted on the table `decided`."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .decisions import Selection, steps
+from .expression import Clause, Top, clauses, show
+from .tables import fetch_row
+
+
+class ClauseCounts(NamedTuple):
+    """A clause, looked at alone.
+
+    Attributes:
+        text (`str`): the clause; of a `top` clause with its threshold.
+        true (`int`): pairs of which it is true.
+        false (`int`): pairs of which it is false.
+        no_score (`int`): pairs without the score.
+    """
+
+    text: str
+    true: int
+    false: int
+    no_score: int
+
+
+@dataclass
+class SelectionReport:
+    """Figures of a selection.
+
+    Attributes:
+        expression (`str`): what was to be kept.
+        pairs (`int`): pairs that the score files name, each uid once.
+        kept (`int`): of them chosen.
+        steps (`list[tuple[str, int]]`): what pairs had to pass one after the other, and how many failed there.
+        duplicates (`int`, *optional*): pairs dropped for another with an equal image; `None` if none were looked for.
+        without_hash (`int`): pairs of which no image hash is known; they are no duplicates.
+        clauses (`list[ClauseCounts]`): each clause alone.
+        no_score (`dict[str, dict[str, int]]`): by score, how many pairs do not have it, by reason.
+        unscored (`dict[str, int]`): by file of an `in` clause, uids in it that no score file names.
+        bad_uids (`int`): rows of score files left out, whose uid is not 32 hex digits.
+    """
+
+    expression: str
+    pairs: int
+    kept: int
+    steps: list[tuple[str, int]]
+    duplicates: int | None
+    without_hash: int
+    clauses: list[ClauseCounts]
+    no_score: dict[str, dict[str, int]]
+    unscored: dict[str, int]
+    bad_uids: int
+
+    def __str__(self) -> str:
+        lines = [("pairs", f"{self.pairs:,}")]
+        lines += [("dropped", f"{count:,} by {text}") for text, count in self.steps if count]
+        if self.duplicates is not None:
+            unknown = f" ({self.without_hash:,} pairs without an image hash)" if self.without_hash else ""
+            lines.append(("duplicates", f"{self.duplicates:,}{unknown}"))
+        for name, reasons in self.no_score.items():
+            lines += [("no score", f"{count:,} of {name}: {reason}") for reason, count in reasons.items()]
+        lines += [("not scored", f"{count:,} uids of {path}") for path, count in self.unscored.items() if count]
+        if self.bad_uids:
+            lines.append(("skipped", f"{self.bad_uids:,} rows of score files: bad_uid"))
+        lines.append(("kept", f"{self.kept:,} ({self.kept / max(1, self.pairs):.1%})"))
+        return "\n".join(f"{name:<12}{value}" for name, value in lines)
+
+
+def measure(selection: Selection, unscored: dict[str, int], without_hash: int) -> SelectionReport:
+    """Count.
+
+    Args:
+        selection ([`Selection`]): with the table `decided`.
+        unscored (`dict[str, int]`): uids of each file that no score file names.
+        without_hash (`int`): pairs without an image hash.
+
+    Returns:
+        [`SelectionReport`].
+    """
+    by_step = dict(selection.connection.execute("SELECT step, count(*) FROM decided GROUP BY step").fetchall())
+    return SelectionReport(
+        expression=show(selection.term),
+        pairs=sum(by_step.values()),
+        kept=by_step.get(selection.kept, 0),
+        steps=[(show(term), by_step.get(number, 0)) for number, term in enumerate(steps(selection.term))],
+        duplicates=None if selection.deduplicate is None else by_step.get(selection.kept + 1, 0),
+        without_hash=without_hash,
+        clauses=_count_clauses(selection),
+        no_score={name: _count_missing(selection, number) for name, number in selection.columns.scores.items()},
+        unscored=unscored,
+        bad_uids=selection.scores.bad_uids,
+    )
+
+
+def _count_clauses(selection: Selection) -> list[ClauseCounts]:
+    statement, selected, found = selection.statement(), [], list(clauses(selection.term))
+    for clause in found:
+        condition = statement.condition(clause)
+        selected += [f"count(*) FILTER ({condition} IS {truth})" for truth in ("TRUE", "FALSE", "NULL")]
+    numbers = fetch_row(selection.connection, f"SELECT {', '.join(selected)} FROM decided", statement.parameters)
+    return [ClauseCounts(_text(selection, clause), *numbers[3 * i : 3 * i + 3]) for i, clause in enumerate(found)]
+
+
+def _text(selection: Selection, clause: Clause) -> str:
+    return f"{clause.text} (>= {selection.cuts[clause].threshold:.6g})" if isinstance(clause, Top) else clause.text
+
+
+def _count_missing(selection: Selection, number: int) -> dict[str, int]:
+    rows = selection.connection.execute(
+        f"SELECT r{number}, count(*) FROM decided WHERE s{number} IS NULL GROUP BY 1 ORDER BY 1 NULLS LAST"
+    ).fetchall()
+    return {"not in the score files" if n is None else selection.scores.reasons[n]: count for n, count in rows}

@@ -1,0 +1,245 @@
+"""The report as one HTML page: counts, histograms and examples.
+
+Text that comes from the data is escaped, pictures are embedded, nothing is loaded from elsewhere (the page forbids it
+itself), and the same selection gives the same bytes.
+"""
+
+import base64
+import html
+import re
+from collections.abc import Sequence
+from string import Template
+
+from .examples import Content, Example
+from .histograms import Histogram
+from .report import ClauseCounts, SelectionReport
+
+_WIDTH, _HEIGHT, _MARGIN = 480, 150, 22  # of a histogram; the margin holds the numbers below it
+_CAPTION_CHARACTERS = 300
+
+_PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>Filter: $kept of $pairs pairs kept</title>
+<style>
+:root { --kept: #1a7f4b; --dropped: #c9ced6; --ink: #22272e; --muted: #6b7480; --line: #e3e6ea; --mark: #c0392b; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 1120px; margin: 2rem auto;
+  padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; }
+p.note, .hint { color: var(--muted); font-size: .9rem; margin: .2rem 0; }
+code { font: .88em/1.5 ui-monospace, monospace; overflow-wrap: anywhere; }
+.expression { display: block; background: #f5f6f8; border-radius: 10px; padding: .7rem 1rem; margin: 1rem 0; }
+.figures { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1rem 0; }
+.figures div { flex: 1 1 9rem; background: #f5f6f8; border-radius: 10px; padding: .7rem 1rem; }
+.figures b { display: block; font-size: 1.5rem; font-weight: 650; }
+table { border-collapse: collapse; width: 100%; }
+th { text-align: left; font-weight: 600; color: var(--muted); font-size: .85rem; }
+th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: middle; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.bar { width: 40%; } td.bar i { display: block; height: 12px; border-radius: 3px; background: var(--kept); }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); gap: .8rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(480px, 100%), 1fr)); gap: 1.4rem; }
+svg { width: 100%; height: auto; display: block; } svg text { font: 11px system-ui, sans-serif; fill: var(--muted); }
+figure { margin: 0; padding: .6rem; border: 1px solid var(--line); border-radius: 10px; border-top-width: 4px; }
+figure.kept { border-top-color: var(--kept); } figure.dropped { border-top-color: var(--mark); }
+.picture { height: 140px; display: flex; gap: 4px; align-items: center; justify-content: center; background: #f5f6f8;
+  border-radius: 6px; color: var(--muted); font-size: .8rem; margin-bottom: .5rem; overflow: hidden; }
+.picture img { max-width: 100%; max-height: 140px; min-width: 0; } .picture:has(.twin) img { max-height: 80px; }
+.twin { border-left: 2px dashed var(--mark); padding-left: 4px; display: flex; align-items: center; }
+figcaption { font-size: .82rem; line-height: 1.4; overflow-wrap: anywhere; } figcaption p { margin: 0 0 .4rem; }
+.reason, figcaption td { font-size: .74rem; line-height: 1.35; overflow-wrap: break-word; }
+.kept .reason { color: var(--kept); } .dropped .reason { color: var(--mark); }
+figcaption td { padding: 0; border: 0; color: var(--muted); overflow-wrap: break-word; vertical-align: top; }
+figcaption td + td { text-align: right; padding-left: .5rem; white-space: nowrap; }
+p.where { color: var(--muted); font-size: .66rem; margin: .4rem 0 0; }
+.key i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin: 0 .3em 0 1em; }
+.key i.line { width: 0; border-left: 2px dashed var(--mark); border-radius: 0; vertical-align: -.1em; }
+</style>
+</head>
+<body>
+<h1>Which pairs were kept, and why</h1>
+<code class="expression">$expression</code>
+<div class="figures">$figures</div>
+<h2>Step by step</h2>
+<table><tr><th>pairs that pass</th><th></th><th class="n">left</th><th class="n">dropped here</th></tr>$funnel</table>
+<h2>Each clause alone</h2>
+<table>
+<tr><th>clause</th><th class="n">true</th><th class="n">false</th><th class="n">no score</th></tr>
+$clauses</table>
+$notes
+$plots
+$examples
+</body>
+</html>
+""")
+
+
+def report_page(report: SelectionReport, histograms: Sequence[Histogram], examples: Sequence[Example]) -> str:
+    """The page.
+
+    Args:
+        report ([`SelectionReport`]): the counts.
+        histograms (`Sequence[Histogram]`): one for each score.
+        examples (`Sequence[Example]`): kept and dropped pairs.
+
+    Returns:
+        `str`: HTML.
+    """
+    return _PAGE.substitute(
+        kept=f"{report.kept:,}",
+        pairs=f"{report.pairs:,}",
+        expression=html.escape(report.expression),
+        figures="".join(f"<div><b>{value}</b>{name}</div>" for value, name in _figures(report)),
+        funnel=_funnel(report),
+        notes="".join(f'<p class="note">{html.escape(note)}</p>' for note in _notes(report)),
+        clauses="".join(map(_clause, report.clauses)),
+        plots=_plots(histograms),
+        examples=_examples(report, examples),
+    )
+
+
+def _figures(report: SelectionReport) -> list[tuple[str, str]]:
+    figures = [
+        (f"{report.kept:,}", "pairs kept"),
+        (_percent(report.kept, report.pairs), f"of {report.pairs:,}"),
+        (f"{report.pairs - report.kept:,}", "dropped"),
+    ]
+    return figures + ([] if report.duplicates is None else [(f"{report.duplicates:,}", "of them duplicates")])
+
+
+def _funnel(report: SelectionReport) -> str:
+    """A row for each step with what is left behind it."""
+    left, rows = report.pairs, [("all pairs", report.pairs, "")]
+    steps = report.steps if report.duplicates is None else [*report.steps, ("no duplicate", report.duplicates)]
+    for text, dropped in steps:
+        left -= dropped
+        rows.append((f"<code>{html.escape(text)}</code>", left, f"{dropped:,}"))
+    return "".join(
+        f'<tr><td>{text}</td><td class="bar"><i style="width:{100 * left / max(1, report.pairs):.2f}%"></i></td>'
+        f'<td class="n">{left:,}</td><td class="n">{dropped}</td></tr>'
+        for text, left, dropped in rows
+    )
+
+
+def _notes(report: SelectionReport) -> list[str]:
+    notes = [
+        f"Uids of {path} that no score file names, and that were not looked at: {count:,}."
+        for path, count in report.unscored.items()
+        if count
+    ]
+    for name, reasons in report.no_score.items():
+        if reasons:
+            why = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
+            notes.append(f"Pairs without {name}: {why}.")
+    if report.without_hash:
+        notes.append(f"Pairs without an image hash, which count as no duplicates: {report.without_hash:,}.")
+    if report.bad_uids:
+        notes.append(f"Rows of the score files left out, their uid is not 32 hex digits: {report.bad_uids:,}.")
+    return notes
+
+
+def _clause(clause: ClauseCounts) -> str:
+    numbers = (clause.true, clause.false, clause.no_score)
+    cells = "".join(f'<td class="n">{number:,}</td>' for number in numbers)
+    return f"<tr><td><code>{html.escape(clause.text)}</code></td>{cells}</tr>"
+
+
+def _plots(histograms: Sequence[Histogram]) -> str:
+    if not histograms:
+        return ""
+    key = '<i style="background:var(--kept)"></i>kept<i style="background:var(--dropped)"></i>dropped'
+    key += '<i class="line"></i>threshold'
+    plots = "".join(f"<div><b>{html.escape(plot.name)}</b>{_plot(plot)}</div>" for plot in histograms)
+    return f'<h2>Scores <span class="hint key">{key}</span></h2><div class="plots">{plots}</div>'
+
+
+def _plot(plot: Histogram) -> str:
+    """Stacked bars with the thresholds as lines; the last bars hold all that lies beyond."""
+    highest = max(1, *(kept + dropped for kept, dropped in zip(plot.kept, plot.dropped, strict=True)))
+    bars = len(plot.kept)
+    width, base = _WIDTH / bars, _HEIGHT - _MARGIN
+    parts = []
+    for bar, (kept, dropped) in enumerate(zip(plot.kept, plot.dropped, strict=True)):
+        low, high = plot.low + bar * plot.width, plot.low + (bar + 1) * plot.width
+        tall, taller = (count / highest * (base - 14) for count in (kept, kept + dropped))
+        if kept + dropped:
+            parts.append(
+                f"<g><title>{low:.4g} to {high:.4g}: {kept:,} kept, {dropped:,} dropped</title>"
+                f"{_bar(bar * width, base - taller, width, taller - tall, 'dropped')}"
+                f"{_bar(bar * width, base - tall, width, tall, 'kept')}</g>"
+            )
+    parts.append(f'<line x1="0" x2="{_WIDTH}" y1="{base}" y2="{base}" stroke="var(--line)"/>')
+    for share, anchor in ((0, "start"), (0.5, "middle"), (1, "end")):
+        value = plot.low + share * bars * plot.width
+        parts.append(f'<text x="{share * _WIDTH:.0f}" y="{_HEIGHT - 6}" text-anchor="{anchor}">{value:.4g}</text>')
+    parts.append(f'<text x="{_WIDTH}" y="10" text-anchor="end">highest bar: {highest:,}</text>')
+    for text, value in plot.marks:
+        x = min(max((value - plot.low) / plot.width * width, 1), _WIDTH - 1)
+        parts.append(
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="14" y2="{base}" stroke="var(--mark)" stroke-dasharray="4 3">'
+            f"<title>{html.escape(text)}: {value:.6g}</title></line>"
+        )
+    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'
+
+
+def _bar(x: float, y: float, width: float, height: float, kind: str) -> str:
+    if not height:
+        return ""
+    place = f'x="{x + 0.5:.1f}" y="{y:.1f}" width="{width - 1:.1f}" height="{height:.1f}"'
+    return f'<rect {place} fill="var(--{kind})"/>'
+
+
+def _examples(report: SelectionReport, examples: Sequence[Example]) -> str:
+    """The kept pairs, then those that were dropped, by step."""
+    kept = len(report.steps)
+    parts = {kept: (f"Kept: {report.kept:,} pairs", report.kept)}
+    parts |= {n: (f"Dropped by {text}: {count:,} pairs", count) for n, (text, count) in enumerate(report.steps)}
+    if report.duplicates is not None:
+        parts[kept + 1] = (f"Dropped as duplicates: {report.duplicates:,} pairs", report.duplicates)
+    sections = []
+    for step, (title, count) in parts.items():
+        shown = [example for example in examples if example.step == step]
+        if shown:
+            hint = f"{len(shown)} of them, drawn at random" if len(shown) < count else "all of them"
+            cards = "".join(_example(example, step == kept) for example in shown)
+            sections.append(
+                f'<h2>{html.escape(title)} <span class="hint">{hint}</span></h2><div class="grid">{cards}</div>'
+            )
+    return "".join(sections)
+
+
+def _example(example: Example, kept: bool) -> str:
+    pictures = _picture(example.content)
+    if example.twin is not None:
+        pictures += f'<span class="twin">{_picture(example.twin)}</span>'
+    caption = example.content.caption
+    if len(caption) > _CAPTION_CHARACTERS:
+        caption = caption[:_CAPTION_CHARACTERS] + " \u2026"
+    place = f"{example.tar}/{example.key or ''}"
+    reason = "<br>".join(_breakable(part) for part in example.reason.split("; "))
+    scores = ((name, "\u2013" if value is None else f"{value:.4g}") for name, value in example.scores.items())
+    rows = "".join(f"<tr><td>{_breakable(name)}</td><td>{value}</td></tr>" for name, value in scores)
+    return (
+        f'<figure class="{"kept" if kept else "dropped"}"><div class="picture">{pictures}</div><figcaption>'
+        f'<p>{html.escape(caption)}</p><p class="reason">{reason}</p><table>{rows}</table>'
+        f'<p class="where">{html.escape(place)}<br>{html.escape(example.uid)}</p>'
+        "</figcaption></figure>"
+    )
+
+
+def _breakable(text: str) -> str:
+    """The text with places where a line may end, so that long names of scores do not break within a word."""
+    return re.sub(r"([._/])(?=[A-Za-z])", r"\1<wbr>", html.escape(text))
+
+
+def _picture(content: Content) -> str:
+    if content.picture is None:
+        return html.escape(content.problem)
+    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(content.picture).decode()}">'
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{part / max(1, whole):.1%}"

@@ -1,0 +1,196 @@
+"""The filter: from score files and an expression to the sorted uids of the pairs that stay, and a report.
+
+    scores ── tables.py: pairs (a row for each uid) ── decisions.py: step ── duplicates.py: keeper ──► decided
+                                                                                                         │
+              subset.npy  ◄── one pass over decided, sorted by uid ──► report: decisions.parquet, index.html
+
+All tables lie in `OUTPUT.work`, which is removed at the end. `decided.step` is the number of the first step that a
+pair fails; one behind the last step means kept, two behind it a duplicate. The output is renamed into place last.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from ..shards import find_shards
+from ..uids import UID_DTYPE, write_uids
+from ..whole_files import remove_temporaries, renamed_when_whole
+from .decisions import DUPLICATE_REASONS, Selection, find_cuts
+from .duplicates import MAX_DISTANCE, find_duplicates
+from .examples import find_examples
+from .expression import Listed, Term, clauses, parse_expression
+from .histograms import histograms
+from .report import SelectionReport, measure
+from .report_page import report_page
+from .tables import FILE_FACTOR, Columns, Scores, find_scores, keys_of_places, make_pairs, open_database
+
+DECISIONS_NAME, PAGE_NAME = "decisions.parquet", "index.html"
+_ROWS_AT_ONCE = 1 << 17
+DECISIONS = pa.schema(
+    [
+        ("uid", pa.string()),  # 32 lower-case hex digits, sorted
+        ("key", pa.string()),  # of the sample in its tar; null where the scores come from a table
+        ("tar", pa.string()),  # name of its file without the suffix
+        ("kept", pa.bool_()),
+        ("reason", pa.string()),  # the first clause that decides, with the pair's score
+    ]
+)
+
+
+def select_pairs(
+    scores: Sequence[str | Path],
+    keep: str,
+    output: str | Path,
+    *,
+    pool: Sequence[str | Path] = (),
+    report: str | Path | None = None,
+    memory_limit: str = "4GB",
+    threads: int | None = None,
+    seed: int = 42,
+    deduplicate: str | None = None,
+    near_distance: int = 3,
+) -> SelectionReport:
+    """Choose pairs by their scores. The same input gives the same bytes, with any number of threads.
+
+    Args:
+        scores (`Sequence[str | Path]`): score files, and folders of them.
+        keep (`str`): the expression, as `clip >= 0.3 and basic()`: see `expression.py`.
+        output (`str | Path`): the `.npy` file of uids, for one filter at a time.
+        pool (`Sequence[str | Path]`, *optional*): tars and folders of tars with the pictures that the report shows;
+            where not given those that the score files name.
+        report (`str | Path`, *optional*): folder of the report; beside the output where not given.
+        memory_limit (`str`, *optional*, defaults to `4GB`): of the process. What is larger goes through the disk of
+            the output.
+        threads (`int`, *optional*): of DuckDB; one per core where not given.
+        seed (`int`, *optional*, defaults to 42): which of equal scores at a `top` threshold stay.
+        deduplicate (`str`, *optional*): `"exact"` or `"near"`: of the chosen pairs with equal images one stays.
+        near_distance (`int`, *optional*, defaults to 3): most bits in which the hashes of near duplicates differ.
+
+    Returns:
+        [`SelectionReport`]: counts of pairs kept and dropped.
+
+    Raises:
+        ValueError: for an expression or a file of another form, a score that no file has, or an option out of range.
+        OSError: if a file cannot be read or written.
+    """
+    output = Path(output)
+    folder = Path(report) if report is not None else output.with_name(f"{output.stem}_report")
+    term = parse_expression(keep)
+    _check_options(scores, output, folder, threads, deduplicate, near_distance)
+    tars = find_shards(pool) if pool else None
+    output.parent.mkdir(parents=True, exist_ok=True)
+    remove_temporaries([output, folder / DECISIONS_NAME, folder / PAGE_NAME])
+    work = output.with_name(f"{output.name}.work")
+    with open_database(work, memory_limit, threads) as connection, tqdm(total=4, unit=" steps") as bar:
+        bar.set_description("reading scores")
+        found = find_scores(connection, scores)
+        columns = _columns(term, found)
+        unscored = make_pairs(connection, found, columns)
+        _advance(bar, "deciding")
+        cuts = find_cuts(connection, term, columns)
+        selection = Selection(connection, term, found, columns, cuts, seed, deduplicate)
+        without_hash = _decide(selection, near_distance)
+        figures = measure(selection, unscored, without_hash)
+        _advance(bar, "writing decisions")
+        folder.mkdir(parents=True, exist_ok=True)
+        uids = _write_decisions(selection, folder / DECISIONS_NAME, figures.kept)
+        _advance(bar, "writing the report")
+        page = report_page(figures, histograms(selection), find_examples(selection, tars))
+        with renamed_when_whole(folder / PAGE_NAME) as temporary:
+            temporary.write_text(page, encoding="utf8")
+        _advance(bar, "filtered")
+    write_uids(output, uids)
+    return figures
+
+
+def _check_options(
+    scores: Sequence[str | Path],
+    output: Path,
+    folder: Path,
+    threads: int | None,
+    deduplicate: str | None,
+    near_distance: int,
+) -> None:
+    if threads is not None and threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {threads}")
+    if deduplicate not in (None, *DUPLICATE_REASONS):
+        raise ValueError(f"--deduplicate {deduplicate}: there are {' and '.join(DUPLICATE_REASONS)}")
+    if not 0 <= near_distance <= MAX_DISTANCE:
+        raise ValueError(f"--near-distance must be from 0 to {MAX_DISTANCE} of 64 bits, got {near_distance}")
+    if output.suffix != ".npy":
+        raise ValueError(f"--output {output}: a file of uids is called .npy")
+    for path in scores:
+        # A rerun would take the report's parquet for scores.
+        if Path(path).resolve() in folder.resolve().parents or Path(path).resolve() == folder.resolve():
+            raise ValueError(f"{folder}: the report would lie among the scores in {path}; choose another --report")
+
+
+def _advance(bar: tqdm, description: str) -> None:
+    bar.update()
+    bar.set_description(description)
+
+
+def _columns(term: Term, scores: Scores) -> Columns:
+    """A column for each score and file of the expression; raises for a score that no file has."""
+    names, files = {}, {}
+    for clause in clauses(term):
+        if isinstance(clause, Listed):
+            files.setdefault(clause.path, len(files))
+        elif clause.name in scores.names:
+            names.setdefault(clause.name, len(names))
+        else:
+            raise ValueError(f"--keep: no score is called {clause.name}; there are {', '.join(scores.names)}")
+    return Columns(names, files)
+
+
+def _decide(selection: Selection, near_distance: int) -> int:
+    """Make the table `decided`: `pairs` with `step` and `keeper`; returns how many candidates have no image hash."""
+    connection, without_hash, kept = selection.connection, 0, selection.kept
+    statement = selection.statement()
+    if selection.deduplicate is None:
+        connection.execute("CREATE TABLE duplicates (uid UUID, keeper UUID)")
+    else:
+        chosen = f"{statement.condition(selection.term)} IS TRUE"
+        connection.execute(f"CREATE TABLE candidates AS SELECT uid FROM pairs WHERE {chosen}", statement.parameters)
+        without_hash = find_duplicates(connection, selection.scores.hash_files, selection.deduplicate, near_distance)
+    statement = selection.statement()
+    step = f"CASE WHEN keeper IS NOT NULL THEN {kept + 1} ELSE {statement.first_failing(selection.term)} END"
+    columns = ", ".join(["place", *selection.columns.names(), "keeper"])
+    connection.execute(
+        f"""
+        CREATE TABLE decided AS SELECT uid, {columns}, ({step})::USMALLINT AS step
+        FROM pairs LEFT JOIN duplicates USING (uid)
+        """,
+        statement.parameters,
+    )
+    connection.execute("DROP TABLE pairs")
+    return without_hash
+
+
+def _write_decisions(selection: Selection, path: Path, kept: int) -> np.ndarray:
+    """Write the decision on each pair, sorted by uid; returns the uids of those that stay."""
+    reason, parameters = selection.reason()
+    rows = selection.connection.sql(
+        f"""
+        SELECT (uid::UHUGEINT >> 64)::UBIGINT AS high, (uid::UHUGEINT & {2**64 - 1})::UBIGINT AS low,
+            replace(uid::VARCHAR, '-', '') AS uid, key, place // {FILE_FACTOR} AS file,
+            step = {selection.kept} AS kept, {reason} AS reason
+        FROM (SELECT * FROM decided LEFT JOIN {keys_of_places(selection.scores)} USING (place) ORDER BY uid)
+        """,
+        params=parameters,
+    )
+    uids, done = np.empty(kept, UID_DTYPE), 0
+    tars = pa.array([file.stem for file in selection.scores.files])
+    with renamed_when_whole(path) as temporary, pq.ParquetWriter(temporary, DECISIONS, compression="zstd") as writer:
+        for batch in rows.to_arrow_reader(_ROWS_AT_ONCE):
+            columns = [batch["uid"], batch["key"], tars.take(batch["file"]), batch["kept"], batch["reason"]]
+            writer.write_table(pa.table(columns, schema=DECISIONS))
+            chosen = batch.filter(batch["kept"])
+            piece = uids[done : done + len(chosen)]
+            piece["f0"], piece["f1"] = chosen["high"], chosen["low"]
+            done += len(chosen)
+    return uids

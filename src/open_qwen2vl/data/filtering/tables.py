@@ -1,0 +1,287 @@
+"""The tables that a selection works on, in a DuckDB file beside its output: memory stays bounded, the rest spills.
+
+    score files (a row for each uid and score) ── GROUP BY uid ──┐
+    in(FILE) arrays of uids ── LEFT JOIN ────────────────────────┴─► pairs: uid, place,
+                                              s0 r0 s1 r1 ... (score, reason why there is none), f0 f1 ... (is in FILE)
+
+A uid that stands in several tars is one pair: its largest score counts, and its place is its first. `place` is the row
+of the score files that names its key: file * 2^32 + row.
+"""
+
+import logging
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..scoring.score_files import find_score_files, read_score_metadata
+from ..uids import read_uids
+
+if TYPE_CHECKING:
+    import duckdb
+
+logger = logging.getLogger(__name__)
+
+UID = "TRY_CAST(uid AS UUID)"  # its order is that of the hex digits
+FILE_FACTOR = 1 << 32
+_PLACE = f"(file_index::BIGINT * {FILE_FACTOR} + file_row_number::BIGINT)"
+_WITHOUT_KEY = 1 << 62  # added to a place, so that one with a key goes before
+_UIDS_AT_ONCE = 1 << 20
+_DUCKDB_SHARE = 0.6  # of the memory limit; the rest is for the process itself (0.8 GB), its batches and the uids
+_MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?", re.IGNORECASE)
+
+
+class Scores(NamedTuple):
+    """The score files of a selection.
+
+    Attributes:
+        files (`list[Path]`): those with image hashes last.
+        hash_files (`list[Path]`): those with image hashes.
+        names (`list[str]`): the values of the column `scorer`, sorted.
+        reasons (`list[str]`): why there is no score, sorted.
+        bad_uids (`int`): rows left out because their uid is not 32 hex digits.
+    """
+
+    files: list[Path]
+    hash_files: list[Path]
+    names: list[str]
+    reasons: list[str]
+    bad_uids: int
+
+
+class Columns(NamedTuple):
+    """Which columns of `pairs` belong to what.
+
+    Attributes:
+        scores (`dict[str, int]`): number of the columns `s` and `r` by the name of the score.
+        files (`dict[str, int]`): number of the column `f` by the file of uids.
+    """
+
+    scores: dict[str, int]
+    files: dict[str, int]
+
+    def names(self) -> list[str]:
+        """The columns' names in order."""
+        scored = [f"{kind}{number}" for number in self.scores.values() for kind in "sr"]
+        return scored + [f"f{number}" for number in self.files.values()]
+
+
+@contextmanager
+def open_database(folder: Path, memory_limit: str, threads: int | None) -> "Iterator[duckdb.DuckDBPyConnection]":
+    """A database in a folder of its own, which is removed at the end, and at the start if a killed run left it.
+
+    Args:
+        folder (`Path`): the folder.
+        memory_limit (`str`): of the process, as `4GB`.
+        threads (`int`, *optional*): of DuckDB; one per core where not given.
+
+    Yields:
+        `DuckDBPyConnection`.
+
+    Raises:
+        ValueError: for a limit that is no size, without duckdb, or for what it cannot do (a damaged file, too little
+            memory or disk).
+    """
+    try:
+        import duckdb
+    except ImportError as error:
+        raise ValueError('filter needs duckdb: pip install "open-qwen2vl[data]"') from error
+    limit = int(_parse_size(memory_limit) * _DUCKDB_SHARE)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        with duckdb.connect(folder / "tables.duckdb") as connection:
+            connection.execute(f"SET memory_limit = '{limit}B'")
+            connection.execute("SET temp_directory = $folder", {"folder": str(folder / "spilled")})
+            # Rows in the order of the files would have to be held back; what is written is sorted by uid.
+            connection.execute("SET preserve_insertion_order = false")
+            connection.execute("SET enable_progress_bar = false")
+            if threads is not None:
+                connection.execute(f"SET threads = {threads:d}")
+            yield connection
+    except duckdb.OutOfMemoryException as error:
+        advice = "give a larger --memory-limit, fewer --threads or more room on the output's disk"
+        raise ValueError(f"--memory-limit {memory_limit} is not enough: {advice} ({error})") from error
+    except duckdb.Error as error:
+        raise ValueError(f"the scores cannot be filtered: {error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def find_scores(connection: "duckdb.DuckDBPyConnection", paths: Sequence[str | Path]) -> Scores:
+    """Look at the score files: which scores they hold, and whether each is of one model.
+
+    Args:
+        connection (`DuckDBPyConnection`): from [`open_database`].
+        paths (`Sequence[str | Path]`): score files and folders of them.
+
+    Returns:
+        [`Scores`].
+
+    Raises:
+        ValueError: if there are none, one is of another form, or a score comes from two models.
+    """
+    plain, hashed = [], []
+    for path in find_score_files(paths):
+        read_score_metadata(path)
+        (hashed if "phash" in pq.read_schema(path).names else plain).append(path)
+    scores = Scores([*plain, *hashed], hashed, [], [], 0)
+    kinds = connection.execute(
+        f"SELECT scorer, model, reason, count(*) - count({UID}) FROM {score_rows(scores.files)} GROUP BY ALL"
+    ).fetchall()
+    models: dict[str, str | None] = {}
+    for name, model, *_ in sorted(kinds, key=str):
+        if models.setdefault(name, model) != model:
+            raise ValueError(
+                f"{name} comes from two models, {models[name]} and {model}: "
+                "give only one's files, or score with another --name"
+            )
+    bad_uids = sum(kind[3] for kind in kinds)
+    if bad_uids:
+        logger.warning("skipped %d rows of score files: bad_uid (not 32 hex digits)", bad_uids)
+    reasons = sorted({kind[2] for kind in kinds} - {None} | {"nan_score"})
+    return scores._replace(names=sorted(models), reasons=reasons, bad_uids=bad_uids)
+
+
+def score_rows(files: Sequence[Path]) -> str:
+    """SQL for the rows of some files.
+
+    Args:
+        files (`Sequence[Path]`): parquet files.
+
+    Returns:
+        `str`: a table function.
+    """
+    # A bracket stands for itself in brackets; else DuckDB would take such a name for a pattern.
+    paths = (quoted(re.sub(r"[*?\[]", r"[\g<0>]", str(path))) for path in files)
+    return f"read_parquet([{', '.join(paths)}], hive_partitioning = false)"
+
+
+def fetch_row(
+    connection: "duckdb.DuckDBPyConnection", statement: str, parameters: Mapping[str, Any] | None = None
+) -> tuple:
+    """The only row of a result.
+
+    Args:
+        connection (`DuckDBPyConnection`): where it is asked for.
+        statement (`str`): with one row as its result.
+        parameters (`Mapping[str, Any]`, *optional*): of the statement.
+
+    Returns:
+        `tuple`: the row. All is fetched: a result that is left open would block the next statement.
+    """
+    (row,) = connection.execute(statement, parameters).fetchall()
+    return row
+
+
+def one_in(rows: int, wanted: int) -> str:
+    """SQL that is true of some rows, chosen by their uids.
+
+    Args:
+        rows (`int`): how many there are.
+        wanted (`int`): about how many should be left: between this and twice as many.
+
+    Returns:
+        `str`: a condition on `uid`.
+    """
+    bits = max(0, (rows // wanted).bit_length() - 1)  # a remainder of 128-bit numbers takes a hundred times as long
+    return f"uid::UHUGEINT & {(1 << bits) - 1} = 0"
+
+
+def quoted(text: str) -> str:
+    """A text as SQL.
+
+    Args:
+        text (`str`): any text.
+
+    Returns:
+        `str`: the literal.
+    """
+    return "'" + text.replace("'", "''") + "'"
+
+
+def make_pairs(connection: "duckdb.DuckDBPyConnection", scores: Scores, columns: Columns) -> dict[str, int]:
+    """Make the table `pairs`.
+
+    Args:
+        connection (`DuckDBPyConnection`): from [`open_database`].
+        scores ([`Scores`]): what it is made of.
+        columns ([`Columns`]): what it gets.
+
+    Returns:
+        `dict[str, int]`: by file of uids, how many of them no score file names.
+
+    Raises:
+        ValueError: for a file that holds no uids.
+        OSError: if a file cannot be read.
+    """
+    name_number = _numbered("scorer", list(columns.scores))
+    reason_number = _numbered("reason", scores.reasons)
+    place = f"{_PLACE} + CASE WHEN key IS NULL THEN {_WITHOUT_KEY} ELSE 0 END"
+    gathered = [f"min(place) % {_WITHOUT_KEY} AS place"]
+    for number in columns.scores.values():
+        gathered.append(f"max(value) FILTER (part = {number}) AS s{number}")
+        gathered.append(f"min(reason) FILTER (part = {number}) AS r{number}")
+    connection.execute(
+        f"""
+        CREATE TABLE pairs AS SELECT uid, {", ".join(gathered)} FROM (
+            SELECT {UID} AS uid, {place} AS place, {name_number} AS part, CASE WHEN isnan(value) THEN NULL ELSE value
+                END AS value, CASE WHEN isnan(value) THEN {scores.reasons.index("nan_score")} ELSE {reason_number}
+                END::SMALLINT AS reason
+            FROM {score_rows(scores.files)} WHERE {UID} IS NOT NULL
+        ) GROUP BY uid
+        """
+    )
+    return {path: _mark_listed(connection, path, number) for path, number in columns.files.items()}
+
+
+def keys_of_places(scores: Scores) -> str:
+    """SQL for the keys that the score files name.
+
+    Args:
+        scores ([`Scores`]): the files.
+
+    Returns:
+        `str`: a table of `place` and `key`.
+    """
+    return f"(SELECT {_PLACE} AS place, key FROM {score_rows(scores.files)} WHERE key IS NOT NULL)"
+
+
+def _numbered(column: str, values: list[str]) -> str:
+    cases = " ".join(f"WHEN {quoted(value)} THEN {number}" for number, value in enumerate(values))
+    return f"(CASE {column} {cases} END)" if values else "NULL"
+
+
+def _mark_listed(connection: "duckdb.DuckDBPyConnection", path: str, number: int) -> int:
+    """Add the column `f` of a file of uids to `pairs`; returns how many of its uids are not there."""
+    connection.execute("CREATE TABLE listed (uid UUID)")
+    uids = read_uids(path)
+    for start in range(0, len(uids), _UIDS_AT_ONCE):
+        piece = uids[start : start + _UIDS_AT_ONCE]
+        halves = {name: np.ascontiguousarray(piece[field]) for name, field in (("high", "f0"), ("low", "f1"))}
+        rows = connection.from_arrow(pa.table(halves))
+        rows.project("((high::UHUGEINT << 64) | low::UHUGEINT)::UUID").insert_into("listed")
+    # A join of its own: as further rows of the GROUP BY they would keep DuckDB from spilling it.
+    connection.execute(
+        f"""
+        CREATE TABLE marked AS SELECT pairs.*, listed.uid IS NOT NULL AS f{number}
+        FROM pairs LEFT JOIN listed ON pairs.uid = listed.uid
+        """
+    )
+    connection.execute("DROP TABLE pairs")
+    connection.execute("ALTER TABLE marked RENAME TO pairs")
+    connection.execute("DROP TABLE listed")
+    return len(uids) - fetch_row(connection, f"SELECT count(*) FROM pairs WHERE f{number}")[0]
+
+
+def _parse_size(text: str) -> float:
+    match = _MEMORY.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"--memory-limit {text}: give a size, as 4GB or 500MB")
+    return float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2].upper()))

@@ -1,0 +1,83 @@
+from pathlib import Path
+
+import pytest
+
+from open_qwen2vl.cli import main
+from open_qwen2vl.data.uids import read_uids
+from tests.data.killed_step import OUTPUT, check_killed_step
+
+from .conftest import uid_of
+
+RECIPE = Path(__file__).parents[3] / "recipes" / "data" / "open_qwen2vl.yaml"
+UIDS = [uid_of(number) for number in range(6)]
+
+
+@pytest.fixture
+def scores(write_score_file, tmp_path):
+    write_score_file("clip", {uid: number / 10 for number, uid in enumerate(UIDS)})
+    return str(tmp_path / "scores")
+
+
+def kept(path: Path) -> list[str]:
+    return [f"{high:016x}{low:016x}" for high, low in read_uids(path).tolist()]
+
+
+def test_options_of_a_config_file_yield_to_the_command_line(scores, tmp_path, capsys):
+    config = tmp_path / "filter.yaml"
+    config.write_text(f"scores: {scores}\nkeep: clip >= 0.3\noutput: {tmp_path}/a.npy\nmemory_limit: 500MB\nseed: 1\n")
+    assert main(["filter", "--config", str(config)]) == 0
+    assert kept(tmp_path / "a.npy") == sorted(UIDS[3:]) and "kept        3 (50.0%)" in capsys.readouterr().out
+    arguments = ["--keep", "clip > 0.45", "--output", f"{tmp_path}/b.npy", "--report", f"{tmp_path}/why"]
+    assert main(["filter", "--config", str(config), *arguments]) == 0
+    assert kept(tmp_path / "b.npy") == [UIDS[5]] and (tmp_path / "why" / "index.html").exists()
+    assert not (tmp_path / "b_report").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("keep: [clip > 1]", "keep: ['clip > 1'] is no value for it"),
+        ("threads: two", "threads: 'two' is no value for it"),
+        ("kepp: clip > 1", "no option 'kepp'; there are scores, pool, keep"),
+        ("- clip", "not a file of `option: value` lines"),
+        ("keep: 'clip", "--config"),
+        ("keep: clip > 1", "no --output given"),
+    ],
+)
+def test_mistake_in_a_config_file_is_one_line(scores, tmp_path, capsys, config, message):
+    (tmp_path / "filter.yaml").write_text(config + "\n")
+    assert main(["filter", scores, "--config", str(tmp_path / "filter.yaml")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and message in error[0]
+
+
+def test_recipe_of_the_paper_joins_its_pools(write_score_file, write_uid_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_score_file("clip-ccs", {UIDS[0]: 0.31, UIDS[1]: 0.29}, "ccs-00000")
+    datacomp = {UIDS[2]: 85.0, UIDS[3]: 84.0, UIDS[4]: 10.0, UIDS[5]: "corrupt_image"}
+    write_score_file("mlm-filter.semantic_understanding", datacomp, "datacomp-00000")
+    write_uid_file([UIDS[2], UIDS[4]], "datacomp_medium_dfn_20m_inds.npy")
+    assert main(["filter", "--config", str(RECIPE)]) == 0
+    assert kept(tmp_path / "subset.npy") == sorted([UIDS[0], UIDS[2], UIDS[4]])
+
+
+def step(write_score_file, write_hash_file, tmp_path) -> list[str]:
+    for tar in range(8):
+        uids = [uid_of(1000 * tar + number) for number in range(1000)]
+        write_score_file("clip", {uid: number % 97 / 97 for number, uid in enumerate(uids)}, f"{tar:05d}")
+        write_hash_file({uid: (number % 900, number % 900 + 1) for number, uid in enumerate(uids)}, f"{tar:05d}")
+    options = ["--keep", "top(clip, 0.5) or clip < 0.1", "--deduplicate", "exact", "--threads", "2"]
+    return ["filter", str(tmp_path / "scores"), *options, "--output", f"{OUTPUT}/subset.npy"]
+
+
+def test_killed_filter_leaves_nothing_half_written(write_score_file, write_hash_file, tmp_path):
+    (tmp_path / "runs").mkdir()
+    command = step(write_score_file, write_hash_file, tmp_path)
+    check_killed_step(command, tmp_path / "runs", kills=3)
+
+
+@pytest.mark.slow
+def test_filter_killed_thirty_times(write_score_file, write_hash_file, tmp_path):
+    (tmp_path / "runs").mkdir()
+    command = step(write_score_file, write_hash_file, tmp_path)
+    check_killed_step(command, tmp_path / "runs", kills=30, seed=1)
