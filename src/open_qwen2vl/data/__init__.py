@@ -1,4 +1,7 @@
-"""From tars of samples, or conversations, to packs that a loader reads.
+"""From a raw pool to chosen samples, and from tars of samples, or conversations, to packs that a loader reads.
+
+pool ─ scoring/: a value of each sample ─ filtering/: uids that stay ─ resharding.py ─► tars with a shard_index.py
+       each a function of one shard, run by engine.py: here, on Ray, or dealt over ranks
 
 tars ─ shards.py: index of the headers ─ captions.py ─────────────┐
 json ─ json_records.py, tables ─ table_rows.py: where records are │
@@ -17,6 +20,8 @@ from .packed_dataset import PackedDataset
 from .packing import pack_lengths
 from .plan import plan_packs
 from .plan_report import PlanReport
+from .resharding import reshard
+from .scoring.kinds import score_pool
 from .shards import find_shards, index_shard
 from .sources import find_sources
 
@@ -32,4 +37,6 @@ __all__ = [
     "pack_lengths",
     "parse_sources",
     "plan_packs",
+    "reshard",
+    "score_pool",
 ]

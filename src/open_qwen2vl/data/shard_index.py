@@ -8,19 +8,17 @@
 it makes sure of the member's header.
 """
 
-import io
 import json
 import logging
 import os
 import struct
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
+from ..processing.images import ImageError, read_image_size
 from .shards import Sample
 from .whole_files import renamed_when_whole
 
@@ -113,11 +111,8 @@ def member_image_size(file: int, offset: int, size: int) -> tuple[int, int] | No
     if found is not None:
         return found
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own about large images: no pixel is decoded
-            with Image.open(io.BytesIO(os.pread(file, size, offset))) as image:
-                return image.size
-    except Exception:  # Pillow's readers raise many kinds
+        return read_image_size(os.pread(file, size, offset))
+    except ImageError:
         return None
 
 

@@ -67,6 +67,33 @@ def decode_image(data: bytes, min_size: tuple[int, int] | None = None) -> Image.
         raise ImageError("corrupt_image", f"{type(error).__name__}: {error}") from error
 
 
+def read_image_size(data: bytes) -> tuple[int, int]:
+    """Width and height from an image file's header, as they stand there.
+
+    Args:
+        data (`bytes`): the file's content.
+
+    Returns:
+        `tuple[int, int]`: in pixels, before any rotation that EXIF asks for.
+
+    Raises:
+        ImageError: `corrupt_image` for what is no image, `image_too_large` above `MAX_PIXELS` pixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own about large images: the size is checked here
+            with Image.open(io.BytesIO(data)) as image:
+                width, height = image.size
+    except Image.DecompressionBombError as error:
+        raise ImageError("image_too_large", str(error)) from error
+    except Exception as error:  # Pillow's readers raise many kinds
+        raise ImageError("corrupt_image", f"{type(error).__name__}: {error}") from error
+    if not 0 < width * height <= MAX_PIXELS:
+        reason = "image_too_large" if width * height else "corrupt_image"
+        raise ImageError(reason, f"{width}x{height} pixels")
+    return width, height
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """An upright RGB image: EXIF orientation applied, 16-bit grey scaled to 8 bits, alpha dropped.
 

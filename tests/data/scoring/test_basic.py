@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from open_qwen2vl.data.scoring.basic import BasicScorer, read_image_size
+from open_qwen2vl.data.scoring.basic import BasicScorer
 from open_qwen2vl.data.scoring.pairs import RawPair
-from open_qwen2vl.processing.images import ImageError
+from open_qwen2vl.processing.images import ImageError, read_image_size
 
 
 @pytest.fixture(scope="module")

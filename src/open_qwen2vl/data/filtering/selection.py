@@ -174,12 +174,17 @@ def _decide(selection: Selection, near_distance: int) -> int:
 def _write_decisions(selection: Selection, path: Path, kept: int) -> np.ndarray:
     """Write the decision on each pair, sorted by uid; returns the uids of those that stay."""
     reason, parameters = selection.reason()
+    # A statement for the join and one for the sort: in one, neither would leave the other the memory it needs.
+    selection.connection.execute(
+        "CREATE TABLE keyed AS SELECT decided.*, key "
+        f"FROM decided LEFT JOIN {keys_of_places(selection.scores)} USING (place)"
+    )
     rows = selection.connection.sql(
         f"""
         SELECT (uid::UHUGEINT >> 64)::UBIGINT AS high, (uid::UHUGEINT & {2**64 - 1})::UBIGINT AS low,
             replace(uid::VARCHAR, '-', '') AS uid, key, place // {FILE_FACTOR} AS file,
             step = {selection.kept} AS kept, {reason} AS reason
-        FROM (SELECT * FROM decided LEFT JOIN {keys_of_places(selection.scores)} USING (place) ORDER BY uid)
+        FROM (SELECT * FROM keyed ORDER BY uid)
         """,
         params=parameters,
     )

@@ -1,13 +1,10 @@
 """The scorer `basic`: what DataComp's basic filter asks of a pair; only the header of the image is read."""
 
-import io
-import warnings
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from ...processing.images import MAX_PIXELS, ImageError
+from ...processing.images import read_image_size
 from .pairs import RawPair
 from .scoring import Scorer
 
@@ -67,30 +64,3 @@ class BasicScorer(Scorer):
     def _english(self, caption: str) -> float:
         (likeliest,) = self._detector.detect(" ".join(caption.split()), model="lite", k=1) or [{"lang": ""}]
         return likeliest["score"] if likeliest["lang"] == "en" else 0.0
-
-
-def read_image_size(data: bytes) -> tuple[int, int]:
-    """Width and height from an image file's header, as they stand there.
-
-    Args:
-        data (`bytes`): the file's content.
-
-    Returns:
-        `tuple[int, int]`: in pixels, before any rotation that EXIF asks for.
-
-    Raises:
-        ImageError: `corrupt_image` for what is no image, `image_too_large` above `MAX_PIXELS` pixels.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own about large images: the size is checked here
-            with Image.open(io.BytesIO(data)) as image:
-                width, height = image.size
-    except Image.DecompressionBombError as error:
-        raise ImageError("image_too_large", str(error)) from error
-    except Exception as error:  # Pillow's readers raise many kinds
-        raise ImageError("corrupt_image", f"{type(error).__name__}: {error}") from error
-    if not 0 < width * height <= MAX_PIXELS:
-        reason = "image_too_large" if width * height else "corrupt_image"
-        raise ImageError(reason, f"{width}x{height} pixels")
-    return width, height
