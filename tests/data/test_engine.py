@@ -123,9 +123,11 @@ def test_two_workers_of_ray(ray_cluster, tasks):
     """Outputs as here, from two other processes; and an error that says the same. Each actor imports everything."""
     with pytest.raises(ValueError, match="2 cores and 0 GPUs: too little for a worker of 1 core and 0.5 GPUs"):
         run(tasks, engine="ray", num_workers=None, num_gpus=0.5)
+    worker = functools.partial(Upper, PROCESS)
+    assert run(tasks[:4], worker, engine="ray", num_workers=2).shards == 4
     tasks[5].source.write_text("raise")
     with pytest.raises(ValueError, match="^/.*5.txt: cannot be read$"):
-        run(tasks, functools.partial(Upper, PROCESS), engine="ray", num_workers=2)
+        run(tasks[5:], worker, engine="ray", num_workers=1)
     texts = [task.output.read_text().rpartition(" by ") for task in tasks[:4]]
     assert [text for text, _, _ in texts] == [task.source.read_text().upper() for task in tasks[:4]]
     assert len({process for _, _, process in texts} - {str(os.getpid())}) == 2
