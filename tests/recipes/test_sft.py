@@ -107,6 +107,7 @@ def answer(model, processor) -> torch.Tensor:
     return model.eval().generate(**inputs, max_new_tokens=5, do_sample=False)
 
 
+@pytest.mark.slow  # as test_pretrain.py's, and trainer/test_kills.py has the harder cases
 def test_killed_and_run_again(config, tmp_path, monkeypatch, capsys):
     """A process until it is killed; here to the end, with the losses of an undisturbed run."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
