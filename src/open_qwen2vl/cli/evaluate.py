@@ -34,36 +34,40 @@ def add_command(commands: "argparse._SubParsersAction") -> None:
         "--judge", action="store_true", help="allow tasks that ask an LLM judge over a paid API (OPENAI_API_KEY)"
     )
     parser.add_argument(
-        "--shots",
-        type=numbers,
-        metavar="N,...",
-        help="evaluate a base model with so many demonstrations, on the five tasks of the paper's Table 5 by default",
-    )
-    parser.add_argument(
-        "--seeds",
-        type=numbers,
-        default=(0, 1, 2),
-        metavar="N,...",
-        help="with --shots: draws of the demonstrations (default: 0,1,2)",
-    )
-    parser.add_argument(
-        "--demonstrations",
-        metavar="SPLIT",
-        help="with --shots: the split to draw them from (default: the task's training split)",
-    )
-    parser.add_argument(
-        "--shot-separator",
-        metavar="TEXT",
-        help="with --shots: ends a demonstration (default: <|endofchunk|> where the tokenizer has it)",
-    )
-    parser.add_argument(
         "--include-path",
         action="append",
         default=[],
         metavar="DIR",
         help="folder with YAML files of more tasks; may be repeated",
     )
+    _add_few_shot(parser.add_argument_group("base models"))
     parser.set_defaults(run=_run)
+
+
+def _add_few_shot(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--shots",
+        type=numbers,
+        metavar="N,...",
+        help="evaluate a base model with so many demonstrations, on the five tasks of the paper's Table 5 by default",
+    )
+    group.add_argument(
+        "--seeds",
+        type=numbers,
+        default=(0, 1, 2),
+        metavar="N,...",
+        help="with --shots: draws of the demonstrations (default: 0,1,2)",
+    )
+    group.add_argument(
+        "--demonstrations",
+        metavar="SPLIT",
+        help="with --shots: the split to draw them from (default: the task's training split)",
+    )
+    group.add_argument(
+        "--shot-separator",
+        metavar="TEXT",
+        help="with --shots: ends a demonstration (default: <|endofchunk|> where the tokenizer has it)",
+    )
 
 
 def numbers(text: str) -> tuple[int, ...]:
