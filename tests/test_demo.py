@@ -25,7 +25,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 CHROMIUM_ARGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 CHROMIUM_ARGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 NAME = "<b>tiny</b> model"
-expect.set_options(timeout=20_000)
+expect.set_options(timeout=60_000)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def opened(served, browser):
     """The page in a browser, the URLs that it asked for and the errors of its console."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     page, requests, errors = context.new_page(), [], []
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(60_000)
     page.on("request", lambda request: requests.append(request.url))
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: errors.append(str(error)))

@@ -7,6 +7,7 @@ wait in a queue. Each open page has a `Conversation` here; what the browser hold
 
 import html
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from .demo_page import chat_area, find_examples, gr, notice, start, text_box
 from .processing.images import ImageError, decode_image
 
 MOST_NEW_TOKENS = 4096
+SECONDS_BETWEEN_UPDATES = 0.1
 logger = logging.getLogger(__name__)
 
 History = list[dict[str, Any]]  # messages as gradio's chatbot shows them
@@ -198,7 +200,7 @@ class Demo:
         if talk is None or talk.stop is None:  # nothing was taken, or it was cleared while it waited
             yield gr.skip(), gr.skip(), gr.skip()  # gradio empties what a generator without a value was to fill
             return
-        text = ""
+        text, shown_at = "", 0.0
         try:
             talk.conversation.set_options(image_seq_length, generation_options(int(max_new_tokens), temperature))
             for piece in talk.conversation.ask(talk.message["text"], talk.stop):
@@ -206,7 +208,10 @@ class Demo:
                     yield gr.skip(), gr.skip(), gr.skip()
                     return
                 text += piece
-                yield gr.skip(), [*history, {"role": "assistant", "content": text}], gr.skip()
+                # Each update sends and draws all messages: one for every token would keep a browser from its buttons.
+                if time.monotonic() - shown_at >= SECONDS_BETWEEN_UPDATES:
+                    yield gr.skip(), [*history, {"role": "assistant", "content": text}], gr.skip()
+                    shown_at = time.monotonic()
         except Exception as error:  # of the model or its libraries: the page lives on
             logger.warning("no answer", exc_info=not isinstance(error, ValueError))
             talk.stop = None
