@@ -25,7 +25,7 @@ test-slow: .venv/.installed browser
 # The pages are tested in a real browser. Debian's is installed where that needs no password; else these tests skip.
 browser:
 	@command -v chromium chromium-browser google-chrome > /dev/null || [ "$$(id -u)" != 0 ] || \
-		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium > /dev/null; } || true
+		timeout 600 sh -c "apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium" > /dev/null || true
 
 style: .venv/.installed
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .
@@ -40,6 +40,10 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/sft.py
 	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python benchmarks/data_scoring.py
+	$(BIN)/python benchmarks/mlm_filter.py
+	$(BIN)/python benchmarks/filter.py
+	$(BIN)/python benchmarks/evaluate.py
 
 clean:
 	rm -rf runs build dist .pytest_cache .ruff_cache .hypothesis
