@@ -10,16 +10,12 @@ from pathlib import Path
 import httpx
 import pytest
 from PIL import Image
+from playwright.sync_api import expect, sync_playwright
 
+from open_qwen2vl.chat import Conversation, generation_options
 from open_qwen2vl.cli import main
-
-pytest.importorskip("gradio")
-pytest.importorskip("playwright")
-from playwright.sync_api import expect, sync_playwright  # noqa: E402
-
-from open_qwen2vl.chat import Conversation, generation_options  # noqa: E402
-from open_qwen2vl.demo import Demo  # noqa: E402
-from open_qwen2vl.demo_page import find_examples, start  # noqa: E402
+from open_qwen2vl.demo import Demo
+from open_qwen2vl.demo_page import find_examples, start
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 CHROMIUM_ARGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import datasets
+import easy_vqa
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -401,7 +402,6 @@ def test_data_sets_from_disk_with_image_features(tmp_path, processor):
 
 def test_documents_of_real_pictures(make_tar, tmp_path, processor):
     """easy-VQA's pictures with their questions as documents: as many as fit, each picture once and in order."""
-    easy_vqa = pytest.importorskip("easy_vqa")
     paths = easy_vqa.get_test_image_paths()
     asked: dict[int, list[str]] = {}
     for question, answer, number in zip(*easy_vqa.get_test_questions(), strict=True):

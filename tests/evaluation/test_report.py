@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
+from playwright.sync_api import sync_playwright
 
 from open_qwen2vl.cli import main
 from open_qwen2vl.evaluation.benchmarks import BENCHMARKS
@@ -270,8 +271,7 @@ def test_any_text_comes_back_from_the_page_as_it_was(text, tmp_path_factory):
 def browser():
     if CHROMIUM is None:
         pytest.skip("no chromium or google-chrome on this machine")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
+    with sync_playwright() as playwright:
         launched = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGS)
         yield launched
         launched.close()

@@ -34,7 +34,8 @@ def logged(trainer):
 
 
 def test_tensorboard_has_every_figure(make_trainer, mixture):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing import event_accumulator as accumulator
+
     trainer = make_trainer(train_dataset=mixture, report_to=["tensorboard"], per_device_train_batch_size=2)
     trainer.train()
     folders = {path.parent for path in Path(trainer.args.output_dir).rglob("events.out.tfevents.*")}
@@ -46,7 +47,6 @@ def test_tensorboard_has_every_figure(make_trainer, mixture):
 
 
 def test_trackio_has_every_figure(make_trainer, mixture, monkeypatch, tmp_path):
-    pytest.importorskip("trackio")
     from trackio import sqlite_storage
 
     # Its environment variable counts only before the first import, which may have been in another test.

@@ -134,17 +134,11 @@ def plan_packs(
     }
     if kind.images_elsewhere:
         options["images"] = describe_images(images, folder)
-    if kind.text_format == "conversation":
-        options["chat_template"] = ConversationFormat(tokenizer, training_chat_template(tokenizer)).fingerprint
-    elif kind.text_format == "interleaved":
-        options["rules"] = rules
-    elif kind.images_elsewhere:
-        options["caption_column"] = common_caption_column(shards, caption_column)
+    options |= _format_options(kind, shards, tokenizer, rules, caption_column)
     described = [describe_shard(shard, folder) for shard in shards]
-    groups = _groups(kind, shards, shards_per_group, records_per_group)
     tasks = [
         _Task(number, Group(folder, chosen, {**options, "shards": [described[i] for i in chosen], **cut}))
-        for number, (chosen, cut) in enumerate(groups)
+        for number, (chosen, cut) in enumerate(_groups(kind, shards, shards_per_group, records_per_group))
     ]
     if not tasks:
         raise ValueError(f"{shards[0]}: not a single record in it")
@@ -155,6 +149,21 @@ def plan_packs(
     _run(missing, tokenizer, num_workers or os.cpu_count() or 1)
     remove_index(folder)
     return _finish(folder, {**options, "shards": described}, tasks)
+
+
+def _format_options(
+    kind: SourceKind,
+    shards: Sequence[str | Path],
+    tokenizer: PreTrainedTokenizerBase,
+    rules: str,
+    caption_column: str | None,
+) -> dict[str, Any]:
+    """What a plan of one text format depends on and the others do not."""
+    if kind.text_format == "conversation":
+        return {"chat_template": ConversationFormat(tokenizer, training_chat_template(tokenizer)).fingerprint}
+    if kind.text_format == "interleaved":
+        return {"rules": rules}
+    return {"caption_column": common_caption_column(shards, caption_column)} if kind.images_elsewhere else {}
 
 
 def _check_options(
