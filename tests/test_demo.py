@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import socket
 import sys
 from pathlib import Path
@@ -10,28 +9,15 @@ from pathlib import Path
 import httpx
 import pytest
 from PIL import Image
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 from open_qwen2vl.chat import Conversation, generation_options
 from open_qwen2vl.cli import main
 from open_qwen2vl.demo import Demo
 from open_qwen2vl.demo_page import find_examples, start
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-CHROMIUM_ARGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-CHROMIUM_ARGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 NAME = "<b>tiny</b> model"
 expect.set_options(timeout=60_000)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("no chromium or google-chrome on this machine")
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGS)
-        yield launched
-        launched.close()
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
-from playwright.sync_api import sync_playwright
 
 from open_qwen2vl.cli import main
 from open_qwen2vl.evaluation.benchmarks import BENCHMARKS
@@ -23,9 +22,6 @@ from open_qwen2vl.evaluation.report.intervals import bootstrap, confidence_inter
 from open_qwen2vl.evaluation.report.samples import ImageStore, PromptFrame, choose_samples
 from open_qwen2vl.evaluation.report.scores import build_rows
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-CHROMIUM_ARGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-CHROMIUM_ARGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("sample_id", "category", "prompt", "answer", "prediction", "response")]
     + [("score", pa.float64()), ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())])))]
@@ -265,16 +261,6 @@ def test_any_text_comes_back_from_the_page_as_it_was(text, tmp_path_factory):
     page = write_report([folder], folder / "r.html").read_text(encoding="utf-8")
     data = page.partition('<script type="application/json" id="data">')[2].partition("</script>")[0]
     assert json.loads(data)["tasks"][0]["samples"][0]["answer"] == text
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("no chromium or google-chrome on this machine")
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGS)
-        yield launched
-        launched.close()
 
 
 @pytest.fixture
