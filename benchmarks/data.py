@@ -30,8 +30,8 @@ from report import describe_machine, write_result
 from transformers import AutoTokenizer
 
 from open_qwen2vl.data import plan_packs
-from open_qwen2vl.data.resharding import reshard
-from open_qwen2vl.data.uids import UID_DTYPE, format_uid, write_uids
+from open_qwen2vl.data.resharding.resharding import reshard
+from open_qwen2vl.data.storage.uids import UID_DTYPE, format_uid, write_uids
 from open_qwen2vl.processing.text_formats import prepare_tokenizer
 
 SAMPLES_PER_TAR = 10_000

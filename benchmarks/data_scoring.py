@@ -29,13 +29,13 @@ from PIL import Image
 from report import describe_machine, write_result
 from safetensors.torch import save_file
 
-from open_qwen2vl.data.engine import ShardTask
+from open_qwen2vl.data.engine.engine import ShardTask
 from open_qwen2vl.data.scoring.basic import BasicScorer
 from open_qwen2vl.data.scoring.clip import ClipScorer
 from open_qwen2vl.data.scoring.image_hash import TarHasher
 from open_qwen2vl.data.scoring.pairs import read_pairs
 from open_qwen2vl.data.scoring.scoring import TarScorer
-from open_qwen2vl.data.shards import index_shard
+from open_qwen2vl.data.storage.tars import index_shard
 
 WORDS = "the a of on in and is are two red blue man woman dog street table picture shows image left right".split()
 

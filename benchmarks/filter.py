@@ -22,7 +22,7 @@ import duckdb
 import numpy as np
 from report import describe_machine, write_result
 
-from open_qwen2vl.data.uids import UID_DTYPE, write_uids
+from open_qwen2vl.data.storage.uids import UID_DTYPE, write_uids
 
 PAIRS_PER_FILE = 100_000
 SCORES = {"clip": "(random() + random() + random() - 1.5) * 0.2 + 0.25", "mlm-filter": "floor(random() * 101)"}

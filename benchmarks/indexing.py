@@ -25,8 +25,8 @@ from report import describe_machine, write_result
 from transformers import AutoTokenizer
 
 from open_qwen2vl.data import plan_packs
-from open_qwen2vl.data.image_files import describe_images, index_archives, remove_index
-from open_qwen2vl.data.json_records import cut_records
+from open_qwen2vl.data.storage.image_files import describe_images, index_archives, remove_index
+from open_qwen2vl.data.storage.json_records import cut_records
 from open_qwen2vl.processing.text_formats import prepare_tokenizer
 
 HEADER = ["records", "step", "CPU seconds", "records/s", "MB/s", "MB at start", "MB peak"]

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from open_qwen2vl import OpenQwen2VLProcessor, PackedDataset, PackingCollator
 from open_qwen2vl.processing import images
-from open_qwen2vl.trainer.flops import GPUS, step_flops
+from open_qwen2vl.trainer.figures.flops import GPUS, step_flops
 
 IMAGE_SIZE = 384
 BUDGET = 144

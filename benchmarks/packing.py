@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from report import describe_machine, write_result
 
-from open_qwen2vl.data.packing import lower_bound, pack_lengths
+from open_qwen2vl.data.packing.bins import lower_bound, pack_lengths
 
 ASSET = Path(__file__).parents[1] / "tests/assets/packing_ffd.npz"
 HEADER = ["input", "n", "seconds", "FFD seconds", "packs", "FFD packs", "bound", "fill", "FFD fill"]

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from open_qwen2vl import OpenQwen2VLProcessor
-from open_qwen2vl.data.plan import plan_packs
+from open_qwen2vl.data.packing.plan import plan_packs
 from open_qwen2vl.processing.text_formats import prepare_tokenizer
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<s>"]

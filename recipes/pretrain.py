@@ -27,8 +27,8 @@ from open_qwen2vl import (
     PackedTrainer,
     PackedTrainingArguments,
 )
-from open_qwen2vl.data.mixture import PackMixture, parse_sources
-from open_qwen2vl.data.plan_files import read_plan
+from open_qwen2vl.data.packing.mixture import PackMixture, parse_sources
+from open_qwen2vl.data.packing.plan_files import read_plan
 from open_qwen2vl.trainer import parse_arguments, run_recipe
 
 

@@ -26,9 +26,9 @@ from transformers import (
 )
 
 from open_qwen2vl import PackedSFTConfig, PackedSFTTrainer
-from open_qwen2vl.data.mixture import PackMixture, parse_sources
-from open_qwen2vl.data.plan_files import read_plan
-from open_qwen2vl.data.unpacked_dataset import UnpackedConversations
+from open_qwen2vl.data.packing.mixture import PackMixture, parse_sources
+from open_qwen2vl.data.packing.plan_files import read_plan
+from open_qwen2vl.data.packing.unpacked_dataset import UnpackedConversations
 from open_qwen2vl.trainer import parse_arguments, run_recipe
 from open_qwen2vl.trainer.lora import ATTENTION_MODULES, MLP_MODULES, UNQUANTISED_MODULES, lora_config
 

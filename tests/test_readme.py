@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from open_qwen2vl import cli
-from open_qwen2vl.data.shards import index_shard
-from open_qwen2vl.data.uids import read_uids
+from open_qwen2vl.data.storage.tars import index_shard
+from open_qwen2vl.data.storage.uids import read_uids
 from tests.tars import write_caption_tar
 
 ROOT = Path(__file__).parents[1]

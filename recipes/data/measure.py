@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from open_qwen2vl.data.uids import contains_uids, parse_uids, read_uids
+from open_qwen2vl.data.storage.uids import contains_uids, parse_uids, read_uids
 
 
 def area_under_curve(scores: np.ndarray, matches: np.ndarray) -> float:

@@ -32,7 +32,7 @@ class AutoModelForVision2Seq(AutoModelForImageTextToText):
 
 
 _LAZY = {
-    "PackedDataset": ".data.packed_dataset",
+    "PackedDataset": ".data.packing.packed_dataset",
     "PackedSFTConfig": ".trainer.sft_arguments",
     "PackedSFTTrainer": ".trainer.packed_sft_trainer",
     "PackedTrainer": ".trainer.packed_trainer",

@@ -18,8 +18,8 @@ from open_qwen2vl import (
     OpenQwen2VLProcessor,
     PackingCollator,
 )
+from open_qwen2vl.conversion.names import convert_original_tensors
 from open_qwen2vl.modeling.configuration_open_qwen2vl import pooled_grid_side
-from open_qwen2vl.modeling.conversion import convert_original_tensors
 from open_qwen2vl.modeling.modeling_open_qwen2vl import OpenQwen2VLMultiModalProjector
 from open_qwen2vl.processing.images import decode_image
 from open_qwen2vl.processing.text_formats import (

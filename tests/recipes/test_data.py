@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from open_qwen2vl.data.shards import index_shard
-from open_qwen2vl.data.uids import format_uid, read_uids
+from open_qwen2vl.data.storage.tars import index_shard
+from open_qwen2vl.data.storage.uids import format_uid, read_uids
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "recipes" / "data"))

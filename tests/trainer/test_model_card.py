@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from open_qwen2vl.data.plan import plan_packs
+from open_qwen2vl.data.packing.plan import plan_packs
 from open_qwen2vl.trainer import save_final_model
 from open_qwen2vl.trainer.model_card import base_backbones, model_card, training_hyperparameters, write_model_card
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCall
 
 from open_qwen2vl import PackingCollator
 from open_qwen2vl.data import plan_packs
-from open_qwen2vl.data.mixture import PackMixture, parse_sources
+from open_qwen2vl.data.packing.mixture import PackMixture, parse_sources
 from open_qwen2vl.trainer import PackedTrainingArguments, newest_complete_checkpoint, save_final_model
 from tests.tars import write_caption_tar
 

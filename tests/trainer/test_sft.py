@@ -20,7 +20,7 @@ from open_qwen2vl import (
     PackedSFTTrainer,
     PackingCollator,
 )
-from open_qwen2vl.data.unpacked_dataset import UnpackedConversations
+from open_qwen2vl.data.packing.unpacked_dataset import UnpackedConversations
 from open_qwen2vl.trainer import newest_complete_checkpoint, save_final_model
 from open_qwen2vl.trainer.lora import UNQUANTISED_MODULES, changes_anything, load_lora, lora_config
 from tests.trainer.conftest import WORDS

@@ -22,7 +22,7 @@ from open_qwen2vl import (
     PackedTrainer,
     PackedTrainingArguments,
 )
-from open_qwen2vl.data.mixture import PackMixture, parse_sources
+from open_qwen2vl.data.packing.mixture import PackMixture, parse_sources
 from open_qwen2vl.trainer import save_final_model
 from open_qwen2vl.trainer.optimization import part_of
 

@@ -22,6 +22,6 @@ def add_command(commands: "argparse._SubParsersAction") -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from ..chat import chat
+    from ..chat.terminal import chat
 
     chat(args.model, args.image, args.image_seq_length, args.max_new_tokens, args.temperature)

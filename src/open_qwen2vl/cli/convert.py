@@ -33,7 +33,7 @@ def add_command(commands: "argparse._SubParsersAction") -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from ..convert import convert_checkpoint, convert_to_original
+    from ..conversion.convert import convert_checkpoint, convert_to_original
 
     if args.to_original:
         if args.text_model or args.vision_heads:

@@ -29,6 +29,6 @@ def add_command(commands: "argparse._SubParsersAction") -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from ..demo import serve_demo
+    from ..chat.demo import serve_demo
 
     serve_demo(args.model, args.host, args.port, args.image_seq_length, args.max_new_tokens, args.examples)

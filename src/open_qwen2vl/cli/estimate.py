@@ -27,8 +27,8 @@ def add_command(commands: "argparse._SubParsersAction") -> None:
 def _run(args: argparse.Namespace) -> None:
     import json
 
-    from ..trainer.estimate import estimate_run
-    from ..trainer.estimate_inputs import assumed_work, planned_work, read_config, read_recipe
+    from ..estimate.estimate import estimate_run
+    from ..estimate.inputs import assumed_work, planned_work, read_config, read_recipe
 
     options = read_recipe(args.config)
     config = read_config(options)

@@ -37,7 +37,7 @@ def add_command(commands: "argparse._SubParsersAction") -> None:
 def _run(args: argparse.Namespace) -> None:
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from ..data.resharding import reshard
+    from ..data.resharding.resharding import reshard
 
     with logging_redirect_tqdm():
         report = reshard(

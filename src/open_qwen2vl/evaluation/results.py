@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from ..data.whole_files import renamed_when_whole
+from ..files import renamed_when_whole
 from .benchmarks import category_of, sample_scores
 from .harness import Target
 from .prompts import message_images

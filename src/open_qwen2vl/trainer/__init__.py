@@ -1,10 +1,10 @@
 """Training on packs under transformers' Trainer."""
 
 from .arguments import PackedTrainingArguments
-from .checkpoints import newest_complete_checkpoint, save_final_model
+from .checkpoints.folders import newest_complete_checkpoint, save_final_model
 from .command_line import parse_arguments
+from .figures.plots import plot_loss
 from .packed_trainer import PackedTrainer
-from .plots import plot_loss
 from .run import run_recipe
 
 __all__ = [

@@ -8,9 +8,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..data.mixture import PackMixture
-from ..data.pack_order import PackOrder
-from .throughput import sum_over_ranks
+from ..data.packing.mixture import PackMixture
+from ..data.packing.pack_order import PackOrder
+from .figures.throughput import sum_over_ranks
 
 
 class PackedEvaluation:

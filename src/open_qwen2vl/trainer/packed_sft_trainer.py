@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin, set_seed
 from trl import SFTTrainer
 
-from ..data.unpacked_dataset import UnpackedConversations
+from ..data.packing.unpacked_dataset import UnpackedConversations
 from .lora import add_lora, check_targets
 from .optimization import base_model
 from .packed_training import PackedTraining

@@ -18,20 +18,20 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from ..data.mixture import PackMixture
-from ..data.pack_order import PackOrder
+from ..data.packing.mixture import PackMixture
+from ..data.packing.pack_order import PackOrder
 from ..processing.collator import PackingCollator
 from .arguments import PackedArguments
-from .checkpoint_saving import ExactCheckpoints
-from .flops import step_flops
-from .loss_watch import LossWatch, stop_training
+from .checkpoints.saving import ExactCheckpoints
+from .figures.flops import step_flops
+from .figures.loss_watch import LossWatch, stop_training
+from .figures.profiling import ProfileCallback
+from .figures.progress import ThroughputProgressCallback
+from .figures.steps import StepMeter
+from .figures.throughput import ThroughputCallback, rates
 from .optimization import PartwiseOptimization, base_model, choose_trained_parts, trained_parameters
 from .packed_evaluation import PackedEvaluation
-from .profiling import ProfileCallback
-from .progress import ThroughputProgressCallback
-from .steps import StepMeter
 from .task_evaluation import TaskEvaluation
-from .throughput import ThroughputCallback, rates
 
 
 class PackedTraining(ExactCheckpoints, PartwiseOptimization, PackedEvaluation, TaskEvaluation):

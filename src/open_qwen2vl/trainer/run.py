@@ -8,13 +8,13 @@ from pathlib import Path
 import transformers
 
 from .arguments import PackedArguments
-from .checkpoints import CheckpointError, newest_complete_checkpoint, save_final_model
-from .interruption import EXIT_CODE, FolderInUse
-from .loss_watch import LossStopped
+from .checkpoints.folders import CheckpointError, newest_complete_checkpoint, save_final_model
+from .checkpoints.interruption import EXIT_CODE, FolderInUse
+from .checkpoints.run_record import check_same_run
+from .figures.loss_watch import LossStopped
+from .figures.plots import plot_loss
+from .figures.progress import summary_lines
 from .packed_training import PackedTraining
-from .plots import plot_loss
-from .progress import summary_lines
-from .run_record import check_same_run
 
 logger = logging.getLogger(__name__)
 

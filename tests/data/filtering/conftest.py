@@ -10,7 +10,7 @@ import pytest
 
 from open_qwen2vl.data.filtering import SelectionReport, select_pairs
 from open_qwen2vl.data.scoring.score_files import HASH_SCHEMA, SCHEMA, write_scores
-from open_qwen2vl.data.uids import UID_DTYPE, parse_uid, read_uids
+from open_qwen2vl.data.storage.uids import UID_DTYPE, parse_uid, read_uids
 
 
 def uid_of(number: int) -> str:

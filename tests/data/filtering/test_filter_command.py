@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from open_qwen2vl.cli import main
-from open_qwen2vl.data.uids import read_uids
+from open_qwen2vl.data.storage.uids import read_uids
 from tests.data.killed_step import OUTPUT, check_killed_step
 
 from .conftest import uid_of

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from open_qwen2vl.data.shards import find_shards
+from open_qwen2vl.data.storage.tars import find_shards
 
 from .conftest import uid_of
 

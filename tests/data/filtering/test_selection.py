@@ -8,7 +8,7 @@ import pytest
 
 from open_qwen2vl.data.filtering import select_pairs
 from open_qwen2vl.data.scoring.score_files import SCHEMA, write_scores
-from open_qwen2vl.data.uids import UID_DTYPE, parse_uid
+from open_qwen2vl.data.storage.uids import UID_DTYPE, parse_uid
 
 from .conftest import uid_of
 

@@ -10,7 +10,7 @@ from PIL import Image
 from open_qwen2vl.data.scoring import score_pool
 from open_qwen2vl.data.scoring.clip import ClipScorer
 from open_qwen2vl.data.scoring.pairs import RawPair
-from open_qwen2vl.data.shards import index_shard, read_member
+from open_qwen2vl.data.storage.tars import index_shard, read_member
 from tests.data.scoring.conftest import TINY_CLIP, rows
 
 UID = "0" * 32

@@ -12,10 +12,10 @@ from PIL import Image
 
 from open_qwen2vl.cli import main
 from open_qwen2vl.cli.score import SCORERS as CLI_SCORERS
-from open_qwen2vl.data.engine import ShardTask
+from open_qwen2vl.data.engine.engine import ShardTask
 from open_qwen2vl.data.scoring import SCORERS, read_score_metadata, score_pool
 from open_qwen2vl.data.scoring.scoring import Scorer, TarScorer
-from open_qwen2vl.data.shards import index_shard
+from open_qwen2vl.data.storage.tars import index_shard
 from tests.data.killed_step import OUTPUT, check_killed_step, read_folder
 from tests.data.scoring.conftest import rows
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 
 from ...processing.images import ImageError, decode_image
-from ..plan_files import shard_path
+from ..packing.plan_files import shard_path
 from ..scoring.score_files import read_score_metadata
-from ..shards import IMAGE_EXTENSIONS, MemberError, Sample, index_shard, read_member
+from ..storage.tars import IMAGE_EXTENSIONS, MemberError, Sample, index_shard, read_member
 from .decisions import Selection
 from .histograms import SAMPLED_ROWS
 from .tables import FILE_FACTOR, fetch_row, one_in

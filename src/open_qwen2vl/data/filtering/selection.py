@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from ..shards import find_shards
-from ..uids import UID_DTYPE, write_uids
-from ..whole_files import remove_temporaries, renamed_when_whole
+from ...files import remove_temporaries, renamed_when_whole
+from ..storage.tars import find_shards
+from ..storage.uids import UID_DTYPE, write_uids
 from .decisions import DUPLICATE_REASONS, Selection, find_cuts
 from .duplicates import MAX_DISTANCE, find_duplicates
 from .examples import find_examples

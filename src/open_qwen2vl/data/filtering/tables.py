@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..scoring.score_files import find_score_files, read_score_metadata
-from ..uids import read_uids
+from ..storage.uids import read_uids
 
 if TYPE_CHECKING:
     import duckdb

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..engine import Outcome, ShardTask, StepReport, run_tasks
-from ..plan_files import describe_shard
-from ..shards import find_shards
+from ..engine.engine import Outcome, ShardTask, StepReport, run_tasks
+from ..packing.plan_files import describe_shard
+from ..storage.tars import find_shards
 from .score_files import read_score_metadata
 from .scoring import TarScorer
 

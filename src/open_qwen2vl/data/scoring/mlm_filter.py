@@ -20,7 +20,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
 
 from ...processing.images import ImageError
-from ..shards import MemberError
+from ..storage.tars import MemberError
 from .chat_prompts import ChatPrompts, read_prompts
 from .continuation import Prompts, append_text, branch_logits, extend, prefill
 from .pairs import Pair, RawPair, decode_pair

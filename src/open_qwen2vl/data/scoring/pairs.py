@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from ...processing.images import ImageError, decode_image
-from ..captions import caption_members, read_json
-from ..shards import MemberError, Sample, has_bad_uid, read_member, sample_uid
+from ..documents.captions import caption_members, read_json
+from ..storage.tars import MemberError, Sample, has_bad_uid, read_member, sample_uid
 
 
 class RawPair(NamedTuple):

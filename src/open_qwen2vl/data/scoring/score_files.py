@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..whole_files import renamed_when_whole
+from ...files import renamed_when_whole
 
 FORMAT_VERSION = 1
 _METADATA_KEY = b"open_qwen2vl"

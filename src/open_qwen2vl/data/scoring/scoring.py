@@ -1,6 +1,6 @@
 """The step `score`: from a tar to its score file.
 
-    tar ─ shards.py: index ─ pairs.py: threads read and `prepare` ─► batches ─ `score` ─► OUTPUT/NAME/TAR.parquet
+    tar ─ tars.py: index ─ pairs.py: threads read and `prepare` ─► batches ─ `score` ─► OUTPUT/NAME/TAR.parquet
                                                                      (one is scored while the next is collected)
 
 A batch holds consecutive samples that can be used, whatever the number of threads, so that the same tar gives the same
@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ..engine import Outcome, ShardTask
-from ..plan_files import describe_shard
-from ..shards import Sample, index_shard
+from ..engine.engine import Outcome, ShardTask
+from ..packing.plan_files import describe_shard
+from ..storage.tars import Sample, index_shard
 from .pairs import Pair, PreparedSample, RawPair, decode_pair, read_pairs
 from .score_files import score_table, write_scores
 

@@ -7,7 +7,7 @@ match across models) → `page` (HTML). Nothing here loads a model or a benchmar
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...data.whole_files import renamed_when_whole
+from ...files import renamed_when_whole
 from .folders import load_evaluations
 from .page import render_page
 from .samples import ImageStore, choose_samples

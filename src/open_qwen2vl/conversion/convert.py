@@ -1,0 +1,297 @@
+"""`open-qwen2vl convert`: a checkpoint of the original to a folder for the Auto classes, and back.
+
+config.json, checkpoints/latest-checkpoint.pt (mapped; tensors only)  +  vision weights  +  text model's config
+  │ names and shapes are checked against the model on the meta device before anything is written
+  ▼
+a hidden folder beside OUT_DIR: config.json, model-*.safetensors, processor  ─ rename ─▶  OUT_DIR
+"""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from ..modeling.configuration_open_qwen2vl import OpenQwen2VLConfig
+from ..modeling.modeling_open_qwen2vl import OpenQwen2VLForConditionalGeneration
+from ..processing import text_formats
+from ..processing.processing_open_qwen2vl import OpenQwen2VLProcessor
+from .names import (
+    convert_original_tensors,
+    read_token_budget,
+    read_vision_config,
+    restore_original_tensors,
+    write_arch_specifier,
+)
+from .vision_weights import DEFAULT_VISION_WEIGHTS, load_pt, load_vision_weights
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT = Path("checkpoints") / "latest-checkpoint.pt"
+_TEMPLATES = {"default": "chat_template_original.jinja", "chatml": "chat_template.jinja"}
+_MAX_NAMES = 20
+
+
+@dataclass
+class ConversionReport:
+    """What a conversion wrote; its text is what the command prints.
+
+    Args:
+        output (`Path`): the new folder.
+        vision_weights (`str`): where the vision tower came from.
+        image_seq_length (`int`): tokens per image.
+        num_tensors (`int`): tensors written.
+        num_parameters (`int`): their elements.
+        unused (`list[str]`): tensors of the sources that the model has no place for.
+    """
+
+    output: Path
+    vision_weights: str
+    image_seq_length: int
+    num_tensors: int
+    num_parameters: int
+    unused: list[str]
+
+    def __str__(self) -> str:
+        """One line a fact."""
+        lines = {
+            "output": self.output,
+            "vision weights": self.vision_weights,
+            "tokens per image": self.image_seq_length,
+            "tensors": f"{self.num_tensors} ({self.num_parameters:,} parameters)",
+            "unused": " ".join([str(len(self.unused)), *self.unused]),
+        }
+        return "\n".join(f"{name:<18}{value}" for name, value in lines.items())
+
+
+def convert_checkpoint(
+    original: str | Path,
+    output: str | Path,
+    text_model: str,
+    vision_weights: str | None = None,
+    vision_heads: int | None = None,
+) -> ConversionReport:
+    """Convert a checkpoint of the original code.
+
+    Args:
+        original (`str` or `Path`): folder with `config.json` and `checkpoints/latest-checkpoint.pt`.
+        output (`str` or `Path`): folder to make; it must not exist.
+        text_model (`str`): hub id or folder of the language model's config and tokenizer
+            (`Qwen/Qwen2.5-1.5B-Instruct`).
+        vision_weights (`str`, *optional*): a safetensors or .pt file with timm's names, or a hub or timm id; by
+            default the checkpoint's own vision backbone, or timm's release where it has none.
+        vision_heads (`int`, *optional*): attention heads of a vision tower that is no released ViT.
+
+    Returns:
+        [`ConversionReport`].
+
+    Raises:
+        ValueError: if tensors are missing, unknown or of another shape, all of them named; if `output` exists; if
+            the vision weights cannot be had.
+        FileNotFoundError: if `original` is no such folder.
+    """
+    output = Path(output)
+    budget, tensors, unused = _read_original(Path(original))
+    source = vision_weights or (None if "vision_backbone" in tensors else DEFAULT_VISION_WEIGHTS)
+    if source is not None:
+        unused += [f"vision_backbone.{name} (replaced)" for name in tensors.get("vision_backbone", {})]
+        tensors["vision_backbone"], other = load_vision_weights(source)
+        unused += [f"{name} (beside the vision tower)" for name in other]
+    vision_config = read_vision_config(tensors["vision_backbone"], vision_heads)
+    text_config, tokenizer = _load_text_model(text_model)
+    processor = _build_processor(tokenizer, budget, vision_config["image_size"])
+    config = OpenQwen2VLConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        image_token_id=processor.image_token_id,
+        image_seq_length=budget,
+    )
+    state, no_place = convert_original_tensors(tensors, config)
+    model = _empty_model(config, tokenizer, tensors["llm_backbone"])
+    state = _check_tensors(state, model, tensors["llm_backbone"])
+    report = ConversionReport(output, source or str(CHECKPOINT), budget, *_count(state.values()), unused + no_place)
+    # Saving takes the tensors out of the state shard by shard; with a file's last tensor goes its map.
+    del tensors
+    with new_folder(output) as folder:
+        shard_size = max(1, sum(tensor.nbytes for tensor in state.values()) // 8)
+        model.save_pretrained(folder, state_dict=state, max_shard_size=shard_size, save_original_format=False)
+        processor.save_pretrained(folder)
+    logger.info("not used: %s", ", ".join(report.unused))
+    return report
+
+
+def convert_to_original(
+    model_folder: str | Path, output: str | Path, vision_weights: str | None = None
+) -> ConversionReport:
+    """Write a model's folder in the original's layout.
+
+    Args:
+        model_folder (`str` or `Path`): folder with `config.json` and safetensors.
+        output (`str` or `Path`): folder to make; it must not exist.
+        vision_weights (`str`, *optional*): as in [`convert_checkpoint`]. Without them no vision backbone is written
+            (the original takes timm's); with them the model's tower is, completed by the last block, the final norm
+            and the pooling head of these weights, which the model does not hold.
+
+    Returns:
+        [`ConversionReport`].
+
+    Raises:
+        ValueError: if `output` exists, or the vision weights cannot be had.
+        FileNotFoundError: if `model_folder` has no weights.
+    """
+    model_folder, output = Path(model_folder), Path(output)
+    config = AutoConfig.from_pretrained(model_folder)
+    if not isinstance(config, OpenQwen2VLConfig):
+        raise ValueError(f"{model_folder}: model type {config.model_type!r} instead of 'open_qwen2vl'")
+    state = _load_model_folder(model_folder)
+    backbone, other = load_vision_weights(vision_weights) if vision_weights else (None, [])
+    tensors = restore_original_tensors(state, config, backbone)
+    if backbone is None:
+        other = [name for name in state if name.startswith("model.vision_tower.")]
+    report = ConversionReport(
+        output,
+        vision_weights or "none written",
+        config.image_seq_length,
+        *_count(tensor for part in tensors.values() for tensor in part.values()),
+        other,
+    )
+    with new_folder(output) as folder:
+        settings = _original_settings(config, model_folder.resolve().name)
+        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf8")
+        (folder / CHECKPOINT).parent.mkdir()
+        torch.save({"model": tensors}, folder / CHECKPOINT)
+    return report
+
+
+@contextlib.contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder that appears under its name only when the block ends well.
+
+    Args:
+        output (`Path`): the folder to make.
+
+    Yields:
+        `Path`: a hidden folder beside it to write to, removed after an error.
+
+    Raises:
+        ValueError: if `output` exists.
+    """
+    if output.exists():
+        raise ValueError(f"{output} exists; give a new folder")
+    temporary = output.parent / f".{output.name}.{os.getpid()}"
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        os.rename(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _read_original(folder: Path) -> tuple[int, dict[str, dict[str, torch.Tensor]], list[str]]:
+    """Tokens per image, the tensors by part, and the names of what lies beside them."""
+    try:
+        arch_specifier = json.loads((folder / "config.json").read_text(encoding="utf8"))["model"]["arch_specifier"]
+    except (KeyError, TypeError, json.JSONDecodeError):
+        raise ValueError(f"{folder / 'config.json'}: no model.arch_specifier in it") from None
+    checkpoint = load_pt(folder / CHECKPOINT)
+    tensors = dict(checkpoint.get("model", {}))
+    if absent := [part for part in ("projector", "llm_backbone") if part not in tensors]:
+        raise ValueError(f"{folder / CHECKPOINT}: no {' and no '.join(absent)} in it")
+    others = [f"{name} (beside the model)" for name in checkpoint if name != "model"]
+    return read_token_budget(arch_specifier), tensors, others
+
+
+def _original_settings(config: OpenQwen2VLConfig, name: str) -> dict:
+    """What the original reads from a checkpoint's config.json."""
+    model = {
+        "arch_specifier": write_arch_specifier(config.image_seq_length),
+        "image_resize_strategy": "resize-naive",
+        "llm_backbone_id": "qwen2.5-1.5b-instruct",
+        "llm_max_length": 4096,
+        "model_id": name,
+        "type": "one-stage+7b",
+        "vision_backbone_id": "siglip-vit-so400m-384px",
+    }
+    return {"model": model, "mount_path": "Qwen"}
+
+
+def _load_model_folder(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder}: no model*.safetensors")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def _load_text_model(source: str) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        return AutoConfig.from_pretrained(source), text_formats.prepare_tokenizer(tokenizer)
+    except OSError as error:
+        raise ValueError(f"text model {source}: {str(error).strip().splitlines()[0]}") from None
+
+
+def _build_processor(
+    tokenizer: PreTrainedTokenizerBase, image_seq_length: int, image_size: int
+) -> OpenQwen2VLProcessor:
+    """The original's prompt format by default, that of new models as `chat_template="chatml"`."""
+    folder = Path(text_formats.__file__).parent
+    templates = {name: (folder / file).read_text(encoding="utf8") for name, file in _TEMPLATES.items()}
+    tokenizer.chat_template = templates
+    image_processor = SiglipImageProcessorPil(size={"height": image_size, "width": image_size})
+    return OpenQwen2VLProcessor(image_processor, tokenizer, chat_template=templates, image_seq_length=image_seq_length)
+
+
+def _empty_model(config: OpenQwen2VLConfig, tokenizer, language: dict[str, torch.Tensor]):
+    """The model on the meta device, in the language model's dtype."""
+    dtype = next((tensor.dtype for tensor in language.values()), None)
+    with torch.device("meta"):
+        model = OpenQwen2VLForConditionalGeneration._from_config(config, dtype=dtype)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.convert_tokens_to_ids(text_formats.EOS_TOKEN),
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=[config.image_token_id],
+    )
+    return model
+
+
+def _check_tensors(state: dict[str, torch.Tensor], model, language: dict[str, torch.Tensor]) -> dict:
+    """The state in the model's order, if every tensor is there, in its shape, and a tied head equals the embedding."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    head = language.get("llm.lm_head.weight")
+    if model.config.tie_word_embeddings:
+        del expected["lm_head.weight"]
+        embedding = language.get("llm.model.embed_tokens.weight")
+        if head is not None and embedding is not None and not torch.equal(head, embedding):
+            raise ValueError("lm_head.weight differs from the embedding, but the text model's config ties them")
+    if missing := [name for name in expected if name not in state]:
+        raise ValueError(f"the checkpoint lacks {_name_some(missing)}")
+    if surplus := [name for name in state if name not in expected]:
+        raise ValueError(f"the model has no {_name_some(surplus)}")
+    shapes = [
+        f"{name} {tuple(tensor.shape)} instead of {expected[name]}"
+        for name, tensor in state.items()
+        if tuple(tensor.shape) != expected[name]
+    ]
+    if shapes:
+        raise ValueError(f"shapes do not fit the text model: {_name_some(shapes)}")
+    return {name: state[name] for name in expected}
+
+
+def _name_some(names: list[str]) -> str:
+    more = len(names) - _MAX_NAMES
+    return ", ".join(names[:_MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _count(tensors: Iterable[torch.Tensor]) -> tuple[int, int]:
+    """Number of tensors and of their elements."""
+    sizes = [tensor.numel() for tensor in tensors]
+    return len(sizes), sum(sizes)

@@ -1,0 +1,161 @@
+"""What a document of texts and images may look like in a file, and the one normal form that is planned and read.
+
+OBELICS        {"texts": [text or null], "images": [null, path or {"bytes", "path"}]}, one of the two at each index
+the original   {"texts": [text or null], "image_info": [null or {"image_base64"}]}, likewise
+MMC4           {"text_list": [sentence], "image_info": [{"image_name" or "image_base64", "matched_text_index"}]}
+  │ read_interleaved
+  ▼
+texts [text, or None where an image stands], images in that order
+"""
+
+import base64
+import binascii
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ..storage.json_records import RecordError
+from ..storage.tars import MemberError
+
+
+class Interleaved(NamedTuple):
+    """The normal form.
+
+    Attributes:
+        texts (`list[str | None]`): in reading order, None where an image stands.
+        images (`list[str | dict]`): what stands there: a path, or a dict of `bytes` or `image_base64`, or of `path`.
+    """
+
+    texts: list[str | None]
+    images: list[Any]
+
+
+def is_interleaved(names: Any) -> bool:
+    """Whether a record, or a table, is of one of the forms.
+
+    Args:
+        names (`Any`): the parsed record, or the names of the columns.
+
+    Returns:
+        `bool`: True if it has the lists of texts and of images.
+    """
+    if not isinstance(names, Mapping | list) or "messages" in names or "conversations" in names:
+        return False
+    return ("texts" in names and ("images" in names or "image_info" in names)) or (
+        "text_list" in names and "image_info" in names
+    )
+
+
+def read_interleaved(record: Any) -> Interleaved:
+    """Turn a record into the normal form.
+
+    An image of MMC4 stands before the sentence that it matches; the sentences between two images make one text.
+
+    Args:
+        record (`Any`): a parsed record.
+
+    Returns:
+        [`Interleaved`].
+
+    Raises:
+        RecordError: `not_an_object`, `no_document` (none of the forms), `unequal_lists`, `empty_entry` (neither text
+            nor image), `ambiguous_entry` (both), `bad_text`, `bad_encoding` (half a surrogate pair), `bad_image` (no
+            path, no bytes), `bad_text_index`.
+    """
+    if not isinstance(record, Mapping):
+        raise RecordError("not_an_object", f"the record is a {type(record).__name__}")
+    if not is_interleaved(record):
+        raise RecordError("no_document", f"the record has the keys {', '.join(map(str, record))}")
+    is_mmc4 = "text_list" in record
+    texts = record["text_list" if is_mmc4 else "texts"]
+    images = record["images"] if record.get("image_info") is None else record["image_info"]
+    if not isinstance(texts, list) or not isinstance(images, list):
+        raise RecordError("no_document", "its texts or its images are no list")
+    for text in texts:
+        _check_text(text)
+    return _read_mmc4(texts, images) if is_mmc4 else _read_parallel(texts, images)
+
+
+def image_bytes(reference: Any) -> bytes | None:
+    """The file of an image that stands in the record itself.
+
+    Args:
+        reference (`str | dict`): one of [`Interleaved`]'s images.
+
+    Returns:
+        `bytes`: its content; `None` if the reference is a path.
+
+    Raises:
+        MemberError: `corrupt_image` if it is no base64.
+    """
+    if not isinstance(reference, Mapping):
+        return None
+    if "image_base64" not in reference:
+        return reference.get("bytes")
+    try:
+        return base64.b64decode(reference["image_base64"])
+    except (binascii.Error, ValueError) as error:
+        raise MemberError("corrupt_image", f"an image is no base64: {error}") from error
+
+
+def _read_parallel(texts: list[Any], entries: list[Any]) -> Interleaved:
+    if len(texts) != len(entries):
+        raise RecordError("unequal_lists", f"{len(texts)} texts and {len(entries)} images")
+    order: list[str | None] = []
+    images = []
+    for number, (text, entry) in enumerate(zip(texts, entries, strict=True)):
+        image = _reference(entry)
+        if bool(text) == (image is not None):
+            reason, what = ("ambiguous_entry", "both") if text else ("empty_entry", "neither")
+            raise RecordError(reason, f"entry {number} is {what} text and image")
+        order.append(text or None)
+        images += [] if image is None else [image]
+    return Interleaved(order, images)
+
+
+def _read_mmc4(sentences: list[Any], entries: list[Any]) -> Interleaved:
+    before: list[list[Any]] = [[] for _ in sentences]
+    for entry in entries:
+        image = _reference(entry)
+        if image is None:
+            raise RecordError("bad_image", "an image has neither a name nor its content")
+        index = entry.get("matched_text_index") if isinstance(entry, Mapping) else None
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(sentences):
+            raise RecordError("bad_text_index", f"an image is matched to sentence {index!r} of {len(sentences)}")
+        before[index].append(image)
+    order: list[str | None] = []
+    for sentence, images in zip(sentences, before, strict=True):
+        order += [None] * len(images)
+        if not sentence:
+            continue
+        if order and order[-1] is not None:
+            order[-1] = f"{order[-1]} {sentence}"
+        else:
+            order.append(sentence)
+    return Interleaved(order, [image for images in before for image in images])
+
+
+def _check_text(text: Any) -> None:
+    if text is None:
+        return
+    if not isinstance(text, str):
+        raise RecordError("bad_text", f"a text is a {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RecordError("bad_encoding", f"a text is no Unicode: {error}") from error
+
+
+def _reference(entry: Any) -> Any:
+    """What stands for an image; None where there is none (the original writes `{}` for a failed download)."""
+    if entry is None or entry == "":
+        return None
+    if isinstance(entry, str):
+        return entry
+    if not isinstance(entry, Mapping):
+        raise RecordError("bad_image", f"an image is a {type(entry).__name__}")
+    if isinstance(entry.get("image_base64"), str) and entry["image_base64"]:
+        return {"image_base64": entry["image_base64"]}
+    if isinstance(entry.get("bytes"), bytes):
+        return {"bytes": entry["bytes"]}
+    path = entry.get("path") or entry.get("image_name")
+    return path if isinstance(path, str) and path else None

@@ -1,0 +1,299 @@
+"""Runs a step of the data pipeline: one function of one shard, on many shards, here or on a cluster.
+
+    tasks (source, output) ─┬─ local: this process, or a pool of processes ──┐
+       not yet done         ├─ ray: actors of a Ray cluster, with GPUs ──────┼─► outcomes ─► progress bar, StepReport
+                            └─ accelerate launch: every rank takes its share ┘
+
+The output of a task is its done-marker: written whole, then renamed. A rerun does what is missing. Each worker process
+calls `make_worker` once (it may load a model) and then its result on one task after the other.
+"""
+
+import contextlib
+import gc
+import logging
+import multiprocessing
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from tqdm import tqdm
+
+from ...files import remove_temporaries
+from ..storage.tars import TAR_DAMAGE
+
+logger = logging.getLogger(__name__)
+
+ENGINES = ("local", "ray")
+LOGGED_SKIPS = 3  # of each reason, and each damaged tar
+RETRIES = 3  # of a Ray actor whose machine is taken away
+Task = TypeVar("Task")
+
+
+class ShardTask(NamedTuple):
+    """One shard's part of a step.
+
+    Attributes:
+        source (`Path`): what it is made from, usually a tar; its size is the measure of the work.
+        output (`Path`): the file that is there when the task is done.
+    """
+
+    source: Path
+    output: Path
+
+
+class Outcome(NamedTuple):
+    """What the main process hears of a finished task.
+
+    Attributes:
+        samples (`int`): samples seen, those left out included.
+        skipped (`dict[str, int]`): how many were left out, by reason.
+        examples (`list[tuple[str, str, str]]`): file, key and reason of some of them, for the log.
+    """
+
+    samples: int
+    skipped: dict[str, int]
+    examples: list[tuple[str, str, str]]
+
+    @classmethod
+    def of(cls, samples: int, skipped: Sequence[tuple[str, str, str]]) -> "Outcome":
+        """From all that was left out.
+
+        Args:
+            samples (`int`): samples seen, those left out included.
+            skipped (`Sequence[tuple[str, str, str]]`): file, key and reason of each that was left out.
+
+        Returns:
+            [`Outcome`]: with the first examples of each reason and every damaged tar.
+        """
+        counts = Counter(reason for _, _, reason in skipped)
+        return cls(samples, dict(counts), list(_worth_logging(skipped, Counter())))
+
+
+@dataclass
+class StepReport:
+    """Figures of one run of a step (of one rank's share under `accelerate launch`).
+
+    Attributes:
+        samples (`int`): samples of the shards that this run has done.
+        skipped (`Counter`): those left out, by reason.
+        shards (`int`): tasks that this run has done.
+        done_before (`int`): tasks that an earlier run has done.
+    """
+
+    samples: int = 0
+    skipped: Counter = field(default_factory=Counter)
+    shards: int = 0
+    done_before: int = 0
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(self.skipped.items()))
+        lines = {
+            "shards": f"{self.shards:,}" + (f" ({self.done_before:,} done before)" if self.done_before else ""),
+            "samples": f"{self.samples:,}",
+            "skipped": f"{self.skipped.total():,}" + (f" ({reasons})" if reasons else ""),
+        }
+        return "\n".join(f"{name:<11}{value}" for name, value in lines.items())
+
+
+def run_tasks(
+    tasks: Sequence[ShardTask],
+    make_worker: Callable[[], Callable[[ShardTask], Outcome]],
+    *,
+    engine: str = "local",
+    num_workers: int | None = None,
+    num_gpus: float = 0,
+    description: str,
+) -> StepReport:
+    """Do the tasks whose output is missing.
+
+    That the outputs which exist were made with the same options is for the caller to check before.
+
+    Args:
+        tasks (`Sequence[ShardTask]`): in any order; no two with the same output.
+        make_worker (`Callable`): makes the function of a task; picklable, as a function of a module or a
+            `functools.partial` of a class.
+        engine (`str`, *optional*, defaults to `"local"`): `"local"` or `"ray"`.
+        num_workers (`int`, *optional*): processes or actors. 1 is, locally, this process. Where not given one per
+            core (with `num_gpus`: as many as the GPUs of the cluster allow), at most one per task.
+        num_gpus (`float`, *optional*, defaults to 0): GPUs of each Ray actor, also a fraction.
+        description (`str`): shown before the progress bar.
+
+    Returns:
+        [`StepReport`].
+
+    Raises:
+        ValueError: for an unknown engine or a number below 1, or what a worker raises.
+        ChildProcessError: if a worker process was killed.
+    """
+    rank, ranks = process_rank()
+    mine = tasks[rank::ranks]  # by position and not by what is missing, which changes while the other ranks work
+    missing = [task for task in mine if not task.output.exists()]
+    remove_temporaries(task.output for task in missing)
+    sizes = {task: os.path.getsize(task.source) for task in missing}
+    report = StepReport(done_before=len(mine) - len(missing))
+    outcomes = work_through(missing, make_worker, engine=engine, num_workers=num_workers, num_gpus=num_gpus)
+    sized = ((sizes[task], outcome) for task, outcome in outcomes)
+    for outcome in show_progress(sized, sum(sizes.values()), description):
+        report.samples += outcome.samples
+        report.skipped.update(outcome.skipped)
+        report.shards += 1
+    return report
+
+
+def process_rank() -> tuple[int, int]:
+    """The place of this process among those of `accelerate launch` or `torchrun`.
+
+    Returns:
+        `tuple[int, int]`: its rank and their number; 0 and 1 without a launcher.
+    """
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def work_through(
+    tasks: Sequence[Task],
+    make_worker: Callable[[], Callable[[Task], Any]],
+    *,
+    engine: str = "local",
+    num_workers: int | None = None,
+    num_gpus: float = 0,
+) -> Iterator[tuple[Task, Any]]:
+    """Apply a worker to each of some tasks of any kind.
+
+    Args:
+        tasks (`Sequence`): all are done, for no output is known.
+        make_worker (`Callable`): makes the function of a task; see [`run_tasks`], as for the others.
+        engine (`str`, *optional*, defaults to `"local"`): `"local"` or `"ray"`.
+        num_workers (`int`, *optional*): processes or actors.
+        num_gpus (`float`, *optional*, defaults to 0): GPUs of each Ray actor.
+
+    Yields:
+        `tuple`: a task and what the worker returned, in the order in which they get done.
+
+    Raises:
+        ValueError, ChildProcessError: as [`run_tasks`].
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine}")
+    if num_workers is not None and num_workers < 1:
+        raise ValueError(f"num_workers must be at least 1, got {num_workers}")
+    if not tasks:
+        return iter(())
+    if engine == "ray":
+        from .ray_engine import work_on_ray
+
+        return work_on_ray(tasks, make_worker, num_workers, num_gpus)
+    num_workers = num_workers or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if min(num_workers, len(tasks)) == 1:
+        worker = LazyWorker(make_worker)
+        return ((task, worker(task)) for task in tasks)
+    return _in_processes(tasks, make_worker, min(num_workers, len(tasks)))
+
+
+class LazyWorker:
+    """A worker that is made at its first task, so that what `make_worker` raises is raised by a task.
+
+    Args:
+        make_worker (`Callable`): makes the worker.
+    """
+
+    def __init__(self, make_worker: Callable[[], Callable[[Any], Any]]):
+        self._make_worker = make_worker
+        self._worker: Callable[[Any], Any] | None = None
+
+    def __call__(self, task: Any) -> Any:
+        """Do a task."""
+        if self._worker is None:
+            self._worker = self._make_worker()
+        return self._worker(task)
+
+
+@contextlib.contextmanager
+def collection_paused() -> Iterator[None]:
+    """No garbage collection inside of it; also a decorator.
+
+    For what makes many small objects without cycles, as an index does: the collector would walk through them, and
+    through all of the imported libraries, again and again, for half of the time.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def show_progress(outcomes: Iterable[tuple[int, Outcome]], total: int, description: str) -> Iterator[Outcome]:
+    """Pass outcomes through, with a bar in samples and the first of what is skipped in the log.
+
+    Args:
+        outcomes (`Iterable[tuple[int, Outcome]]`): each with the amount of its work, in bytes or any other unit.
+        total (`int`): amount of all of them.
+        description (`str`): shown before the bar.
+
+    Yields:
+        [`Outcome`].
+    """
+    logged: Counter = Counter()
+    skipped: Counter = Counter()
+    finished = 0
+    quiet = not total or process_rank()[0] != 0
+    with tqdm(desc=description, unit=" samples", unit_scale=True, disable=quiet) as bar:
+        for amount, outcome in outcomes:
+            finished += amount
+            # How many samples there are is known at the end only; the bytes left tell about how many.
+            bar.total = round((bar.n + outcome.samples) * total / max(1, finished))
+            bar.update(outcome.samples)
+            skipped.update(outcome.skipped)
+            if outcome.skipped:
+                bar.set_postfix(dict(skipped.most_common(LOGGED_SKIPS)), refresh=False)
+            for file, key, reason in _worth_logging(outcome.examples, logged):
+                logger.warning("skipped %s/%s: %s", file, key, reason)
+            yield outcome
+
+
+def _in_processes(
+    tasks: Sequence[Task], make_worker: Callable[[], Callable[[Task], Any]], num_workers: int
+) -> Iterator[tuple[Task, Any]]:
+    context = multiprocessing.get_context("forkserver")
+    module = getattr(make_worker, "func", make_worker).__module__
+    context.set_forkserver_preload([module])  # imported once instead of by each worker
+    with ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(make_worker,)) as pool:
+        futures = {pool.submit(_work, task): task for task in tasks}
+        try:
+            yield from ((futures[future], future.result()) for future in as_completed(futures))
+        except BrokenProcessPool as error:
+            message = "a worker process was killed, perhaps for want of memory: try fewer workers"
+            raise ChildProcessError(message) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_worker: Callable[[Any], Any] | None = None  # of this process, if it is one of a pool
+
+
+def _start_worker(make_worker: Callable[[], Callable[[Any], Any]]) -> None:
+    global _worker
+    _worker = LazyWorker(make_worker)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one process for each core already
+    gc.freeze()  # or every full collection walks through the million objects of the imported libraries
+    parent = multiprocessing.parent_process()
+    # The workers of a pool outlive a parent that was killed, and would write beside the rerun.
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _work(task: Any) -> Any:
+    return _worker(task)
+
+
+def _worth_logging(skipped: Iterable[tuple[str, str, str]], seen: Counter) -> Iterator[tuple[str, str, str]]:
+    for row in skipped:
+        seen[row[2]] += 1
+        if seen[row[2]] <= LOGGED_SKIPS or row[2] in TAR_DAMAGE:
+            yield row

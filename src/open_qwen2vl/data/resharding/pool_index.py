@@ -1,0 +1,180 @@
+"""Reshard's first step: of each tar of the pool the samples that are in the subset, and where their bytes are.
+
+One file per tar in the working folder, a task of the engine each. `Layout` joins them in the order in which they are
+written: every uid once, the first in the order of the pool.
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ...files import renamed_when_whole
+from ..documents.captions import read_json
+from ..engine.engine import Outcome, ShardTask, collection_paused
+from ..storage.tars import Sample, has_bad_uid, index_shard, sample_uid
+from ..storage.uids import find_uids, parse_uids, read_uids
+
+SHUFFLE_WINDOW = 32  # tars
+_METADATA_KEY = b"open_qwen2vl"
+_NUMBERS = pa.list_(pa.int64())
+_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("place", pa.int64()),  # of its uid in the subset
+        ("span_start", _NUMBERS),  # bytes of the tar that are copied
+        ("span_end", _NUMBERS),
+        ("ext", pa.list_(pa.string())),
+        ("offset", _NUMBERS),  # of each member's data in the tar
+        ("size", _NUMBERS),
+    ]
+)
+
+
+class PoolIndexer:
+    """Indexes one tar after the other.
+
+    Args:
+        subset (`str`): file of the uids that are wanted.
+    """
+
+    def __init__(self, subset: str):
+        self._subset = read_uids(subset)
+
+    @collection_paused()
+    def __call__(self, task: ShardTask) -> Outcome:
+        """Index a tar."""
+        index = index_shard(task.source)
+        samples, uids, skipped, unnamed = [], [], list(index.skipped), []
+        with open(task.source, "rb", buffering=0) as file:
+            for sample in index.samples:
+                metadata = read_json(file.fileno(), sample)
+                if not sample.members or has_bad_uid(metadata):
+                    skipped.append((sample.key, "bad_uid" if sample.members else "missing_image"))
+                    continue
+                samples.append(sample)
+                uids.append(sample_uid(metadata, task.source.name, sample.key))
+                unnamed.append(not isinstance(metadata, dict) or metadata.get("uid") is None)
+        places = find_uids(self._subset, *parse_uids(uids))
+        chosen = np.flatnonzero(places >= 0)
+        total = len(index.samples) + len(index.skipped)
+        figures = {
+            "samples": total,
+            "skipped": dict(Counter(reason for _, reason in skipped)),
+            "ignored_members": index.ignored_members,
+            "unnamed": int(np.array(unnamed, bool)[chosen].sum()),
+        }
+        table = _table([samples[i] for i in chosen], places[chosen])
+        with renamed_when_whole(task.output) as temporary:
+            metadata = {_METADATA_KEY: json.dumps(figures, sort_keys=True)}
+            pq.write_table(table.replace_schema_metadata(metadata), temporary, compression="zstd")
+        return Outcome.of(total, [(str(task.source), key, reason) for key, reason in skipped])
+
+
+def read_figures(path: Path) -> dict[str, Any]:
+    """What was found in a tar.
+
+    Args:
+        path (`Path`): what a [`PoolIndexer`] wrote.
+
+    Returns:
+        `dict`: `samples`, `skipped` by reason, `ignored_members`, and `unnamed`: chosen ones without a uid in a json.
+    """
+    return json.loads(pq.read_schema(path).metadata[_METADATA_KEY])
+
+
+class Layout:
+    """Which samples of the pool are written in which order.
+
+    Args:
+        folder (`Path`): working folder, after [`write_layout`].
+        seed (`int`, *optional*): shuffle with it: first the tars of the pool, then the samples of every
+            `SHUFFLE_WINDOW` tars among each other.
+
+    Attributes:
+        total (`int`): samples that are written.
+    """
+
+    def __init__(self, folder: Path, seed: int | None = None):
+        self._seed = seed
+        self._rows = np.load(folder / "rows.npy", mmap_mode="r")
+        self._starts = np.load(folder / "starts.npy")
+        tars, self._window = len(self._starts) - 1, 1 if seed is None else SHUFFLE_WINDOW
+        self._order = np.arange(tars) if seed is None else np.random.default_rng(seed).permutation(tars)
+        counts = np.diff(self._starts)[self._order]
+        self._window_starts = np.append(np.concatenate([[0], counts.cumsum()])[: -1 : self._window], counts.sum())
+        self.total = len(self._rows)
+
+    def samples(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """A part of the order.
+
+        Args:
+            start (`int`): the first sample.
+            stop (`int`): the one behind the last; may lie behind the end.
+
+        Returns:
+            `tuple[np.ndarray, np.ndarray]` of shape `(samples,)`, int64: tar and row in the tar's index of each.
+        """
+        first = np.searchsorted(self._window_starts, start, "right") - 1
+        last = np.searchsorted(self._window_starts, min(stop, self.total), "left")
+        parts = [self._window_samples(window) for window in range(first, last)]
+        begin = start - self._window_starts[first]
+        tars, rows = (np.concatenate(column)[begin : begin + stop - start] for column in zip(*parts, strict=True))
+        return tars, rows
+
+    def _window_samples(self, window: int) -> tuple[np.ndarray, np.ndarray]:
+        tars = self._order[window * self._window : (window + 1) * self._window]
+        rows = [self._rows[self._starts[tar] : self._starts[tar + 1]].astype(np.int64) for tar in tars]
+        columns = np.repeat(tars, [len(own) for own in rows]), np.concatenate(rows)
+        if self._seed is None:
+            return columns
+        order = np.random.default_rng([self._seed, window]).permutation(len(columns[0]))
+        return columns[0][order], columns[1][order]
+
+
+def write_layout(folder: Path, indexes: list[Path], uids: int) -> tuple[np.ndarray, int]:
+    """Choose among samples with the same uid, and write what [`Layout`] reads.
+
+    Args:
+        folder (`Path`): working folder.
+        indexes (`list[Path]`): of the tars, in the order of the pool.
+        uids (`int`): length of the subset, one byte of memory for each.
+
+    Returns:
+        `tuple[np.ndarray, int]`: bool of shape `(uids,)`: which uids of the subset are in the pool; and how many
+        samples are left out because their uid came before.
+    """
+    seen, duplicates = np.zeros(uids, bool), 0
+    chosen = []
+    for path in indexes:
+        places = pq.read_table(path, columns=["place"])["place"].to_numpy()
+        first = np.unique(places, return_index=True)[1]
+        rows = np.sort(first[~seen[places[first]]])
+        seen[places[rows]] = True
+        duplicates += len(places) - len(rows)
+        chosen.append(rows.astype(np.uint32))
+    for name, array in (
+        ("starts.npy", np.cumsum([0, *map(len, chosen)])),
+        ("rows.npy", np.concatenate([np.empty(0, np.uint32), *chosen])),
+    ):
+        with renamed_when_whole(folder / name) as temporary, open(temporary, "wb") as file:
+            np.save(file, array)
+    return seen, duplicates
+
+
+def _table(samples: list[Sample], places: np.ndarray) -> pa.Table:
+    columns: dict[str, list] = {name: [] for name in _SCHEMA.names}
+    for sample in samples:
+        starts, ends = zip(*sample.spans, strict=True)
+        columns["span_start"].append(starts)
+        columns["span_end"].append(ends)
+        offsets, sizes = zip(*sample.members.values(), strict=True)
+        columns["ext"].append(list(sample.members))
+        columns["offset"].append(offsets)
+        columns["size"].append(sizes)
+    columns |= {"key": [sample.key for sample in samples], "place": places}
+    return pa.table(columns, _SCHEMA)

@@ -1,0 +1,217 @@
+"""From a pool of tars and a subset of uids to training tars: the chosen samples, their bytes untouched.
+
+    tars of the pool ── pool_index.py, a task for each ──► .work/index-*.parquet ── layout ─┐
+                 └───── bytes ──► tar_writing.py, a task for each output tar ◄──────────────┘
+                                    └─► 00000.tar, 00000.index.parquet, ...; missing.npy; reshard.json (last)
+
+The layout is made from the subset, the order of the pool and the options alone: the outputs are the same bytes with
+any number of workers, and after any number of kills.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ...files import remove_temporaries, renamed_when_whole
+from ..engine.engine import ShardTask, process_rank, run_tasks
+from ..packing.plan_files import describe_shard
+from ..storage.tars import find_shards
+from ..storage.uids import read_uids, write_uids
+from .pool_index import Layout, PoolIndexer, read_figures, write_layout
+from .tar_writing import TarWriter, index_name
+
+RESHARD_NAME = "reshard.json"
+MISSING_NAME = "missing.npy"
+FORMAT_VERSION = 1
+_WORK, _RECIPE = ".work", "recipe.json"
+
+
+@dataclass
+class ReshardReport:
+    """Figures of a whole run, parts of killed runs included.
+
+    Attributes:
+        samples (`int`): in the pool, those that are skipped included.
+        written (`int`): in the output.
+        tars (`int`): of the output.
+        uids (`int`): in the subset.
+        missing (`int`): of these in no tar of the pool; they stand in `missing.npy`.
+        duplicates (`int`): samples left out because their uid came before.
+        skipped (`dict[str, int]`): samples that cannot be used, by reason.
+        ignored_members (`int`): members of the pool that belong to no sample, as folders and links.
+    """
+
+    samples: int
+    written: int
+    tars: int
+    uids: int
+    missing: int
+    duplicates: int
+    skipped: dict[str, int]
+    ignored_members: int
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.skipped.items())
+        lines = {
+            "pool": f"{self.samples:,} samples",
+            "written": f"{self.written:,} samples, {self.tars:,} tars",
+            "missing": f"{self.missing:,} of {self.uids:,} uids" + f" ({MISSING_NAME})" * bool(self.missing),
+            "duplicates": f"{self.duplicates:,}",
+            "skipped": f"{sum(self.skipped.values()):,}" + (f" ({reasons})" if reasons else ""),
+        }
+        if self.ignored_members:
+            lines["ignored"] = f"{self.ignored_members:,} members that are no file of a sample (folders, links, ...)"
+        return "\n".join(f"{name:<11}{value}" for name, value in lines.items())
+
+
+def reshard(
+    pool: Sequence[str | Path],
+    subset: str | Path,
+    output: str | Path,
+    *,
+    samples_per_shard: int = 10_000,
+    shuffle_seed: int | None = None,
+    num_workers: int | None = None,
+    engine: str = "local",
+) -> ReshardReport:
+    """Copy the samples of a subset into new tars. The same input gives the same bytes, with any number of workers.
+
+    Args:
+        pool (`Sequence[str | Path]`): tars, and folders of tars. Of samples with one uid the first is taken.
+        subset (`str | Path`): `.npy` file of uids, as [`read_uids`] reads it.
+        output (`str | Path`): folder of the new tars, for one run at a time. What a killed run has finished is kept.
+        samples_per_shard (`int`, *optional*, defaults to 10000): of each tar but the last.
+        shuffle_seed (`int`, *optional*): shuffle with it, as [`Layout`] says; in the order of the pool without.
+        num_workers (`int`, *optional*): processes; where not given one per core.
+        engine (`str`, *optional*, defaults to `"local"`): `"local"` or `"ray"`.
+
+    Returns:
+        [`ReshardReport`].
+
+    Raises:
+        ValueError: for an option out of range, files of another form, a folder with other tars in it, or if no
+            sample of the pool is in the subset.
+        OSError: if a file cannot be read or written.
+    """
+    if samples_per_shard < 1:
+        raise ValueError(f"samples_per_shard must be at least 1, got {samples_per_shard}")
+    if process_rank()[1] > 1:
+        raise ValueError("reshard is one command that starts its own workers: run it without accelerate launch")
+    tars, folder = find_shards(pool), Path(output).resolve()
+    if any(tar.resolve().parent == folder for tar in tars):
+        raise ValueError(f"{output}: the pool has tars in this folder; choose another output")
+    recipe = {
+        "format_version": FORMAT_VERSION,
+        "subset": _describe_subset(subset),
+        "samples_per_shard": samples_per_shard,
+        "shuffle_seed": shuffle_seed,
+        "shards": [describe_shard(tar, folder) for tar in tars],
+    }
+    work = folder / _WORK
+    _claim(folder, recipe)
+    finished = _finished_report(folder)
+    if finished is None:
+        engine_options = {"engine": engine, "num_workers": num_workers}
+        finished = _make(folder, work, Path(subset).resolve(), tars, recipe, engine_options)
+    shutil.rmtree(work, ignore_errors=True)
+    return finished
+
+
+def _make(
+    folder: Path, work: Path, subset: Path, tars: list[Path], recipe: dict[str, Any], engine: dict[str, Any]
+) -> ReshardReport:
+    """All steps; those of an earlier run that are finished are not done again."""
+    indexes = [index_name(work, number) for number in range(len(tars))]
+    tasks = [ShardTask(Path(os.path.abspath(tar)), index) for tar, index in zip(tars, indexes, strict=True)]
+    run_tasks(tasks, functools.partial(PoolIndexer, str(subset)), description="indexing", **engine)
+    figures = [read_figures(index) for index in indexes]
+    _check_names(tars, figures)
+    uids = read_uids(subset)
+    seen, duplicates = write_layout(work, indexes, len(uids))
+    layout = Layout(work, recipe["shuffle_seed"])
+    if not layout.total:
+        raise ValueError(f"{subset}: none of its {len(uids)} uids is in the pool")
+    count = -(-layout.total // recipe["samples_per_shard"])
+    outputs = [folder / f"{number:05d}.index.parquet" for number in range(count)]
+    remove_temporaries(
+        [*(folder / f"{n:05d}.tar" for n in range(count)), folder / MISSING_NAME, folder / RESHARD_NAME]
+    )
+    make_writer = functools.partial(TarWriter, folder, work, str(subset), recipe)
+    # All are of one size, so that any file may be the measure of the work.
+    run_tasks([ShardTask(subset, path) for path in outputs], make_writer, description="writing", **engine)
+    if not seen.all():
+        write_uids(folder / MISSING_NAME, uids[~seen])
+    report = ReshardReport(
+        samples=sum(one["samples"] for one in figures),
+        written=layout.total,
+        tars=count,
+        uids=len(uids),
+        missing=len(uids) - int(seen.sum()),
+        duplicates=duplicates,
+        skipped=dict(sorted(sum((Counter(one["skipped"]) for one in figures), Counter()).items())),
+        ignored_members=sum(one["ignored_members"] for one in figures),
+    )
+    _write_json(folder / RESHARD_NAME, {"recipe": recipe, "totals": asdict(report)})
+    return report
+
+
+def _describe_subset(subset: str | Path) -> dict[str, Any]:
+    """By content: the same subset may be written again."""
+    with open(subset, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"name": Path(subset).name, "sha256": digest}
+
+
+def _claim(folder: Path, recipe: dict[str, Any]) -> None:
+    """Make the folder this recipe's, or make sure that it is."""
+    advice = f"delete {folder} or choose another output"
+    known = folder / _WORK / _RECIPE
+    finished = folder / RESHARD_NAME
+    if finished.exists():
+        made = json.loads(finished.read_text(encoding="utf8")).get("recipe", {})
+    elif known.exists():
+        made = json.loads(known.read_text(encoding="utf8"))
+    else:
+        stranger = next(folder.glob("*.tar"), None)
+        if stranger is not None:
+            raise ValueError(f"{stranger}: a tar that reshard has not made; {advice}")
+        made = recipe
+    for name, value in recipe.items():
+        if made.get(name) != value:
+            what = {"shards": "other or changed tars", "subset": "another subset"}.get(name)
+            found = what or f"{name} {made.get(name)}, now {value}"
+            raise ValueError(f"{folder}: made with {found}; {advice}")
+    (folder / _WORK).mkdir(parents=True, exist_ok=True)
+    remove_temporaries([known])
+    _write_json(known, recipe)
+
+
+def _finished_report(folder: Path) -> ReshardReport | None:
+    """The figures of a run that has come to its end and whose files are all there."""
+    path = folder / RESHARD_NAME
+    if not path.exists():
+        return None
+    report = ReshardReport(**json.loads(path.read_text(encoding="utf8"))["totals"])
+    names = (f"{n:05d}{suffix}" for n in range(report.tars) for suffix in (".tar", ".index.parquet"))
+    return report if all((folder / name).exists() for name in names) else None
+
+
+def _check_names(tars: list[Path], figures: list[dict[str, Any]]) -> None:
+    """Uids that are made of a tar's name and a key tell nothing apart if two tars have that name."""
+    named: dict[str, tuple[Path, bool]] = {}
+    for tar, figure in zip(tars, figures, strict=True):
+        other, unnamed = named.setdefault(tar.name, (tar, bool(figure["unnamed"])))
+        if other is not tar and (unnamed or figure["unnamed"]):
+            raise ValueError(f"{other} and {tar} have one name, and samples without a uid in a json: rename one")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with renamed_when_whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf8")

@@ -1,0 +1,76 @@
+"""Files of data sets on the Hugging Face Hub: `hf://datasets/ORG/NAME[@REVISION][/PATH]` as local files.
+
+What a plan is made from is read again in every step of a training, at any place: the files are downloaded whole, once,
+into the cache of huggingface_hub, whose settings and token hold. The plan names them there, under their commit.
+"""
+
+import glob
+import logging
+import re
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+
+from .tables import split_names
+
+logger = logging.getLogger(__name__)
+
+SCHEME = "hf://"
+_URI = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@(refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/(.*))?$")
+_SUFFIXES = (".tar", ".parquet", ".jsonl")  # of a folder's files the first kind that is there
+
+
+def download_files(uri: str) -> list[Path]:
+    """Download what a path on the Hub stands for.
+
+    Args:
+        uri (`str`): a file, a pattern with `*`, or a folder or a whole data set, which stands for its `*.tar`, or
+            else its `*.parquet`, or else its `*.jsonl` at any depth.
+
+    Returns:
+        `list[Path]`: the files in the cache, sorted.
+
+    Raises:
+        ValueError: for another form, no such data set, revision or file, several splits, or if the Hub cannot be
+            reached.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.hf_api import RepoFile
+
+    match = _URI.match(uri)
+    if not match:
+        raise ValueError(f"{uri}: data sets of the Hub are named hf://datasets/ORG/NAME[@REVISION][/PATH]")
+    repo_id, revision, inside = match[1], match[2], (match[3] or "").strip("/")
+    try:
+        api = HfApi()
+        commit = api.dataset_info(repo_id, revision=revision).sha
+        tree = api.list_repo_tree(repo_id, revision=commit, repo_type="dataset", recursive=True)
+        sizes = {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
+        names = _choose(uri, inside, sorted(sizes))
+        total = sum(sizes[name] for name in names) / 1e9
+        logger.info("%s: %d files of %.2f GB at commit %s", uri, len(names), total, commit)
+        folder = snapshot_download(
+            repo_id, repo_type="dataset", revision=commit, allow_patterns=[glob.escape(name) for name in names]
+        )
+    except (OSError, HTTPError) as error:  # also the connection's own; being offline is an OSError
+        raise ValueError(f"{uri}: {' '.join(str(error).split())}") from error
+    return [Path(folder) / name for name in names]
+
+
+def _choose(uri: str, inside: str, names: list[str]) -> list[str]:
+    """The files that a path stands for, among all of the data set."""
+    if inside in names:
+        return [inside]
+    if "*" in inside:
+        chosen = [name for name in names if fnmatchcase(name, inside)]
+    else:
+        below = [name for name in names if name.startswith(f"{inside}/") or not inside]
+        by_suffix = ([name for name in below if PurePosixPath(name).suffix == suffix] for suffix in _SUFFIXES)
+        chosen = next(filter(None, by_suffix), [])
+        splits = split_names(chosen)
+        if len(splits) > 1:
+            root = uri.removesuffix(f"/{inside}") if inside else uri.rstrip("/")
+            raise ValueError(f"{uri} holds the splits {', '.join(splits)}: name one, as {root}/{splits[-1]}-*.parquet")
+    if not chosen:
+        raise ValueError(f"{uri}: there is no such file, and no {', '.join(_SUFFIXES)} below it")
+    return chosen

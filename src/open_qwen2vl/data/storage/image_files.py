@@ -1,0 +1,250 @@
+"""Images that records name by a path: in folders, uncompressed tars and zips.
+
+    names of all archives ── index_archives ──► image-index.{key,place}.npy, sorted by hash, memory-mapped
+    a name ── ImageFiles.find ──► place (root, offset, size), kept in the plan ── ImageFiles.read ──► bytes
+
+Folders are looked at first. A name is a path inside of a root: absolute ones, `..` and links that leave the folder
+are refused. An archive's member is read by its offset, and only if it still has its name.
+"""
+
+import functools
+import hashlib
+import logging
+import os
+import posixpath
+import stat
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..packing.plan_files import describe_shard, shard_path
+from .open_files import Newest
+from .tars import MemberError, list_files, read_member
+from .zips import list_members, read_zip_member
+
+logger = logging.getLogger(__name__)
+
+MAX_IMAGE_BYTES = 256 << 20
+INDEX_NAME = "image-index"
+_SORTED_AT_ONCE = 1 << 16
+_PLACE = np.dtype([("root", "<i4"), ("offset", "<i8"), ("size", "<i8")])
+_ENTRY = struct.Struct("<Qiqq")  # hash of the name, then a place
+
+
+class Place(NamedTuple):
+    """Where an image is.
+
+    Attributes:
+        root (`int`): index into the list of folders and archives.
+        offset (`int`): of a tar's member its data, of a zip's its header; 0 in a folder.
+        size (`int`): bytes in the file, compressed ones of a zip.
+    """
+
+    root: int
+    offset: int
+    size: int
+
+
+def describe_images(images: Sequence[str | Path], folder: Path) -> list[dict[str, Any]]:
+    """What a plan remembers of its image folders and archives.
+
+    Args:
+        images (`Sequence[str | Path]`): folders, `.tar` and `.zip` files.
+        folder (`Path`): folder of the plan.
+
+    Returns:
+        `list[dict]`: `path` relative to the plan, of archives also `size` and `mtime_ns`.
+
+    Raises:
+        ValueError: if one is neither a folder nor an archive that can be read at any place.
+    """
+    described = []
+    for path in map(Path, images):
+        if not path.is_dir() and not (path.is_file() and path.suffix in (".tar", ".zip")):
+            raise ValueError(f"{path}: images are read from folders, .tar and .zip files (unpack compressed tars)")
+        root = describe_shard(path, folder)
+        described.append({"path": root["path"]} if path.is_dir() else root)
+    return described
+
+
+def index_archives(folder: Path, images: Sequence[dict[str, Any]]) -> None:
+    """Write the index of all archives' members, if there are archives: 16 bytes of memory for each, once.
+
+    Args:
+        folder (`Path`): folder of the plan.
+        images (`Sequence[dict]`): from [`describe_images`].
+
+    Raises:
+        ValueError: if a zip cannot be read, or compresses members in another way than deflate.
+    """
+    remove_index(folder)
+    archives = {number: shard_path(folder, root) for number, root in enumerate(images) if "size" in root}
+    if not archives:
+        return
+    raw = folder / f"{INDEX_NAME}.raw"
+    with open(raw, "wb") as file:
+        for number, path in archives.items():
+            file.writelines(_ENTRY.pack(_hash(name), number, offset, size) for name, offset, size in _members(path))
+    entry = np.dtype([("key", "<u8"), *_PLACE.descr])
+    entries = np.memmap(raw, entry, "r") if raw.stat().st_size else np.empty(0, entry)
+    order = np.argsort(entries["key"], kind="stable")  # of two members with one name the first is found
+    for name, fields, dtype in (("key", "key", np.dtype("<u8")), ("place", list(_PLACE.names), _PLACE)):
+        column = np.lib.format.open_memmap(_index_path(folder, name), "w+", dtype, (len(entries),))
+        for start in range(0, len(entries), _SORTED_AT_ONCE):
+            column[start : start + _SORTED_AT_ONCE] = entries[order[start : start + _SORTED_AT_ONCE]][fields]
+        column.flush()
+    raw.unlink()
+
+
+def remove_index(folder: Path) -> None:
+    """Remove what [`index_archives`] wrote.
+
+    Args:
+        folder (`Path`): folder of the plan.
+    """
+    for path in folder.glob(f"{INDEX_NAME}.*"):
+        path.unlink(missing_ok=True)
+
+
+class ImageFiles:
+    """The images of a plan, for one process.
+
+    Args:
+        folder (`Path`): folder of the plan.
+        images (`Sequence[dict]`): from [`describe_images`].
+    """
+
+    def __init__(self, folder: Path, images: Sequence[dict[str, Any]]):
+        paths = [shard_path(folder, root) for root in images]
+        self._folder = folder
+        self._archives = {number: paths[number] for number, root in enumerate(images) if "size" in root}
+        self._folders = {
+            number: os.path.realpath(path) for number, path in enumerate(paths) if number not in self._archives
+        }
+        self._files = Newest(lambda number: open(self._archives[number], "rb", buffering=0))
+        self._real_folder = functools.lru_cache(1024)(os.path.realpath)
+
+    def find(self, name: str) -> Place:
+        """Where the image of a name is.
+
+        Args:
+            name (`str`): path inside of a folder or an archive.
+
+        Returns:
+            [`Place`].
+
+        Raises:
+            MemberError: `unsafe_image_path` if the path could leave the folder, `missing_image`, `empty_image`,
+                `image_too_large` above `MAX_IMAGE_BYTES`.
+            ValueError: if there is no folder and no archive at all.
+        """
+        if not self._folders and not self._archives:
+            raise ValueError(
+                f"a record names the image {name}, but no folder or archive of images was given (--images)"
+            )
+        found = self._find(_checked_name(name))
+        if found is None:
+            raise MemberError("missing_image", f"there is no image {name}")
+        if not 0 < found.size <= MAX_IMAGE_BYTES:
+            raise MemberError("image_too_large" if found.size else "empty_image", f"{name} has {found.size} bytes")
+        return found
+
+    def read(self, name: str, place: Sequence[int]) -> bytes:
+        """The file of an image.
+
+        Args:
+            name (`str`): as given to `find`.
+            place (`Sequence[int]`): what it returned.
+
+        Returns:
+            `bytes`: the content of the image file.
+
+        Raises:
+            MemberError: as `find`; `moved_member` if another member stands at the place in the archive,
+                `corrupt_image` if it cannot be decompressed.
+        """
+        place = Place(*place)
+        if place.root in self._archives:
+            file = self._files[place.root].fileno()
+            if self._archives[place.root].endswith(".zip"):
+                return read_zip_member(file, _checked_name(name), place.offset, place.size, MAX_IMAGE_BYTES)
+            return _read_tar_member(file, _checked_name(name), place)
+        path = self._path_in_folder(place.root, _checked_name(name))
+        try:
+            if os.stat(path).st_size > MAX_IMAGE_BYTES:
+                raise MemberError("image_too_large", f"{name} is larger than {MAX_IMAGE_BYTES} bytes")
+            return Path(path).read_bytes()
+        except OSError as error:
+            raise MemberError("missing_image", f"{name}: {error}") from error
+
+    def _find(self, name: str) -> Place | None:
+        for number in self._folders:
+            try:
+                status = os.stat(self._path_in_folder(number, name))
+            except OSError:
+                continue
+            if stat.S_ISREG(status.st_mode):
+                return Place(number, 0, status.st_size)
+        if not self._archives:
+            return None
+        keys, places = self._index
+        key = np.uint64(_hash(name))
+        row = int(np.searchsorted(keys, key))
+        return Place(*places[row].item()) if row < len(keys) and keys[row] == key else None
+
+    @functools.cached_property
+    def _index(self) -> tuple[np.ndarray, np.ndarray]:
+        return tuple(np.load(_index_path(self._folder, name), mmap_mode="r") for name in ("key", "place"))
+
+    def _path_in_folder(self, number: int, name: str) -> str:
+        """The path of a name in a folder, which it may not leave by a link."""
+        root = self._folders[number]
+        parent, base = os.path.split(os.path.join(root, name))
+        path = os.path.join(self._real_folder(parent), base)
+        if os.path.islink(path):
+            path = os.path.realpath(path)
+        if os.path.commonpath([root, path]) != root:
+            raise MemberError("unsafe_image_path", f"{name} is a link that leaves {root}")
+        return path
+
+
+def _checked_name(name: str) -> str:
+    if name.startswith("/") or ".." in name.split("/") or "\0" in name or not _is_unicode(name):
+        raise MemberError("unsafe_image_path", f"{name} is no path inside of the images' folder")
+    return posixpath.normpath(name)
+
+
+def _is_unicode(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _hash(name: str) -> int:
+    digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _index_path(folder: Path, name: str) -> Path:
+    return folder / f"{INDEX_NAME}.{name}.npy"
+
+
+def _members(path: str) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size of an archive's files."""
+    try:
+        for name, offset, size in (list_members if path.endswith(".zip") else list_files)(path):
+            yield posixpath.normpath(name), offset, size
+    except MemberError as error:
+        logger.warning("%s; what follows there is missing", error)
+
+
+def _read_tar_member(file: int, name: str, place: Place) -> bytes:
+    try:
+        return read_member(file, name, place.offset, place.size)
+    except MemberError:
+        return read_member(file, f"./{name}", place.offset, place.size)  # as `tar -C folder .` names them

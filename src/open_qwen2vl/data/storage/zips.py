@@ -1,0 +1,128 @@
+"""Members of a zip by their places, from its directory, one after the other.
+
+`zipfile` holds half a kilobyte of memory for each member, and archives of images have millions. Its central directory
+is a run of small records at the end of the file; here they are read as they come. Zip64, without which neither 65,536
+members nor 4 GB fit, is followed; zips of several volumes are not.
+"""
+
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from .tars import MemberError
+
+STORED, DEFLATED = 0, 8
+_END = struct.Struct("<4s4H2LH")
+_END_LOCATOR_64 = struct.Struct("<4sLQL")
+_END_64 = struct.Struct("<4sQ2H2L4Q")
+_ENTRY = struct.Struct("<4s6H3L5H2L")
+_HEADER = struct.Struct("<4s5H3L2H")
+_LONGEST_COMMENT = (1 << 16) - 1
+_FULL = (1 << 32) - 1  # what stands in place of a number that is in the zip64 field
+_UTF8, _ENCRYPTED = 0x800, 1
+
+
+def list_members(path: str | os.PathLike) -> Iterator[tuple[str, int, int]]:
+    """The files of a zip.
+
+    Args:
+        path (`str | os.PathLike`): the zip.
+
+    Yields:
+        `tuple[str, int, int]`: name, byte offset of the member's header and size of its compressed data.
+
+    Raises:
+        ValueError: if it is no zip or a damaged one, or a member is encrypted or compressed in another way than
+            deflate.
+    """
+    with open(path, "rb") as file:
+        start, entries, shift = _directory(path, file)
+        file.seek(start)
+        for _ in range(entries):
+            entry = file.read(_ENTRY.size)
+            if len(entry) < _ENTRY.size or entry[:4] != b"PK\1\2":
+                raise ValueError(
+                    f"{path}: not a zip, or a damaged one: its directory breaks off at byte {file.tell()}"
+                )
+            fields = _ENTRY.unpack(entry)
+            flags, method, packed, plain, offset = fields[3], fields[4], fields[8], fields[9], fields[16]
+            name = file.read(fields[10]).decode("utf-8" if flags & _UTF8 else "cp437", errors="surrogateescape")
+            packed, offset = _widen(file.read(fields[11]), plain, packed, offset)
+            file.seek(fields[12], os.SEEK_CUR)
+            if name.endswith("/"):
+                continue
+            if method not in (STORED, DEFLATED) or flags & _ENCRYPTED:
+                raise ValueError(f"{path}: {name} is encrypted or compressed in another way than deflate")
+            yield name, offset + shift, packed
+
+
+def read_zip_member(file: int, name: str, offset: int, size: int, limit: int) -> bytes:
+    """Read a member and make sure that it is still this one.
+
+    Args:
+        file (`int`): descriptor of the open zip.
+        name (`str`): its name, perhaps without a leading `./`.
+        offset (`int`): of its header.
+        size (`int`): bytes of its compressed data.
+        limit (`int`): most bytes that it may have uncompressed.
+
+    Returns:
+        `bytes`: its data, uncompressed.
+
+    Raises:
+        MemberError: `moved_member` if something else stands there, `corrupt_image` if it cannot be decompressed.
+    """
+    block = os.pread(file, _HEADER.size, offset)
+    fields = _HEADER.unpack(block) if len(block) == _HEADER.size else (b"",)
+    if fields[0] != b"PK\3\4":
+        raise MemberError("moved_member", f"{name} is not at byte {offset} of the zip any more")
+    name_size, extra_size = fields[9:]
+    rest = os.pread(file, name_size + extra_size + size, offset + _HEADER.size)
+    found = rest[:name_size].decode("utf-8" if fields[2] & _UTF8 else "cp437", errors="surrogateescape")
+    if found.removeprefix("./") != name or len(rest) < name_size + extra_size + size:
+        raise MemberError("moved_member", f"{name} is not at byte {offset} of the zip any more")
+    data = rest[name_size + extra_size :]
+    return data if fields[3] == STORED else _inflate(name, data, limit)
+
+
+def _directory(path: str | os.PathLike, file: BinaryIO) -> tuple[int, int, int]:
+    """Where the directory starts, how many entries it has, and what its offsets lack if the zip has a prefix."""
+    size = file.seek(0, os.SEEK_END)
+    tail_start = max(0, size - _END.size - _LONGEST_COMMENT)
+    file.seek(tail_start)
+    tail = file.read()
+    at = tail.rfind(b"PK\5\6")
+    if at < 0 or len(tail) - at < _END.size:
+        raise ValueError(f"{path}: not a zip, or a damaged one: it has no directory at its end")
+    *_, entries, length, offset, _ = _END.unpack_from(tail, at)
+    end = tail_start + at
+    locator = tail[max(0, at - _END_LOCATOR_64.size) : at]
+    if locator[:4] == b"PK\6\7":
+        end = end - _END_LOCATOR_64.size - _END_64.size
+        file.seek(end)
+        *_, entries, length, offset = _END_64.unpack(file.read(_END_64.size))
+    return end - length, entries, end - length - offset
+
+
+def _widen(extra: bytes, plain: int, packed: int, offset: int) -> tuple[int, int]:
+    """Compressed size and offset, from the zip64 field where they do not fit their own."""
+    while len(extra) >= 4:
+        kind, length = struct.unpack_from("<2H", extra)
+        if kind == 1:
+            wide = iter(struct.unpack_from(f"<{length // 8}Q", extra, 4))
+            _, packed, offset = (next(wide) if number == _FULL else number for number in (plain, packed, offset))
+        extra = extra[4 + length :]
+    return packed, offset
+
+
+def _inflate(name: str, data: bytes, limit: int) -> bytes:
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        content = inflater.decompress(data, limit)
+    except zlib.error as error:
+        raise MemberError("corrupt_image", f"{name}: {error}") from error
+    if not inflater.eof:
+        raise MemberError("corrupt_image", f"{name} is cut off in the zip, or larger than {limit} bytes")
+    return content

@@ -1,0 +1,214 @@
+"""What an estimate starts from: a recipe's options, the configs that they name, and how much there is to read.
+
+Only configs and `plan.json` are read: no weights, no data.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoConfig, PreTrainedConfig
+
+from ..data.packing.mixture import parse_sources
+from ..data.packing.pack_order import picks_per_epoch
+from ..data.packing.plan_files import read_plan
+from ..modeling.configuration_open_qwen2vl import OpenQwen2VLConfig
+from ..trainer.arguments import PackedTrainingArguments
+from .memory import Training
+
+PARTS = ("vision_tower", "projector", "language_model")
+DEFAULTS = {name: field.default for name, field in PackedTrainingArguments.__dataclass_fields__.items()}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Packs of an epoch of the run that have the same number of tokens per image.
+
+    Attributes:
+        packs (`float`): packs, each as often as it is read.
+        tokens (`float`): real positions.
+        images (`float`): images.
+        squared_lengths (`float`): sum over documents of their length squared.
+        image_seq_length (`int`): tokens per image.
+        max_length (`int`): positions of a pack.
+        most_images (`float`): images of the pack that has the most.
+    """
+
+    packs: float
+    tokens: float
+    images: float
+    squared_lengths: float
+    image_seq_length: int
+    max_length: int
+    most_images: float
+
+
+def planned_work(train_packs: str | list[dict[str, Any]]) -> list[Work]:
+    """Read what the plans of a recipe's packs add up to.
+
+    Args:
+        train_packs (`str | list[dict]`): the recipe's option.
+
+    Returns:
+        `list[Work]`: one for each source. The squares of the lengths are those of documents of mean length, a little
+        below the true ones.
+
+    Raises:
+        ValueError: for a plan that is not there or holds no packs.
+    """
+    sources = parse_sources(train_packs)
+    plans = [read_plan(Path(source.path)) for source in sources]
+    for source, plan in zip(sources, plans, strict=True):
+        if not plan["totals"]["packs"]:
+            raise ValueError(f"{source.path} holds no packs")
+    picks = picks_per_epoch(sources, [plan["totals"]["packs"] for plan in plans])
+    work = []
+    for plan, packs in zip(plans, picks, strict=True):
+        totals = plan["totals"]
+        times = packs / totals["packs"]
+        work.append(
+            Work(
+                packs,
+                totals["tokens"] * times,
+                totals["images"] * times,
+                totals["tokens"] ** 2 / totals["documents"] * times,
+                plan["image_seq_length"],
+                plan["max_length"],
+                totals["images_per_pack"][1],
+            )
+        )
+    return work
+
+
+def assumed_work(
+    pairs: float, tokens_per_pair: float, images_per_pair: float, image_seq_length: int, max_length: int = 4096
+) -> list[Work]:
+    """The same for image-text pairs that are not planned yet, in full packs.
+
+    Args:
+        pairs (`float`): their number.
+        tokens_per_pair (`float`): mean tokens, those of its images included.
+        images_per_pair (`float`): mean images.
+        image_seq_length (`int`): tokens per image.
+        max_length (`int`, *optional*, defaults to 4096): positions of a pack.
+
+    Returns:
+        `list[Work]`: of one source.
+
+    Raises:
+        ValueError: if a pair has fewer tokens than its images take.
+    """
+    if tokens_per_pair <= images_per_pair * image_seq_length:
+        raise ValueError(
+            f"--tokens-per-pair {tokens_per_pair:g} leaves no room for text beside {images_per_pair:g} images of "
+            f"{image_seq_length} tokens"
+        )
+    tokens, per_pack = pairs * tokens_per_pair, max_length / tokens_per_pair * images_per_pair
+    squared = tokens * tokens_per_pair
+    return [
+        Work(tokens / max_length, tokens, pairs * images_per_pair, squared, image_seq_length, max_length, per_pack)
+    ]
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """Options of a recipe's YAML file.
+
+    Args:
+        path (`str` or `Path`): the file.
+
+    Returns:
+        `dict`: all options, those that it does not name at the recipe's defaults.
+
+    Raises:
+        ValueError: if it is no such file.
+    """
+    try:
+        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"{path}: not a YAML file of `option: value` lines")
+    return {**DEFAULTS, "dtype": "float32", **options}
+
+
+def read_config(options: dict[str, Any]) -> OpenQwen2VLConfig:
+    """The config of the model that a recipe trains; no weights are read.
+
+    Args:
+        options (`dict`): from [`read_recipe`].
+
+    Returns:
+        [`OpenQwen2VLConfig`].
+
+    Raises:
+        ValueError: if the recipe names no model, or one whose config cannot be read.
+    """
+    if options.get("model_name_or_path"):
+        return _config_of(options, "model_name_or_path")
+    if not (options.get("vision_model") and options.get("text_model")):
+        raise ValueError("the recipe names no model: give either vision_model and text_model, or model_name_or_path")
+    vision = _config_of(options, "vision_model")
+    return OpenQwen2VLConfig(
+        vision_config=getattr(vision, "vision_config", vision),
+        text_config=_config_of(options, "text_model"),
+        image_seq_length=options.get("image_seq_length") or 144,
+    )
+
+
+def _config_of(options: dict[str, Any], name: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(options[name])
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{name} {options[name]}: {error}") from error
+
+
+def read_training(options: dict[str, Any]) -> Training:
+    """What trains and how, for [`step_memory`].
+
+    Args:
+        options (`dict`): from [`read_recipe`].
+
+    Returns:
+        [`Training`].
+
+    Raises:
+        ValueError: for an unknown `dtype`, if nothing trains, or for an adapter, which is not reckoned with.
+    """
+    if options.get("use_peft"):
+        raise ValueError("use_peft: adapters are not estimated; without it the estimate is for full training")
+    dtype = getattr(torch, str(options["dtype"]), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype: {options['dtype']!r} is no type of torch, as float32 or bfloat16")
+    trained = frozenset(part for part in PARTS if options[f"train_{part}"])
+    if not trained:
+        raise ValueError("nothing to train: switch on train_projector, train_language_model or train_vision_tower")
+    every = (options["activation_checkpointing_kwargs"] or {}).get("every_n_layers", 1)
+    return Training(
+        trained=trained,
+        dtype=dtype,
+        bf16=bool(options["bf16"]),
+        optim=str(getattr(options["optim"], "value", options["optim"])),
+        accumulation=int(number_of(options, "gradient_accumulation_steps")),
+        checkpoint_every=every if options["activation_checkpointing"] else 0,
+    )
+
+
+def number_of(options: dict[str, Any], name: str) -> float:
+    """An option that is a number.
+
+    Args:
+        options (`dict`): from [`read_recipe`].
+        name (`str`): its name.
+
+    Returns:
+        `float`: its value.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    try:
+        return float(options[name])
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a number, got {options[name]!r}") from None

@@ -1,0 +1,152 @@
+"""The seam: all that the pipeline asks of a model family, and nothing else of it is special anywhere.
+
+    data     record ─► texts and media ─► DocumentProcessor ─► ids, labels, positions, media tensors of a document
+    training batch of packs ─► model after PackedModel.prepare ─► loss at labelled positions
+
+Two protocols, because a planner must not import a model. docs/architecture.md says how to add a family.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Media(NamedTuple):
+    """An image or a video as its header describes it; nothing is decoded.
+
+    Attributes:
+        kind (`str`): `"image"` or `"video"`.
+        width (`int`): in pixels, upright (after EXIF rotation); 0 where the family does not ask for sizes.
+        height (`int`): likewise.
+        frames (`int`): 1 for an image.
+        fps (`float`): frames a second of a video as stored; 0.0 for an image.
+    """
+
+    kind: str
+    width: int = 0
+    height: int = 0
+    frames: int = 1
+    fps: float = 0.0
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """What stands around texts and media in a document that is no conversation.
+
+    Attributes:
+        document_start (`tuple[int, ...]`): ids before the first entry.
+        document_end (`tuple[int, ...]`): ids behind the last entry.
+        after_media (`str`): text behind each image or video, tokenised with the text that follows it.
+        text_end (`tuple[int, ...]`): ids behind each text of a document with two or more media.
+        renames (`tuple[tuple[str, str], ...]`): literal strings of data's texts and what they become.
+    """
+
+    document_start: tuple[int, ...]
+    document_end: tuple[int, ...]
+    after_media: str = ""
+    text_end: tuple[int, ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()
+
+
+class VisionWork(NamedTuple):
+    """What encoding media costs; sums over media add up field by field.
+
+    Attributes:
+        patches (`int`): patches of the vision tower, the unit of visual load.
+        squared (`int`): sum over attention segments of the tower of their length squared.
+        tokens (`int`): positions of the language model that show the media, marks not counted.
+    """
+
+    patches: int = 0
+    squared: int = 0
+    tokens: int = 0
+
+
+class DocumentProcessor(Protocol):
+    """The data side of a family: wraps the processor that transformers loads.
+
+    Attributes:
+        tokenizer (`PreTrainedTokenizerBase`): a fast tokenizer.
+        chat_template (`str`): with `{% generation %}` marks; renders as the processor's own.
+        text_format ([`TextFormat`]): of documents that are no conversations.
+        needs_sizes (`bool`): whether [`placeholder_ids`] depends on width and height, so that a planner reads headers.
+        rope_rows (`int`): rows of `position_ids`: 1, or 4 for M-RoPE (text, t, h, w).
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    chat_template: str
+    text_format: TextFormat
+    needs_sizes: bool
+    rope_rows: int
+
+    def fingerprint(self) -> dict[str, Any]:
+        """All that decides the ids and counts of media, as JSON: a plan records it and is refused with another."""
+
+    def placeholder_ids(self, media: Media) -> list[int]:
+        """Ids that stand in the text for an image or video, marks included.
+
+        Raises:
+            SampleError: for media that the family cannot take, as an aspect ratio above 200.
+        """
+
+    def read_media(self, data: bytes, media: Media) -> dict[str, torch.Tensor]:
+        """Decode one image or video into the tensors of the forward, by their names there; first dimension joins.
+
+        Raises:
+            SampleError: if it is broken, or not what the plan says it is.
+        """
+
+    def empty_media(self) -> dict[str, torch.Tensor]:
+        """The tensors of a document without media: first dimension 0."""
+
+    def position_ids(self, input_ids: np.ndarray, media: dict[str, torch.Tensor]) -> np.ndarray:
+        """Positions of one document, int64 `(rope_rows, S)`; row 0 is `arange(S)`."""
+
+    def vision_work(self, media: Media) -> VisionWork:
+        """What encoding an image or video costs."""
+
+    def forward_options(self) -> dict[str, Any]:
+        """Arguments of the forward that are the same for all batches of a plan."""
+
+
+class StepWork(NamedTuple):
+    """The work of one micro-batch, padding not counted.
+
+    Attributes:
+        tokens (`int`): positions of documents.
+        squared_lengths (`int`): sum over documents of length squared.
+        media (`int`): images and videos.
+        vision ([`VisionWork`]): of all media.
+    """
+
+    tokens: int
+    squared_lengths: int
+    media: int
+    vision: VisionWork
+
+
+class PackedModel(Protocol):
+    """The model side of a family; the model classes stay transformers' own.
+
+    Attributes:
+        parts (`dict[str, str]`): prefix of parameter names of each part, `"projector"` and `"vision_tower"`; the first
+            that matches counts, and what matches none is `"language_model"`.
+        block_classes (`tuple[str, ...]`): classes that FSDP wraps and activation checkpointing recomputes.
+    """
+
+    parts: dict[str, str]
+    block_classes: tuple[str, ...]
+
+    def prepare(self, model: PreTrainedModel, processor: Any = None) -> PreTrainedModel:
+        """Give the model the packed forward; idempotent, takes and returns the model."""
+
+    def step_flops(self, config: PreTrainedConfig, work: StepWork, trained: dict[str, int]) -> int:
+        """FLOPs of forward and backward; `trained` has the trained parameters of each part and of `"adapter"`."""
+
+    def activation_bytes(
+        self, config: PreTrainedConfig, work: StepWork, trained: dict[str, int], **layout: Any
+    ) -> float:
+        """Bytes of activations of a micro-batch, for `open-qwen2vl estimate`."""
