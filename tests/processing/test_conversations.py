@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from open_qwen2vl.processing.conversation_records import ConversationError, read_conversation
+from open_qwen2vl.processing.conversation_records import read_conversation
 from open_qwen2vl.processing.conversations import ConversationFormat, conversation_document, training_chat_template
+from open_qwen2vl.processing.sample_error import SampleError
 
 ORIGINAL = json.loads((Path(__file__).parents[1] / "assets/original/conversations.json").read_text("utf8"))
 TEMPLATES = Path(conversation_document.__code__.co_filename).parent
@@ -163,7 +164,7 @@ BAD = {
 
 @pytest.mark.parametrize("reason", BAD)
 def test_bad_records_have_a_reason(reason):
-    with pytest.raises(ConversationError) as caught:
+    with pytest.raises(SampleError) as caught:
         read_conversation(BAD[reason])
     assert caught.value.reason == reason
 
@@ -178,7 +179,7 @@ def test_bad_records_have_a_reason(reason):
     ],
 )
 def test_turns_alternate(roles, reason):
-    with pytest.raises(ConversationError) as caught:
+    with pytest.raises(SampleError) as caught:
         read_conversation({"messages": [{"role": role, "content": "x"} for role in roles]})
     assert caught.value.reason == reason
 
@@ -203,6 +204,6 @@ def test_a_template_that_loses_an_image_or_refuses_is_counted(tokenizer):
     messages = read_conversation(RECORDS["image first"]).messages
     for body in ("text", "{{ raise_exception('no') }}", "{{ nothing.at.all }}"):
         chat = ConversationFormat(tokenizer, body + "{% generation %}a{% endgeneration %}")
-        with pytest.raises(ConversationError) as caught:
+        with pytest.raises(SampleError) as caught:
             chat.document(messages, 4)
         assert caught.value.reason == "template_error"

@@ -9,7 +9,8 @@ import pytest
 from matplotlib import get_data_path
 from PIL import Image, ImageOps
 
-from open_qwen2vl.processing.images import DRAFT_MARGIN, MAX_PIXELS, ImageError, decode_image
+from open_qwen2vl.processing.images import DRAFT_MARGIN, MAX_PIXELS, decode_image
+from open_qwen2vl.processing.sample_error import SampleError
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -69,7 +70,7 @@ def test_one_pixel():
     "data", [b"", b"not an image", encode(gradient(200, 200))[:300], encode(gradient(), "JPEG")[:200]]
 )
 def test_corrupt_is_refused(data):
-    with pytest.raises(ImageError) as error:
+    with pytest.raises(SampleError) as error:
         decode_image(data)
     assert error.value.reason == "corrupt_image"
 
@@ -80,7 +81,7 @@ def test_decompression_bomb_is_refused_from_its_header(side):
     chunk = b"IHDR" + header
     data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(header)) + chunk + struct.pack(">I", zlib.crc32(chunk))
     data += struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
-    with pytest.raises(ImageError) as error:
+    with pytest.raises(SampleError) as error:
         decode_image(data)
     assert error.value.reason == "image_too_large"
 
@@ -135,5 +136,5 @@ def test_orientation_and_other_formats_at_a_needed_size(photograph):
     assert decode_image(encode(photograph, "PNG"), min_size=(8, 8)).size == photograph.size
     grey = encode(photograph.convert("L"), "JPEG")
     assert (decode_image(grey, min_size=(8, 8)).mode, decode_image(grey, min_size=(8, 8)).size) == ("RGB", (192, 225))
-    with pytest.raises(ImageError):
+    with pytest.raises(SampleError):
         decode_image(encode(photograph, "JPEG")[:20_000], min_size=(8, 8))

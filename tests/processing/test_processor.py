@@ -13,7 +13,8 @@ from transformers import AutoProcessor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from open_qwen2vl import OpenQwen2VLProcessor
-from open_qwen2vl.processing.images import ImageError, decode_image
+from open_qwen2vl.processing.images import decode_image
+from open_qwen2vl.processing.sample_error import SampleError
 from open_qwen2vl.processing.text_formats import tokenize_captions
 
 IMAGE = Image.linear_gradient("L").convert("RGB").resize((50, 40))
@@ -107,7 +108,7 @@ def test_training_reads_a_file_as_a_call_sees_it(processor, size, resample):
     assert (read.shape, read.dtype) == ((1, 3, 32, 32), torch.uint8) and read.is_contiguous()
     difference = (read.int() - processor.resize_images([decode_image(buffer.getvalue())]).int()).abs()
     assert difference.max() <= (min(size) > 32)
-    with pytest.raises(ImageError):
+    with pytest.raises(SampleError):
         processor.read_image(b"no image")
 
 

@@ -17,7 +17,8 @@ from typing import Any
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ..processing.images import ImageError, decode_image
+from ..processing.images import decode_image
+from ..processing.sample_error import SampleError
 from .demo_page import chat_area, find_examples, gr, notice, start, text_box
 from .terminal import Conversation, generation_options, load_model
 
@@ -266,5 +267,5 @@ def _parameters(model: PreTrainedModel) -> str:
 def _read_image(file: str) -> Image.Image:
     try:
         return decode_image(Path(file).read_bytes())
-    except ImageError as error:
+    except SampleError as error:
         raise ValueError(f"{Path(file).name} cannot be read as an image.") from error

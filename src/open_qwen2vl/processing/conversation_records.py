@@ -10,21 +10,11 @@ messages [{"role", "content": [{"type": "image"} | {"type": "text", "text"}]}], 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from .sample_error import SampleError
+
 PLACEHOLDER = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 OTHER_MEDIA = ("video", "videos", "audio", "audios")
-
-
-class ConversationError(ValueError):
-    """A conversation that cannot be trained on.
-
-    Attributes:
-        reason (`str`): the name it is counted under, for example `"empty_answer"`.
-    """
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
 
 
 class Conversation(NamedTuple):
@@ -53,19 +43,19 @@ def read_conversation(record: Any) -> Conversation:
         [`Conversation`].
 
     Raises:
-        ConversationError: `not_an_object`, `no_conversation`, `bad_turn` (a turn without text or speaker),
+        SampleError: `not_an_object`, `no_conversation`, `bad_turn` (a turn without text or speaker),
             `unknown_role`, `unknown_content`, `unsupported_media`, `bad_encoding` (half a surrogate pair),
             `roles_out_of_order`, `no_assistant_turn`, `empty_answer`, `bad_image` (neither path nor bytes),
             `too_many_placeholders` or `too_few_placeholders`.
     """
     if not isinstance(record, Mapping):
-        raise ConversationError("not_an_object", f"the record is a {type(record).__name__}")
+        raise SampleError("not_an_object", f"the record is a {type(record).__name__}")
     media = next((name for name in OTHER_MEDIA if record.get(name)), None)
     if media:
-        raise ConversationError("unsupported_media", f"the record has {media}; only images can be read")
+        raise SampleError("unsupported_media", f"the record has {media}; only images can be read")
     turns = record.get("messages") or record.get("conversations")
     if not isinstance(turns, list | tuple) or not turns:
-        raise ConversationError("no_conversation", "the record has neither messages nor conversations")
+        raise SampleError("no_conversation", "the record has neither messages nor conversations")
     messages = [_read_turn(turn) for turn in turns]
     _check_roles([message["role"] for message in messages])
     listed = _listed_images(record)
@@ -75,7 +65,7 @@ def read_conversation(record: Any) -> Conversation:
     for message in messages:
         message["content"] = join_texts(message["content"])
         if message["role"] == "assistant" and not any(part.get("text", "x").strip() for part in message["content"]):
-            raise ConversationError("empty_answer", "an answer without text")
+            raise SampleError("empty_answer", "an answer without text")
     return Conversation(messages, images)
 
 
@@ -100,14 +90,14 @@ def join_texts(parts: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def _read_turn(turn: Any) -> dict[str, Any]:
     """One turn with a list of parts; an image that the record lists elsewhere is None here."""
     if not isinstance(turn, Mapping):
-        raise ConversationError("bad_turn", f"a turn is a {type(turn).__name__}")
+        raise SampleError("bad_turn", f"a turn is a {type(turn).__name__}")
     speaker, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if turn.get("tool_calls"):
-        raise ConversationError("unknown_content", "a turn calls tools")
+        raise SampleError("unknown_content", "a turn calls tools")
     if not isinstance(speaker, str) or not isinstance(content, str | list | tuple):
-        raise ConversationError("bad_turn", f"a turn has the keys {', '.join(map(str, turn))}")
+        raise SampleError("bad_turn", f"a turn has the keys {', '.join(map(str, turn))}")
     if speaker not in ROLES:
-        raise ConversationError("unknown_role", f"a turn of {speaker!r}")
+        raise SampleError("unknown_role", f"a turn of {speaker!r}")
     if not isinstance(content, str):
         return {"role": ROLES[speaker], "content": [_read_part(part) for part in content]}
     first, *others = map(_text, content.split(PLACEHOLDER))
@@ -121,14 +111,14 @@ def _read_part(part: Any) -> dict[str, Any]:
         return _text(part["text"])
     if kind == "image":
         return _image(part.get("image") or part.get("path"))
-    raise ConversationError("unknown_content", f"content of type {kind!r}; image and text can be read")
+    raise SampleError("unknown_content", f"content of type {kind!r}; image and text can be read")
 
 
 def _text(text: str) -> dict[str, Any]:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ConversationError("bad_encoding", f"a text is no Unicode: {error}") from error
+        raise SampleError("bad_encoding", f"a text is no Unicode: {error}") from error
     return {"type": "text", "text": text}
 
 
@@ -139,9 +129,9 @@ def _image(image: Any) -> dict[str, Any]:
 def _check_roles(roles: list[str]) -> None:
     turns = roles[1:] if roles[0] == "system" else roles
     if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"] * (len(turns) % 2):
-        raise ConversationError("roles_out_of_order", f"turns of {', '.join(roles)}")
+        raise SampleError("roles_out_of_order", f"turns of {', '.join(roles)}")
     if "assistant" not in turns:
-        raise ConversationError("no_assistant_turn", "nobody answers")
+        raise SampleError("no_assistant_turn", "nobody answers")
 
 
 def _listed_images(record: Mapping) -> list[Any]:
@@ -163,11 +153,11 @@ def _fill_images(messages: list[dict[str, Any]], listed: list[Any]) -> list[Any]
     wanted = own.count(None)
     if wanted != len(listed):
         reason = "too_many_placeholders" if wanted > len(listed) else "too_few_placeholders"
-        raise ConversationError(reason, f"{wanted} placeholders and {len(listed)} images")
+        raise SampleError(reason, f"{wanted} placeholders and {len(listed)} images")
     rest = iter(listed)
     images = [next(rest) if image is None else image for image in own]
     if not all(_is_image(image) for image in images):
-        raise ConversationError("bad_image", "an image is neither a path nor bytes")
+        raise SampleError("bad_image", "an image is neither a path nor bytes")
     return images
 
 

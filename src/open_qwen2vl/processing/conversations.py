@@ -22,7 +22,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .conversation_records import ConversationError, join_texts
+from .conversation_records import join_texts
+from .sample_error import SampleError
 from .text_formats import IGNORE_INDEX, IMAGE_TOKEN, encode_as_text
 
 SHORT_PIECE = 64  # characters: what the template writes itself comes again and again, a longer text is the data's
@@ -47,7 +48,7 @@ def conversation_document(
 
     Raises:
         ValueError: if the template has no such marks.
-        ConversationError: `template_error` if the template refuses the messages or loses an image.
+        SampleError: `template_error` if the template refuses the messages or loses an image.
     """
     return ConversationFormat(processor.tokenizer, processor.chat_template).document(messages, image_seq_length)
 
@@ -93,7 +94,7 @@ class ConversationFormat:
             ids += new
             labels += new if is_answer else [IGNORE_INDEX] * len(new)
         if images:
-            raise ConversationError("template_error", f"the chat template loses or doubles {abs(images)} images")
+            raise SampleError("template_error", f"the chat template loses or doubles {abs(images)} images")
         labels[:1] = [IGNORE_INDEX]
         return np.array(ids, dtype=np.int64), np.array(labels, dtype=np.int64)
 
@@ -116,7 +117,7 @@ class ConversationFormat:
                 **self.tokenizer.special_tokens_map,
             )
         except (TemplateError, TypeError, ValueError) as error:
-            raise ConversationError("template_error", f"the chat template refuses it: {error}") from error
+            raise SampleError("template_error", f"the chat template refuses it: {error}") from error
         return text, answers
 
     def _pieces(self, text: str, answers: list[tuple[int, int]]) -> Iterable[tuple[str, bool]]:

@@ -9,23 +9,13 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
+from .sample_error import SampleError
+
 # Above this a small file can claim gigabytes of pixels (Pillow warns from here and refuses at twice as many).
 MAX_PIXELS = 89_478_485
 # A JPEG decoded at a fraction stays this many times as large as it is needed: below 2 the result changes visibly
 # (docs/performance.md, "Loading").
 DRAFT_MARGIN = 2
-
-
-class ImageError(ValueError):
-    """An image that cannot be used.
-
-    Attributes:
-        reason (`str`): `"corrupt_image"` or `"image_too_large"`, the name it is counted under.
-    """
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
 
 
 def decode_image(data: bytes, min_size: tuple[int, int] | None = None) -> Image.Image:
@@ -45,7 +35,7 @@ def decode_image(data: bytes, min_size: tuple[int, int] | None = None) -> Image.
         `PIL.Image.Image`: mode RGB.
 
     Raises:
-        ImageError: `corrupt_image` for a file that is truncated or no image, `image_too_large` for one of more than
+        SampleError: `corrupt_image` for a file that is truncated or no image, `image_too_large` for one of more than
             `MAX_PIXELS` pixels, which is refused from its header.
     """
     try:
@@ -54,17 +44,17 @@ def decode_image(data: bytes, min_size: tuple[int, int] | None = None) -> Image.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data)) as image:
                 if image.width * image.height > MAX_PIXELS:
-                    raise ImageError("image_too_large", f"{image.width}x{image.height} pixels are above {MAX_PIXELS}")
+                    raise SampleError("image_too_large", f"{image.width}x{image.height} pixels are above {MAX_PIXELS}")
                 if min_size is not None:
                     # The larger side for both: the EXIF orientation, applied later, may swap them.
                     image.draft(None, (DRAFT_MARGIN * max(min_size),) * 2)
                 return to_rgb(image)
     except Image.DecompressionBombError as error:
-        raise ImageError("image_too_large", str(error)) from error
-    except ImageError:
+        raise SampleError("image_too_large", str(error)) from error
+    except SampleError:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds: OSError, SyntaxError, struct.error, ValueError
-        raise ImageError("corrupt_image", f"{type(error).__name__}: {error}") from error
+        raise SampleError("corrupt_image", f"{type(error).__name__}: {error}") from error
 
 
 def read_image_size(data: bytes) -> tuple[int, int]:
@@ -77,7 +67,7 @@ def read_image_size(data: bytes) -> tuple[int, int]:
         `tuple[int, int]`: in pixels, before any rotation that EXIF asks for.
 
     Raises:
-        ImageError: `corrupt_image` for what is no image, `image_too_large` above `MAX_PIXELS` pixels.
+        SampleError: `corrupt_image` for what is no image, `image_too_large` above `MAX_PIXELS` pixels.
     """
     try:
         with warnings.catch_warnings():
@@ -85,12 +75,12 @@ def read_image_size(data: bytes) -> tuple[int, int]:
             with Image.open(io.BytesIO(data)) as image:
                 width, height = image.size
     except Image.DecompressionBombError as error:
-        raise ImageError("image_too_large", str(error)) from error
+        raise SampleError("image_too_large", str(error)) from error
     except Exception as error:  # Pillow's readers raise many kinds
-        raise ImageError("corrupt_image", f"{type(error).__name__}: {error}") from error
+        raise SampleError("corrupt_image", f"{type(error).__name__}: {error}") from error
     if not 0 < width * height <= MAX_PIXELS:
         reason = "image_too_large" if width * height else "corrupt_image"
-        raise ImageError(reason, f"{width}x{height} pixels")
+        raise SampleError(reason, f"{width}x{height} pixels")
     return width, height
 
 

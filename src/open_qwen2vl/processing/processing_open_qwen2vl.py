@@ -167,7 +167,7 @@ class OpenQwen2VLProcessor(ProcessorMixin):
             `torch.Tensor` of shape `(1, 3, height, width)`, uint8.
 
         Raises:
-            ImageError: for a file that cannot be used.
+            SampleError: for a file that cannot be used.
         """
         height, width = self.image_processor.size["height"], self.image_processor.size["width"]
         image = decode_image(data, min_size=(width, height))

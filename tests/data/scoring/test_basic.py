@@ -8,7 +8,8 @@ from PIL import Image
 
 from open_qwen2vl.data.scoring.basic import BasicScorer
 from open_qwen2vl.data.scoring.pairs import RawPair
-from open_qwen2vl.processing.images import ImageError, read_image_size
+from open_qwen2vl.processing.images import read_image_size
+from open_qwen2vl.processing.sample_error import SampleError
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,6 @@ def test_headers_that_are_refused(encode):
         (encode(Image.new("1", (10_000, 10_000))), "image_too_large"),
         (encode(Image.new("1", (20_000, 20_000))), "image_too_large"),
     ):
-        with pytest.raises(ImageError) as error:
+        with pytest.raises(SampleError) as error:
             read_image_size(data)
         assert error.value.reason == reason

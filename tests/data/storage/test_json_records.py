@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from open_qwen2vl.data.storage import json_records
-from open_qwen2vl.data.storage.json_records import RecordError, cut_records, read_record, record_spans
+from open_qwen2vl.data.storage.json_records import cut_records, read_record, record_spans
+from open_qwen2vl.processing.sample_error import SampleError
 
 TEXTS = st.text(alphabet=st.sampled_from('{}[]"\\\n\u2028 a,:\u00e9\U0001f600'), max_size=12)
 VALUES = st.recursive(TEXTS | st.none() | st.integers(), lambda v: st.lists(v, max_size=3) | st.dictionaries(TEXTS, v))
@@ -65,7 +66,7 @@ def test_a_broken_record_costs_itself_only(tmp_path):
         assert len(spans) == 3
         with open(path, "rb") as file:
             assert [read_record(file.fileno(), *spans[i]) for i in (0, 2)] == [{"id": "a"}] * 2
-            with pytest.raises(RecordError, match=f"at byte {spans[1][0]}") as caught:
+            with pytest.raises(SampleError, match=f"at byte {spans[1][0]}") as caught:
                 read_record(file.fileno(), *spans[1])
         assert caught.value.reason == "invalid_json"
 
@@ -100,7 +101,7 @@ def test_a_huge_record_is_passed_over_unread(tmp_path, name):
     spans = list(record_spans(path, *cut_records(path, 10)[0]))
     with open(path, "rb") as file:
         assert [read_record(file.fileno(), *spans[i]) for i in (0, 2)] == [{"id": 1}, {"id": 3}]
-        with pytest.raises(RecordError) as caught:
+        with pytest.raises(SampleError) as caught:
             read_record(file.fileno(), *spans[1])
     assert caught.value.reason == "record_too_large"
     peak = tracemalloc.get_traced_memory()[1]

@@ -5,14 +5,8 @@ import tarfile
 
 import pytest
 
-from open_qwen2vl.data.storage.tars import (
-    MemberError,
-    find_shards,
-    index_shard,
-    read_member,
-    sample_uid,
-    split_member_name,
-)
+from open_qwen2vl.data.storage.tars import find_shards, index_shard, read_member, sample_uid, split_member_name
+from open_qwen2vl.processing.sample_error import SampleError
 
 
 def read_all(path, index=None):
@@ -224,7 +218,7 @@ def test_moved_member_is_noticed(write_tar):
             "c" * 120 + ".jpg": (samples["a"][0], 6),
             "e.jpg": (10**9, 5),  # behind the end
         }.items():
-            with pytest.raises(MemberError) as error:
+            with pytest.raises(SampleError) as error:
                 read_member(descriptor, name, offset, size)
             assert error.value.reason == "moved_member"
 

@@ -6,8 +6,8 @@ import zipfile
 
 import pytest
 
-from open_qwen2vl.data.storage.tars import MemberError
 from open_qwen2vl.data.storage.zips import list_members, read_zip_member
+from open_qwen2vl.processing.sample_error import SampleError
 
 CONTENT = {"a.jpg": b"x" * 5000, "sub/b.jpg": os.urandom(300), "\u00fc/\u4e2d.jpg": b"", "old caf\u00e9.jpg": b"1"}
 
@@ -95,9 +95,9 @@ def test_damage(tmp_path):
         (whole[: start - 20], "moved_member"),
     ):
         path.write_bytes(data)
-        with open(path, "rb") as file, pytest.raises(MemberError) as caught:
+        with open(path, "rb") as file, pytest.raises(SampleError) as caught:
             read_zip_member(file.fileno(), "a.jpg", offset, size, 1 << 20)
         assert caught.value.reason == reason
     path.write_bytes(whole)
-    with pytest.raises(MemberError, match="larger than 4999 bytes"):
+    with pytest.raises(SampleError, match="larger than 4999 bytes"):
         read_all(path, 4999)

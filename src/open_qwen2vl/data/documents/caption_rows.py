@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ...processing.sample_error import SampleError
 from ...processing.text_formats import caption_document, caption_document_length, tokenize_captions
 from ..packing.plan_files import Document, Group, GroupDocuments, shard_path
 from ..storage.image_files import ImageFiles
 from ..storage.open_files import read_pixels
 from ..storage.tables import Columns, column_names
-from ..storage.tars import MemberError, sample_uid
+from ..storage.tars import sample_uid
 from .records import RecordReader, find_records, place_image, read_image
 
 IMAGE_COLUMN = "image"
@@ -83,7 +84,7 @@ def caption_row_documents(group: Group, tokenizer: PreTrainedTokenizerBase) -> G
         try:
             caption = _caption(found.record, recipe["caption_column"])
             place = place_image(_image(found.record), images)
-        except MemberError as error:
+        except SampleError as error:
             skipped.append((shard["path"], found.key, error.reason))
             continue
         captions.append(caption)
@@ -125,7 +126,7 @@ class CaptionRowReader:
             `tuple`: int64 `input_ids` and `labels` of shape `(S,)`, uint8 `pixel_values` of shape `(1, 3, H, W)`.
 
         Raises:
-            MemberError, ImageError: if the caption or its image cannot be used, each with a `reason`.
+            SampleError: if the caption or its image cannot be used, each with a `reason`.
         """
         row, (place,) = self._records.read(document), document["images"]
         tokenizer = self._processor.tokenizer
@@ -141,11 +142,11 @@ def _columns(recipe: dict[str, Any]) -> Columns:
 def _caption(row: dict[str, Any], column: str) -> str:
     caption = row[column]
     if caption is None:
-        raise MemberError("missing_caption", f"{column} is null")
+        raise SampleError("missing_caption", f"{column} is null")
     if not isinstance(caption, str):
-        raise MemberError("bad_caption", f"{column} is a {type(caption).__name__}")
+        raise SampleError("bad_caption", f"{column} is a {type(caption).__name__}")
     if not caption.strip():
-        raise MemberError("empty_caption", "the caption is empty")
+        raise SampleError("empty_caption", "the caption is empty")
     return caption
 
 
@@ -154,4 +155,4 @@ def _image(row: dict[str, Any]) -> Any:
     path = image.get("path") if isinstance(image, dict) else image
     if isinstance(image, dict) and image.get("bytes") is not None or isinstance(path, str) and path:
         return image
-    raise MemberError("missing_image" if image is None else "bad_image", "neither the bytes of an image nor a path")
+    raise SampleError("missing_image" if image is None else "bad_image", "neither the bytes of an image nor a path")

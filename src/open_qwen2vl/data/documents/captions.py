@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ...processing.sample_error import SampleError
 from ...processing.text_formats import caption_document, caption_document_length, tokenize_captions
 from ..engine.engine import collection_paused
 from ..packing.plan_files import Document, Group, GroupDocuments, shard_path
 from ..storage.open_files import Newest, read_pixels
 from ..storage.tar_index import read_shard_index
-from ..storage.tars import IMAGE_EXTENSIONS, MemberError, Sample, ShardIndex, index_shard, read_member, sample_uid
+from ..storage.tars import IMAGE_EXTENSIONS, Sample, ShardIndex, index_shard, read_member, sample_uid
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class CaptionReader:
             `tuple`: int64 `input_ids` and `labels` of shape `(S,)`, uint8 `pixel_values` of shape `(1, 3, H, W)`.
 
         Raises:
-            MemberError, ImageError: if a member has moved or cannot be used, each with a `reason`.
+            SampleError: if a member has moved or cannot be used, each with a `reason`.
         """
         tar = self._tars[document["shard"]].fileno()
         image, text = (
@@ -89,14 +90,14 @@ def decode_caption(data: bytes) -> str:
         `str`: the text.
 
     Raises:
-        MemberError: `bad_caption_encoding` if it is not UTF-8, `empty_caption` if it is white space only.
+        SampleError: `bad_caption_encoding` if it is not UTF-8, `empty_caption` if it is white space only.
     """
     try:
         caption = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise MemberError("bad_caption_encoding", str(error)) from error
+        raise SampleError("bad_caption_encoding", str(error)) from error
     if not caption.strip():
-        raise MemberError("empty_caption", "the caption is empty")
+        raise SampleError("empty_caption", "the caption is empty")
     return caption
 
 
@@ -111,15 +112,15 @@ def caption_members(file: int, sample: Sample) -> tuple[list[tuple[str, int, int
         `tuple`: extension, byte offset and size of the image and of the text, and the caption.
 
     Raises:
-        MemberError: `missing_image`, `missing_caption`, `empty_image`, or as [`decode_caption`] and [`read_member`].
+        SampleError: `missing_image`, `missing_caption`, `empty_image`, or as [`decode_caption`] and [`read_member`].
     """
     image_ext = next((ext for ext in IMAGE_EXTENSIONS if ext in sample.members), None)
     if image_ext is None:
-        raise MemberError("missing_image", f"{sample.key} has no member {', '.join(IMAGE_EXTENSIONS)}")
+        raise SampleError("missing_image", f"{sample.key} has no member {', '.join(IMAGE_EXTENSIONS)}")
     if "txt" not in sample.members:
-        raise MemberError("missing_caption", f"{sample.key} has no member txt")
+        raise SampleError("missing_caption", f"{sample.key} has no member txt")
     if sample.members[image_ext][1] == 0:
-        raise MemberError("empty_image", f"{sample.key}.{image_ext} has no bytes")
+        raise SampleError("empty_image", f"{sample.key}.{image_ext} has no bytes")
     caption = decode_caption(read_member(file, f"{sample.key}.txt", *sample.members["txt"]))
     return [(ext, *sample.members[ext]) for ext in (image_ext, "txt")], caption
 
@@ -182,7 +183,7 @@ def _read_captions(path: str, samples: list[Sample], uids: list[str] | None = No
         for number, sample in enumerate(samples):
             try:
                 members, caption = caption_members(file.fileno(), sample)
-            except MemberError as error:
+            except SampleError as error:
                 found.skipped.append((sample.key, error.reason))
                 continue
             uid = uids[number] if uids else _uid(file.fileno(), path, sample)

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ...processing.conversation_records import ConversationError, read_conversation
+from ...processing.conversation_records import read_conversation
 from ...processing.conversations import ConversationFormat, training_chat_template
+from ...processing.sample_error import SampleError
 from ..packing.plan_files import Document, Group, GroupDocuments, shard_path
 from ..storage.image_files import ImageFiles
-from ..storage.json_records import RecordError
 from ..storage.open_files import read_pixels
 from ..storage.tables import CONVERSATION_COLUMNS
-from ..storage.tars import MemberError, sample_uid
+from ..storage.tars import sample_uid
 from .records import RecordReader, find_records, place_image, read_image
 
 
@@ -49,14 +49,14 @@ def conversation_documents(group: Group, tokenizer: PreTrainedTokenizerBase) -> 
     documents, skipped = [], []
     for found in find_records(path, *group.recipe["range"], CONVERSATION_COLUMNS):
         try:
-            if isinstance(found.record, RecordError):
+            if isinstance(found.record, SampleError):
                 raise found.record
             messages, references = read_conversation(found.record)
             places = [place_image(reference, images) for reference in references]
             tokens = len(chat.document(messages, group.recipe["image_seq_length"])[0])
             if tokens > group.recipe["max_length"]:
-                raise ConversationError("too_long", f"{tokens} tokens")
-        except (RecordError, ConversationError, MemberError) as error:
+                raise SampleError("too_long", f"{tokens} tokens")
+        except SampleError as error:
             skipped.append((shard["path"], found.key, error.reason))
             continue
         uid = sample_uid(None, os.path.basename(path), found.position)
@@ -91,12 +91,12 @@ class ConversationReader:
             `tuple`: int64 `input_ids` and `labels` of shape `(S,)`, uint8 `pixel_values` of shape `(images, 3, H, W)`.
 
         Raises:
-            RecordError, ConversationError, MemberError, ImageError: if the record or one of its images cannot be used
+            SampleError: if the record or one of its images cannot be used
                 any more, each with a `reason`.
         """
         messages, references = read_conversation(self._records.read(document))
         if len(references) != len(document["images"]):
-            raise ConversationError("changed_conversation", f"{len(references)} images, not as planned")
+            raise SampleError("changed_conversation", f"{len(references)} images, not as planned")
         input_ids, labels = self._chat.document(messages, self._image_seq_length)
         pixels = [
             read_pixels(read_image(reference, place, self._images), self._processor)

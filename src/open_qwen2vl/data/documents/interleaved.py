@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ...processing.sample_error import SampleError
 from ...processing.text_formats import (
     MAX_INTERLEAVED_IMAGES,
     interleaved_document,
@@ -28,10 +29,9 @@ from ...processing.text_formats import (
 )
 from ..packing.plan_files import Document, Group, GroupDocuments, shard_path
 from ..storage.image_files import MAX_IMAGE_BYTES, ImageFiles, Place
-from ..storage.json_records import RecordError
 from ..storage.open_files import Newest, read_pixels
 from ..storage.tables import Columns
-from ..storage.tars import MemberError, Sample, index_shard, read_member, sample_uid, split_member_name
+from ..storage.tars import Sample, index_shard, read_member, sample_uid, split_member_name
 from .interleaved_records import Interleaved, image_bytes, read_interleaved
 from .records import Found, RecordReader, find_records, read_image
 
@@ -103,12 +103,12 @@ class InterleavedReader:
             `tuple`: int64 `input_ids` and `labels` of shape `(S,)`, uint8 `pixel_values` of shape `(images, 3, H, W)`.
 
         Raises:
-            RecordError, MemberError, ImageError: if the record or one of its images cannot be used any more, each
+            SampleError: if the record or one of its images cannot be used any more, each
                 with a `reason`.
         """
         texts, references = self._piece(document)
         if len(references) != len(document["images"]):
-            raise RecordError("changed_interleaved", f"{len(references)} images, not as planned")
+            raise SampleError("changed_interleaved", f"{len(references)} images, not as planned")
         input_ids, labels = interleaved_document(texts, self._processor.tokenizer, self._image_seq_length)
         pixels = [
             read_pixels(self._image_file(document, reference, place), self._processor)
@@ -132,14 +132,14 @@ class InterleavedReader:
         if place is None:
             return read_image({"bytes": image_bytes(reference)}, None, self._images)
         if not isinstance(reference, str):
-            raise RecordError("changed_interleaved", "an image is not named by a path, as it was when planned")
+            raise SampleError("changed_interleaved", "an image is not named by a path, as it was when planned")
         if place["root"] != OWN_TAR:
             return read_image(reference, place, self._images)
         tar = self._tars[document["shard"]].fileno()
         for name in _member_names(document["key"], reference):
             try:
                 return read_member(tar, name, place["offset"], place["size"])
-            except MemberError as error:
+            except SampleError as error:
                 moved = error
         raise moved
 
@@ -169,14 +169,14 @@ class _Planner:
     def plan(self, found: Found) -> tuple[list[Document], list[str]]:
         """The documents that a record becomes, and the reasons for which it, or pieces of it, become none."""
         try:
-            if isinstance(found.record, RecordError | MemberError):
+            if isinstance(found.record, SampleError):
                 raise found.record
             texts, references = read_interleaved(found.record)
             if not references:
-                raise RecordError("no_image", "a document without an image")
+                raise SampleError("no_image", "a document without an image")
             places = [self._place(found, reference) for reference in references]
             pieces = self._pieces(texts)
-        except (RecordError, MemberError) as error:
+        except SampleError as error:
             return [], [error.reason]
         uid = sample_uid(found.record, self._name, found.position)
         documents = []
@@ -194,7 +194,7 @@ class _Planner:
         image_seq_length, max_length = self._recipe["image_seq_length"], self._recipe["max_length"]
         if self._recipe["rules"] == RULES[1]:
             if texts.count(None) > MAX_INTERLEAVED_IMAGES:
-                raise RecordError("too_many_images", f"more than {MAX_INTERLEAVED_IMAGES} images")
+                raise SampleError("too_many_images", f"more than {MAX_INTERLEAVED_IMAGES} images")
             return split_interleaved(texts, text_ids, image_seq_length, sys.maxsize)
         most = min(MAX_INTERLEAVED_IMAGES, self._recipe["max_images"] or MAX_INTERLEAVED_IMAGES)
         return split_interleaved(texts, text_ids, image_seq_length, max_length, most)
@@ -203,10 +203,10 @@ class _Planner:
         if isinstance(reference, dict):
             return None
         if reference.startswith(("http://", "https://")):
-            raise MemberError("image_is_url", f"{reference} has to be downloaded first")
+            raise SampleError("image_is_url", f"{reference} has to be downloaded first")
         own = None if self._tar is None else self._member(found.position, reference)
         if own is None and self._tar is not None and not self._recipe["images"]:
-            raise MemberError("missing_image", f"there is no member {reference}")
+            raise SampleError("missing_image", f"there is no member {reference}")
         return own or self._images.find(reference)
 
     def _member(self, key: str, reference: str) -> Place | None:
@@ -215,7 +215,7 @@ class _Planner:
             if found is None:
                 continue
             if not 0 < found[1] <= MAX_IMAGE_BYTES:
-                raise MemberError("image_too_large" if found[1] else "empty_image", f"{reference}: {found[1]} bytes")
+                raise SampleError("image_too_large" if found[1] else "empty_image", f"{reference}: {found[1]} bytes")
             return Place(OWN_TAR, *found)
         return None
 
@@ -229,20 +229,20 @@ def _find_in_tar(path: str, samples: list[Sample]) -> Iterator[Found]:
             place = sample.members[JSON]
             try:
                 record = _read_tar_record(file.fileno(), sample.key, *place)
-            except (RecordError, MemberError) as error:
+            except SampleError as error:
                 record = error
             yield Found((JSON, *place), record, sample.key)
 
 
 def _read_tar_record(tar: int, key: str, offset: int, size: int) -> Any:
     if size > MAX_DOCUMENT_BYTES:
-        raise RecordError("record_too_large", f"{key}.{JSON} has {size:,} bytes")
+        raise SampleError("record_too_large", f"{key}.{JSON} has {size:,} bytes")
     try:
         return json.loads(read_member(tar, f"{key}.{JSON}", offset, size))
-    except MemberError:
+    except SampleError:
         raise
     except (ValueError, RecursionError) as error:
-        raise RecordError("invalid_json", f"{key}.{JSON}: {error}") from error
+        raise SampleError("invalid_json", f"{key}.{JSON}: {error}") from error
 
 
 def _member_names(key: str, reference: str) -> list[str]:

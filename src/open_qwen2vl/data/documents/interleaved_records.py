@@ -13,8 +13,7 @@ import binascii
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ..storage.json_records import RecordError
-from ..storage.tars import MemberError
+from ...processing.sample_error import SampleError
 
 
 class Interleaved(NamedTuple):
@@ -57,19 +56,19 @@ def read_interleaved(record: Any) -> Interleaved:
         [`Interleaved`].
 
     Raises:
-        RecordError: `not_an_object`, `no_document` (none of the forms), `unequal_lists`, `empty_entry` (neither text
+        SampleError: `not_an_object`, `no_document` (none of the forms), `unequal_lists`, `empty_entry` (neither text
             nor image), `ambiguous_entry` (both), `bad_text`, `bad_encoding` (half a surrogate pair), `bad_image` (no
             path, no bytes), `bad_text_index`.
     """
     if not isinstance(record, Mapping):
-        raise RecordError("not_an_object", f"the record is a {type(record).__name__}")
+        raise SampleError("not_an_object", f"the record is a {type(record).__name__}")
     if not is_interleaved(record):
-        raise RecordError("no_document", f"the record has the keys {', '.join(map(str, record))}")
+        raise SampleError("no_document", f"the record has the keys {', '.join(map(str, record))}")
     is_mmc4 = "text_list" in record
     texts = record["text_list" if is_mmc4 else "texts"]
     images = record["images"] if record.get("image_info") is None else record["image_info"]
     if not isinstance(texts, list) or not isinstance(images, list):
-        raise RecordError("no_document", "its texts or its images are no list")
+        raise SampleError("no_document", "its texts or its images are no list")
     for text in texts:
         _check_text(text)
     return _read_mmc4(texts, images) if is_mmc4 else _read_parallel(texts, images)
@@ -85,7 +84,7 @@ def image_bytes(reference: Any) -> bytes | None:
         `bytes`: its content; `None` if the reference is a path.
 
     Raises:
-        MemberError: `corrupt_image` if it is no base64.
+        SampleError: `corrupt_image` if it is no base64.
     """
     if not isinstance(reference, Mapping):
         return None
@@ -94,19 +93,19 @@ def image_bytes(reference: Any) -> bytes | None:
     try:
         return base64.b64decode(reference["image_base64"])
     except (binascii.Error, ValueError) as error:
-        raise MemberError("corrupt_image", f"an image is no base64: {error}") from error
+        raise SampleError("corrupt_image", f"an image is no base64: {error}") from error
 
 
 def _read_parallel(texts: list[Any], entries: list[Any]) -> Interleaved:
     if len(texts) != len(entries):
-        raise RecordError("unequal_lists", f"{len(texts)} texts and {len(entries)} images")
+        raise SampleError("unequal_lists", f"{len(texts)} texts and {len(entries)} images")
     order: list[str | None] = []
     images = []
     for number, (text, entry) in enumerate(zip(texts, entries, strict=True)):
         image = _reference(entry)
         if bool(text) == (image is not None):
             reason, what = ("ambiguous_entry", "both") if text else ("empty_entry", "neither")
-            raise RecordError(reason, f"entry {number} is {what} text and image")
+            raise SampleError(reason, f"entry {number} is {what} text and image")
         order.append(text or None)
         images += [] if image is None else [image]
     return Interleaved(order, images)
@@ -117,10 +116,10 @@ def _read_mmc4(sentences: list[Any], entries: list[Any]) -> Interleaved:
     for entry in entries:
         image = _reference(entry)
         if image is None:
-            raise RecordError("bad_image", "an image has neither a name nor its content")
+            raise SampleError("bad_image", "an image has neither a name nor its content")
         index = entry.get("matched_text_index") if isinstance(entry, Mapping) else None
         if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(sentences):
-            raise RecordError("bad_text_index", f"an image is matched to sentence {index!r} of {len(sentences)}")
+            raise SampleError("bad_text_index", f"an image is matched to sentence {index!r} of {len(sentences)}")
         before[index].append(image)
     order: list[str | None] = []
     for sentence, images in zip(sentences, before, strict=True):
@@ -138,11 +137,11 @@ def _check_text(text: Any) -> None:
     if text is None:
         return
     if not isinstance(text, str):
-        raise RecordError("bad_text", f"a text is a {type(text).__name__}")
+        raise SampleError("bad_text", f"a text is a {type(text).__name__}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise RecordError("bad_encoding", f"a text is no Unicode: {error}") from error
+        raise SampleError("bad_encoding", f"a text is no Unicode: {error}") from error
 
 
 def _reference(entry: Any) -> Any:
@@ -152,7 +151,7 @@ def _reference(entry: Any) -> Any:
     if isinstance(entry, str):
         return entry
     if not isinstance(entry, Mapping):
-        raise RecordError("bad_image", f"an image is a {type(entry).__name__}")
+        raise SampleError("bad_image", f"an image is a {type(entry).__name__}")
     if isinstance(entry.get("image_base64"), str) and entry["image_base64"]:
         return {"image_base64": entry["image_base64"]}
     if isinstance(entry.get("bytes"), bytes):

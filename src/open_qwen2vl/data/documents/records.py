@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from ...processing.sample_error import SampleError
 from ..storage.image_files import ImageFiles, Place
-from ..storage.json_records import RecordError, read_record, record_spans
+from ..storage.json_records import read_record, record_spans
 from ..storage.open_files import Newest
 from ..storage.tables import Columns, RowTable
-from ..storage.tars import MemberError
 
 BATCHES = 8  # decoded batches of tables that one process keeps
 RECORD, ROW = "record", "row"  # what stands in place of an extension in a document's first member
@@ -26,7 +26,7 @@ class Found(NamedTuple):
 
     Attributes:
         place (`tuple[str, int, int]`): `"record"`, byte offset and size, or `"row"`, its number and 0.
-        record (`Any`): parsed, or the [`RecordError`] that it could not be.
+        record (`Any`): parsed, or the [`SampleError`] that it could not be.
         position (`str`): names a record that has no id.
     """
 
@@ -71,7 +71,7 @@ def _find_in_json(path: str, spans: Iterable[tuple[int, int]], max_bytes: int | 
         for offset, size in spans:
             try:
                 record = read_record(file.fileno(), offset, size, max_bytes)
-            except RecordError as error:
+            except SampleError as error:
                 record = error
             if record is not None:  # a blank line is no record
                 yield Found((RECORD, offset, size), record, f"byte {offset}")
@@ -102,7 +102,7 @@ class RecordReader:
             `Any`: the parsed record, or the row as a dict, its images with their bytes.
 
         Raises:
-            RecordError: if it cannot be read any more.
+            SampleError: if it cannot be read any more.
         """
         member = document["members"][0]
         if member["ext"] == ROW:
@@ -122,7 +122,7 @@ def place_image(reference: Any, images: ImageFiles) -> Place | None:
         [`Place`] or `None` if its bytes stand in the record.
 
     Raises:
-        MemberError, ValueError: as [`ImageFiles.find`].
+        SampleError, ValueError: as [`ImageFiles.find`].
     """
     if isinstance(reference, dict) and reference.get("bytes") is not None:
         return None
@@ -142,13 +142,13 @@ def read_image(reference: Any, place: dict[str, int] | None, images: ImageFiles)
         `bytes`: the content of the image file.
 
     Raises:
-        MemberError: `missing_image` if the record has no bytes, or as [`ImageFiles.read`].
+        SampleError: `missing_image` if the record has no bytes, or as [`ImageFiles.read`].
     """
     if place is not None:
         return images.read(_name(reference), (place["root"], place["offset"], place["size"]))
     content = reference.get("bytes") if isinstance(reference, dict) else None
     if not content:
-        raise MemberError("missing_image", "the record has no bytes of an image")
+        raise SampleError("missing_image", "the record has no bytes of an image")
     return content
 
 

@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from ...processing.sample_error import SampleError
 from ..packing.plan_files import Group, GroupDocuments
 from ..storage.hub_files import SCHEME, download_files
-from ..storage.json_records import RecordError, cut_records, read_record, record_spans
+from ..storage.json_records import cut_records, read_record, record_spans
 from ..storage.tables import TEXT_COLUMNS, column_names, cut_rows, find_tables
-from ..storage.tars import MemberError, find_shards, list_files, read_member, split_member_name
+from ..storage.tars import find_shards, list_files, read_member, split_member_name
 from .caption_rows import CaptionRowReader, caption_row_documents, find_caption_column
 from .captions import CaptionReader, caption_documents
 from .conversations import ConversationReader, conversation_documents
@@ -144,7 +145,7 @@ def _kind(path: str, caption_column: str | None) -> SourceKind:
 
 def _first_of_tar(path: str) -> Iterator[Any]:
     """What stands in the first json members. What is damaged is counted when the tar is planned."""
-    with open(path, "rb", buffering=0) as file, contextlib.suppress(MemberError):
+    with open(path, "rb", buffering=0) as file, contextlib.suppress(SampleError):
         for name, offset, size in islice(list_files(path), LOOKED_AT):
             named = split_member_name(name)
             if named and named[1] == "json" and size <= MAX_DOCUMENT_BYTES:
@@ -155,7 +156,7 @@ def _first_of_tar(path: str) -> Iterator[Any]:
 def _first_of_json(path: str) -> Iterator[Any]:
     with open(path, "rb", buffering=0) as file:
         for offset, size in islice(record_spans(path, 0, os.path.getsize(path)), LOOKED_AT):
-            with contextlib.suppress(RecordError):
+            with contextlib.suppress(SampleError):
                 yield read_record(file.fileno(), offset, size, MAX_DOCUMENT_BYTES)
 
 

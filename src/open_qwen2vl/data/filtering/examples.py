@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
-from ...processing.images import ImageError, decode_image
+from ...processing.images import decode_image
+from ...processing.sample_error import SampleError
 from ..packing.plan_files import shard_path
 from ..scoring.score_files import read_score_metadata
-from ..storage.tars import IMAGE_EXTENSIONS, MemberError, Sample, index_shard, read_member
+from ..storage.tars import IMAGE_EXTENSIONS, Sample, index_shard, read_member
 from .decisions import Selection
 from .histograms import SAMPLED_ROWS
 from .tables import FILE_FACTOR, fetch_row, one_in
@@ -167,7 +168,7 @@ def _read(tar: Path, sample: Sample) -> Content:
                 return Content(caption, None, "missing_image")
             image = read_member(file.fileno(), f"{sample.key}.{extension}", *sample.members[extension])
         return Content(caption, _thumbnail(image))
-    except (MemberError, ImageError) as error:
+    except SampleError as error:
         return Content(caption, None, error.reason)
 
 

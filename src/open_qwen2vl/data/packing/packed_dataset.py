@@ -20,14 +20,11 @@ import pyarrow.parquet as pq
 import torch
 from torch.utils.data import Dataset
 
-from ...processing.conversation_records import ConversationError
 from ...processing.conversations import ConversationFormat
-from ...processing.images import ImageError
+from ...processing.sample_error import SampleError
 from ...processing.text_formats import tokenizer_fingerprint
 from ..documents.sources import planned_kind
-from ..storage.json_records import RecordError
 from ..storage.open_files import Newest
-from ..storage.tars import MemberError
 from .plan_files import read_plan, shard_path
 
 logger = logging.getLogger(__name__)
@@ -114,7 +111,7 @@ class PackedDataset(Dataset):
         for document in self._documents(index):
             try:
                 documents.append(self._read(document))
-            except (MemberError, RecordError, ConversationError, ImageError) as error:
+            except SampleError as error:
                 dropped[error.reason] += 1
                 file = self.plan["shards"][document["shard"]]["path"]
                 logger.warning("dropped %s/%s: %s (%s)", file, document["key"], error.reason, error)
@@ -132,7 +129,7 @@ class PackedDataset(Dataset):
         input_ids, labels, pixel_values = self._open_files().reader.read(document)
         if len(input_ids) != document["tokens"]:
             what = self.plan["text_format"]
-            raise MemberError(f"changed_{what}", f"{len(input_ids)} tokens, {document['tokens']} in the plan")
+            raise SampleError(f"changed_{what}", f"{len(input_ids)} tokens, {document['tokens']} in the plan")
         return input_ids, labels, pixel_values
 
     def _assemble(

@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ...processing.conversation_records import ConversationError, read_conversation
+from ...processing.conversation_records import read_conversation
 from ...processing.conversations import ConversationFormat
-from ...processing.images import ImageError
+from ...processing.sample_error import SampleError
 from ..storage.open_files import read_pixels
 from ..storage.tables import COLUMNS, TEXT_COLUMNS
-from ..storage.tars import MemberError
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +83,7 @@ class UnpackedConversations(Dataset):
         dropped: dict[str, int] = {}
         try:
             input_ids, labels, pixel_values = self._read(index)
-        except (ConversationError, ImageError, MemberError) as error:
+        except SampleError as error:
             logger.warning("dropped row %s: %s (%s)", index, error.reason, error)
             dropped[error.reason] = 1
             input_ids = labels = np.empty(0, np.int64)
@@ -114,7 +113,7 @@ class UnpackedConversations(Dataset):
         messages, images = read_conversation(self.rows[index].to_pylist()[0])
         input_ids, labels = self._format.document(messages, self.image_seq_length)
         if self.max_length is not None and len(input_ids) > self.max_length:
-            raise ConversationError("too_long", f"{len(input_ids)} tokens are above max_length={self.max_length}")
+            raise SampleError("too_long", f"{len(input_ids)} tokens are above max_length={self.max_length}")
         pixels = [read_pixels(self._image_file(image), self.processor) for image in images]
         return input_ids, labels, torch.cat([self.processor.resize_images([]), *pixels])
 
@@ -128,8 +127,8 @@ class UnpackedConversations(Dataset):
         if self.image_folder is not None:
             path = Path(os.path.realpath(os.path.join(self.image_folder, image)))
             if not path.is_relative_to(self.image_folder):
-                raise MemberError("unsafe_image_path", f"{image} is not inside of {self.image_folder}")
+                raise SampleError("unsafe_image_path", f"{image} is not inside of {self.image_folder}")
         try:
             return path.read_bytes()
         except OSError as error:
-            raise MemberError("missing_image", str(error)) from error
+            raise SampleError("missing_image", str(error)) from error

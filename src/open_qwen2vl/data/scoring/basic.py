@@ -43,7 +43,7 @@ class BasicScorer(Scorer):
             `tuple`: a number for each of `parts`.
 
         Raises:
-            ImageError: if the image's header cannot be read or names too many pixels.
+            SampleError: if the image's header cannot be read or names too many pixels.
         """
         width, height = read_image_size(pair.image)
         smaller, longer = sorted((width, height))

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ...processing.images import MAX_PIXELS, ImageError
+from ...processing.images import MAX_PIXELS
+from ...processing.sample_error import SampleError
 from .pairs import RawPair, decode_pair
 from .scoring import Scorer, find_device
 
@@ -51,12 +52,12 @@ class ClipScorer(Scorer):
             `tuple`: pixels of shape `(3, H, W)` in the model's dtype and int64 token ids of shape `(context,)`.
 
         Raises:
-            ImageError: if the image cannot be used, `image_too_large` also for one so narrow that it would be too
+            SampleError: if the image cannot be used, `image_too_large` also for one so narrow that it would be too
                 large with its smaller side at the model's image size.
         """
         image = decode_pair(pair).image
         if self._image_size**2 * max(image.size) / min(image.size) > MAX_PIXELS:
-            raise ImageError("image_too_large", f"{image.width}x{image.height} pixels are too narrow to be resized")
+            raise SampleError("image_too_large", f"{image.width}x{image.height} pixels are too narrow to be resized")
         with self._tokenizer_lock:  # fast tokenizers refuse two threads at a time
             (tokens,) = self._tokenizer([pair.caption])
         return self._preprocess(image).to(self._dtype), tokens

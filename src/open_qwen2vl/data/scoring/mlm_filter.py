@@ -19,8 +19,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
 
-from ...processing.images import ImageError
-from ..storage.tars import MemberError
+from ...processing.sample_error import SampleError
 from .chat_prompts import ChatPrompts, read_prompts
 from .continuation import Prompts, append_text, branch_logits, extend, prefill
 from .pairs import Pair, RawPair, decode_pair
@@ -103,16 +102,16 @@ class MlmFilterScorer(Scorer):
             [`Pair`].
 
         Raises:
-            MemberError: `too_long` for a caption of more than `MAX_CAPTION` characters.
-            ImageError: if the image cannot be used, `image_too_large` also for one whose sides differ by a factor of
+            SampleError: `too_long` for a caption of more than `MAX_CAPTION` characters.
+            SampleError: if the image cannot be used, `image_too_large` also for one whose sides differ by a factor of
                 `MAX_ASPECT_RATIO` and more.
         """
         if len(pair.caption) > MAX_CAPTION:
-            raise MemberError("too_long", f"{len(pair.caption)} characters are above {MAX_CAPTION}")
+            raise SampleError("too_long", f"{len(pair.caption)} characters are above {MAX_CAPTION}")
         decoded = decode_pair(pair)
         sides = decoded.image.size
         if max(sides) >= MAX_ASPECT_RATIO * min(sides):
-            raise ImageError("image_too_large", f"{sides[0]}x{sides[1]} pixels are too narrow to be resized")
+            raise SampleError("image_too_large", f"{sides[0]}x{sides[1]} pixels are too narrow to be resized")
         return decoded
 
     def collate(self, items: list[Pair]) -> MlmFilterBatch:

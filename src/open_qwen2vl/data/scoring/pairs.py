@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from ...processing.images import ImageError, decode_image
+from ...processing.images import decode_image
+from ...processing.sample_error import SampleError
 from ..documents.captions import caption_members, read_json
-from ..storage.tars import MemberError, Sample, has_bad_uid, read_member, sample_uid
+from ..storage.tars import Sample, has_bad_uid, read_member, sample_uid
 
 
 class RawPair(NamedTuple):
@@ -71,7 +72,7 @@ def decode_pair(pair: RawPair) -> Pair:
         [`Pair`].
 
     Raises:
-        ImageError: if the image cannot be used.
+        SampleError: if the image cannot be used.
     """
     return Pair(pair.key, pair.uid, decode_image(pair.image), pair.caption)
 
@@ -84,7 +85,7 @@ def read_pairs(
     Args:
         tar (`Path`): the tar.
         samples (`Sequence[Sample]`): from its index.
-        prepare (`Callable`): applied to each; a `MemberError` or `ImageError` that it raises becomes the reason.
+        prepare (`Callable`): applied to each; a `SampleError` that it raises becomes the reason.
         num_threads (`int`, *optional*, defaults to 0): threads that read and prepare; 0 is none but the caller's.
         ahead (`int`, *optional*, defaults to 0): samples to have read, or in work, beside the one that is returned.
 
@@ -113,9 +114,9 @@ def _prepare(file: int, tar_name: str, sample: Sample, prepare: Callable[[RawPai
     uid = sample_uid(metadata, tar_name, sample.key)
     try:
         if has_bad_uid(metadata):
-            raise MemberError("bad_uid", f"a uid has 32 hex digits, that of {sample.key} has not")
+            raise SampleError("bad_uid", f"a uid has 32 hex digits, that of {sample.key} has not")
         ((extension, *place), _), caption = caption_members(file, sample)
         image = read_member(file, f"{sample.key}.{extension}", *place)
         return PreparedSample(sample.key, uid, prepare(RawPair(sample.key, uid, image, caption)), None)
-    except (MemberError, ImageError) as error:
+    except SampleError as error:
         return PreparedSample(sample.key, uid, None, error.reason)

@@ -53,7 +53,7 @@ class Scorer(Protocol):
             `Any`: an item of a batch.
 
         Raises:
-            MemberError, ImageError: if the pair cannot be used; the error's `reason` is written.
+            SampleError: if the pair cannot be used; the error's `reason` is written.
         """
         return decode_pair(pair)
 

@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ...processing.sample_error import SampleError
 from ..packing.plan_files import describe_shard, shard_path
 from .open_files import Newest
-from .tars import MemberError, list_files, read_member
+from .tars import list_files, read_member
 from .zips import list_members, read_zip_member
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ class ImageFiles:
             [`Place`].
 
         Raises:
-            MemberError: `unsafe_image_path` if the path could leave the folder, `missing_image`, `empty_image`,
+            SampleError: `unsafe_image_path` if the path could leave the folder, `missing_image`, `empty_image`,
                 `image_too_large` above `MAX_IMAGE_BYTES`.
             ValueError: if there is no folder and no archive at all.
         """
@@ -147,9 +148,9 @@ class ImageFiles:
             )
         found = self._find(_checked_name(name))
         if found is None:
-            raise MemberError("missing_image", f"there is no image {name}")
+            raise SampleError("missing_image", f"there is no image {name}")
         if not 0 < found.size <= MAX_IMAGE_BYTES:
-            raise MemberError("image_too_large" if found.size else "empty_image", f"{name} has {found.size} bytes")
+            raise SampleError("image_too_large" if found.size else "empty_image", f"{name} has {found.size} bytes")
         return found
 
     def read(self, name: str, place: Sequence[int]) -> bytes:
@@ -163,7 +164,7 @@ class ImageFiles:
             `bytes`: the content of the image file.
 
         Raises:
-            MemberError: as `find`; `moved_member` if another member stands at the place in the archive,
+            SampleError: as `find`; `moved_member` if another member stands at the place in the archive,
                 `corrupt_image` if it cannot be decompressed.
         """
         place = Place(*place)
@@ -175,10 +176,10 @@ class ImageFiles:
         path = self._path_in_folder(place.root, _checked_name(name))
         try:
             if os.stat(path).st_size > MAX_IMAGE_BYTES:
-                raise MemberError("image_too_large", f"{name} is larger than {MAX_IMAGE_BYTES} bytes")
+                raise SampleError("image_too_large", f"{name} is larger than {MAX_IMAGE_BYTES} bytes")
             return Path(path).read_bytes()
         except OSError as error:
-            raise MemberError("missing_image", f"{name}: {error}") from error
+            raise SampleError("missing_image", f"{name}: {error}") from error
 
     def _find(self, name: str) -> Place | None:
         for number in self._folders:
@@ -207,13 +208,13 @@ class ImageFiles:
         if os.path.islink(path):
             path = os.path.realpath(path)
         if os.path.commonpath([root, path]) != root:
-            raise MemberError("unsafe_image_path", f"{name} is a link that leaves {root}")
+            raise SampleError("unsafe_image_path", f"{name} is a link that leaves {root}")
         return path
 
 
 def _checked_name(name: str) -> str:
     if name.startswith("/") or ".." in name.split("/") or "\0" in name or not _is_unicode(name):
-        raise MemberError("unsafe_image_path", f"{name} is no path inside of the images' folder")
+        raise SampleError("unsafe_image_path", f"{name} is no path inside of the images' folder")
     return posixpath.normpath(name)
 
 
@@ -239,12 +240,12 @@ def _members(path: str) -> Iterator[tuple[str, int, int]]:
     try:
         for name, offset, size in (list_members if path.endswith(".zip") else list_files)(path):
             yield posixpath.normpath(name), offset, size
-    except MemberError as error:
+    except SampleError as error:
         logger.warning("%s; what follows there is missing", error)
 
 
 def _read_tar_member(file: int, name: str, place: Place) -> bytes:
     try:
         return read_member(file, name, place.offset, place.size)
-    except MemberError:
+    except SampleError:
         return read_member(file, f"./{name}", place.offset, place.size)  # as `tar -C folder .` names them

@@ -13,21 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from ...processing.sample_error import SampleError
+
 MAX_RECORD_BYTES = 8 << 20  # a larger record is skipped unread; no context is as long
 _BLOCK = 1 << 20
 _HEAD = 1 << 12
-
-
-class RecordError(ValueError):
-    """A record that cannot be read.
-
-    Attributes:
-        reason (`str`): the name it is counted under: `"invalid_json"` or `"record_too_large"`.
-    """
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
 
 
 def cut_records(path: str | os.PathLike, number: int) -> list[tuple[int, int]]:
@@ -87,15 +77,15 @@ def read_record(file: int, offset: int, size: int, max_bytes: int | None = None)
         `Any`: the parsed JSON; `None` for a blank line.
 
     Raises:
-        RecordError: `record_too_large` above that, `invalid_json` if it cannot be parsed.
+        SampleError: `record_too_large` above that, `invalid_json` if it cannot be parsed.
     """
     if size > (MAX_RECORD_BYTES if max_bytes is None else max_bytes):
-        raise RecordError("record_too_large", f"the record at byte {offset} has {size:,} bytes")
+        raise SampleError("record_too_large", f"the record at byte {offset} has {size:,} bytes")
     try:
         text = os.pread(file, size, offset).decode("utf-8-sig" if offset == 0 else "utf-8")
         return json.loads(text) if text.strip() else None
     except (ValueError, RecursionError) as error:
-        raise RecordError("invalid_json", f"the record at byte {offset}: {error}") from error
+        raise SampleError("invalid_json", f"the record at byte {offset}: {error}") from error
 
 
 def _span_blocks(path: str | os.PathLike, start: int, stop: int) -> Iterator[np.ndarray]:

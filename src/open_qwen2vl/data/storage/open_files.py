@@ -38,6 +38,6 @@ def read_pixels(data: bytes, processor: Any) -> torch.Tensor:
         `torch.Tensor` of shape `(1, 3, height, width)`, uint8.
 
     Raises:
-        ImageError: if it cannot be decoded.
+        SampleError: if it cannot be decoded.
     """
     return processor.read_image(data)

@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ...files import renamed_when_whole
-from ...processing.images import ImageError, read_image_size
+from ...processing.images import read_image_size
+from ...processing.sample_error import SampleError
 from .tars import Sample
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ def member_image_size(file: int, offset: int, size: int) -> tuple[int, int] | No
         return found
     try:
         return read_image_size(os.pread(file, size, offset))
-    except ImageError:
+    except SampleError:
         return None
 
 

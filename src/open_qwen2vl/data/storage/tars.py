@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from ...processing.sample_error import SampleError
+
 TAR_DAMAGE = ("truncated_tar", "corrupt_tar")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _BLOCK = 512
@@ -21,18 +23,6 @@ _ZEROS = bytes(_BLOCK)
 _WINDOW = 8 * _BLOCK
 _UID = re.compile("[0-9a-fA-F]{32}")
 _UNSAFE_KEY = re.compile(r"^/|(^|/)\.\.(/|$)|[\ud800-\udfff]")  # absolute, climbing up, not UTF-8
-
-
-class MemberError(ValueError):
-    """A sample whose members cannot be used.
-
-    Attributes:
-        reason (`str`): the name it is counted under, for example `"moved_member"`.
-    """
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
 
 
 @dataclass(slots=True)
@@ -169,13 +159,13 @@ def list_files(path: str | Path) -> Iterator[tuple[str, int, int]]:
         `tuple[str, int, int]`: name, byte offset and size of each file's data, in the order of the tar.
 
     Raises:
-        MemberError: `truncated_tar` or `corrupt_tar`, where it cannot be followed any further.
+        SampleError: `truncated_tar` or `corrupt_tar`, where it cannot be followed any further.
         OSError: if it cannot be read.
     """
     try:
         yield from ((member.name, member.offset, member.size) for member in _scan(path) if member.is_file)
     except _DamagedTar as damage:
-        raise MemberError(damage.reason, f"{path}: {damage.reason} after {damage.key or 'its last file'}") from None
+        raise SampleError(damage.reason, f"{path}: {damage.reason} after {damage.key or 'its last file'}") from None
 
 
 def split_member_name(name: str) -> tuple[str, str] | None:
@@ -206,11 +196,11 @@ def read_member(file: int, name: str, offset: int, size: int) -> bytes:
         `bytes`: the data.
 
     Raises:
-        MemberError: `moved_member` if another header or nothing stands there.
+        SampleError: `moved_member` if another header or nothing stands there.
     """
     block = os.pread(file, _BLOCK + size, offset - _BLOCK)
     if len(block) != _BLOCK + size or not _is_header_of(block[:_BLOCK], name, size):
-        raise MemberError("moved_member", f"{name} is not at byte {offset} of the tar any more")
+        raise SampleError("moved_member", f"{name} is not at byte {offset} of the tar any more")
     return block[_BLOCK:]
 
 

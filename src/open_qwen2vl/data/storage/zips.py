@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from .tars import MemberError
+from ...processing.sample_error import SampleError
 
 STORED, DEFLATED = 0, 8
 _END = struct.Struct("<4s4H2LH")
@@ -72,17 +72,17 @@ def read_zip_member(file: int, name: str, offset: int, size: int, limit: int) ->
         `bytes`: its data, uncompressed.
 
     Raises:
-        MemberError: `moved_member` if something else stands there, `corrupt_image` if it cannot be decompressed.
+        SampleError: `moved_member` if something else stands there, `corrupt_image` if it cannot be decompressed.
     """
     block = os.pread(file, _HEADER.size, offset)
     fields = _HEADER.unpack(block) if len(block) == _HEADER.size else (b"",)
     if fields[0] != b"PK\3\4":
-        raise MemberError("moved_member", f"{name} is not at byte {offset} of the zip any more")
+        raise SampleError("moved_member", f"{name} is not at byte {offset} of the zip any more")
     name_size, extra_size = fields[9:]
     rest = os.pread(file, name_size + extra_size + size, offset + _HEADER.size)
     found = rest[:name_size].decode("utf-8" if fields[2] & _UTF8 else "cp437", errors="surrogateescape")
     if found.removeprefix("./") != name or len(rest) < name_size + extra_size + size:
-        raise MemberError("moved_member", f"{name} is not at byte {offset} of the zip any more")
+        raise SampleError("moved_member", f"{name} is not at byte {offset} of the zip any more")
     data = rest[name_size + extra_size :]
     return data if fields[3] == STORED else _inflate(name, data, limit)
 
@@ -122,7 +122,7 @@ def _inflate(name: str, data: bytes, limit: int) -> bytes:
     try:
         content = inflater.decompress(data, limit)
     except zlib.error as error:
-        raise MemberError("corrupt_image", f"{name}: {error}") from error
+        raise SampleError("corrupt_image", f"{name}: {error}") from error
     if not inflater.eof:
-        raise MemberError("corrupt_image", f"{name} is cut off in the zip, or larger than {limit} bytes")
+        raise SampleError("corrupt_image", f"{name} is cut off in the zip, or larger than {limit} bytes")
     return content
