@@ -26,7 +26,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from open_qwen2vl import OpenQwen2VLForConditionalGeneration, OpenQwen2VLProcessor
 from open_qwen2vl.processing.text_formats import prepare_tokenizer
 from tests.qwen_tokenizer import build_qwen_tokenizer
-from tests.qwen_vl import save_qwen_vl
+from tests import qwen_vl
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<s>"]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -123,10 +123,16 @@ def qwen_tokenizer(tmp_path_factory) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
+def qwen_vl_tokenizer(tmp_path_factory) -> PreTrainedTokenizerFast:
+    """Qwen's tokenizer cut to its first 512 ranks, as the tiny Qwen2-VL models have it."""
+    return qwen_vl.make_tokenizer(tmp_path_factory.mktemp("qwen_vl_tokenizer"))
+
+
+@pytest.fixture(scope="session")
 def qwen_vl_folder(tmp_path_factory) -> Callable[[str], Path]:
     """Of a model_type (`qwen2_vl`, `qwen2_5_vl`, `qwen3_vl`) the folder of its tiny checkpoint, made once."""
     root = tmp_path_factory.mktemp("qwen_vl")
-    return functools.cache(lambda family: save_qwen_vl(root / family, family))
+    return functools.cache(lambda family: qwen_vl.save_qwen_vl(root / family, family))
 
 
 @pytest.fixture(scope="module")

@@ -132,12 +132,13 @@ class PackedModel(Protocol):
     """The model side of a family; the model classes stay transformers' own.
 
     Attributes:
-        parts (`dict[str, str]`): prefix of parameter names of each part, `"projector"` and `"vision_tower"`; the first
-            that matches counts, and what matches none is `"language_model"`.
+        parts (`dict[str, str | tuple[str, ...]]`): prefix, or prefixes, of parameter names of each part, `"projector"`
+            and `"vision_tower"`, as `str.startswith` takes them; the first that matches counts, and what matches none
+            is `"language_model"`.
         block_classes (`tuple[str, ...]`): classes that FSDP wraps and activation checkpointing recomputes.
     """
 
-    parts: dict[str, str]
+    parts: dict[str, str | tuple[str, ...]]
     block_classes: tuple[str, ...]
 
     def prepare(self, model: PreTrainedModel, processor: Any = None) -> PreTrainedModel:

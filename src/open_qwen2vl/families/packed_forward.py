@@ -1,0 +1,145 @@
+"""The packed forward for transformers' own `...ForConditionalGeneration` models, by a change of the instance's class.
+
+As torch's `fully_shard` does: the model stays an instance of its stock class, under the same name, and is saved,
+loaded, adapted and generated from as before. Only a batch with `cu_seq_lens_q` takes the way below.
+
+    packed batch   input_ids, labels (packs, S), position_ids (4, packs, S), cu_seq_lens_*, media tensors
+      │ refuse what would join documents; uint8 patches are normalised and doubled; a blank image where there is none
+      ▼
+    stock `model.model` ─► hidden states (packs, S, hidden) ─► loss at labelled positions, no logits
+"""
+
+import functools
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import can_return_tuple
+
+from ..modeling.attention import PACKED_VARLEN
+from ..modeling.loss import selected_position_loss
+
+_OWN_OPTIONS = ("label_positions", "skip_logits", "return_row_losses")
+
+
+@dataclass
+class PackedOutput(CausalLMOutputWithPast):
+    """Output of a packed forward: transformers' own, with the losses of each row where they are asked for.
+
+    Attributes:
+        row_losses (`torch.FloatTensor` of shape `(packs,)`, *optional*): sum of the losses of each row's labels,
+            detached.
+    """
+
+    row_losses: torch.FloatTensor | None = None
+
+
+class PackedForward:
+    """What [`packed_class`] puts before a stock class; a family gives the names and methods that raise here."""
+
+    # Trainer then passes num_items_in_batch, and both forwards honour it.
+    accepts_loss_kwargs = True
+
+    # Names of the forward's media tensors; the first dimension of each is 0, or it is not there, without media.
+    media_names: tuple[str, ...] = ()
+
+    def _as_stock_pixels(self, media: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Media tensors in the stock model's form: ours are normalised, its own are taken as they are."""
+        raise NotImplementedError
+
+    def _packed_options(self) -> dict[str, Any]:
+        """Arguments of the stock model that make its vision tower run on packed media."""
+        raise NotImplementedError
+
+    def _blank_media(self) -> torch.Tensor:
+        """A scalar 0 computed by the whole vision tower."""
+        raise NotImplementedError
+
+    @can_return_tuple
+    def _forward_packed(
+        self,
+        input_ids: torch.LongTensor,
+        position_ids: torch.LongTensor,
+        labels: torch.LongTensor | None = None,
+        label_positions: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        skip_logits: bool | None = None,
+        return_row_losses: bool = False,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> PackedOutput:
+        media = {name: kwargs.pop(name, None) for name in self.media_names}
+        if any(tensor is not None and len(tensor) for tensor in media.values()):
+            inputs = {"input_ids": input_ids, **media, **self._packed_options()}
+        else:
+            # A batch without images has the same gradients and collectives as others.
+            embeds = self.get_input_embeddings()(input_ids)
+            inputs = {"inputs_embeds": embeds + self._blank_media().to(embeds.device, embeds.dtype)}
+        attention = self.model.language_model.config._attn_implementation
+        # Row 0 is for masks by position, of which packed_varlen has none: with it S x S would be built in vain.
+        rows = position_ids[1:] if attention == PACKED_VARLEN else position_ids
+        outputs = self.model(**inputs, position_ids=rows, use_cache=False, **kwargs)
+        hidden = outputs.last_hidden_state
+        loss = row_losses = logits = None
+        if labels is not None:
+            loss, row_losses = selected_position_loss(
+                hidden, self.lm_head, labels, num_items_in_batch, True, label_positions
+            )
+        if not (labels is not None if skip_logits is None else skip_logits):
+            logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
+        return PackedOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            row_losses=row_losses if return_row_losses else None,
+        )
+
+
+@functools.cache
+def packed_class(stock: type[PreTrainedModel], mixin: type[PackedForward]) -> type[PreTrainedModel]:
+    """A subclass of a stock class, under its name, whose forward takes packed batches too."""
+    signature = inspect.signature(stock.forward)
+    names = [name for name, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD]
+
+    @functools.wraps(stock.forward)
+    def forward(self, *args, **kwargs):
+        kwargs |= dict(zip(names[1:], args, strict=False))
+        kwargs |= self._as_stock_pixels({name: kwargs[name] for name in self.media_names if name in kwargs})
+        if kwargs.get("cu_seq_lens_q") is None:
+            if kwargs.get("return_row_losses"):
+                raise ValueError("return_row_losses needs a packed batch (cu_seq_lens_q)")
+            return stock.forward(self, **{name: kwargs[name] for name in kwargs if name not in _OWN_OPTIONS})
+        _check_packed_arguments(kwargs)
+        return self._forward_packed(**{name: value for name, value in kwargs.items() if name not in _NOT_IN_PACKS})
+
+    own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in _OWN_OPTIONS]
+    parameters = list(signature.parameters.values())
+    # `generate` and Trainer look at the names that a forward takes.
+    forward.__signature__ = signature.replace(parameters=[*parameters[:-1], *own, parameters[-1]])
+    namespace = {"forward": forward, "__module__": stock.__module__, "__qualname__": stock.__qualname__}
+    return type(stock.__name__, (mixin, stock), namespace)
+
+
+# Checked, then dropped: they say nothing in a packed batch, or are computed from all of it as if it were one document.
+_NOT_IN_PACKS = ("attention_mask", "past_key_values", "use_cache", "mm_token_type_ids", "inputs_embeds")
+
+
+def _check_packed_arguments(arguments: dict[str, Any]) -> None:
+    positions, input_ids = arguments.get("position_ids"), arguments.get("input_ids")
+    if input_ids is None or arguments.get("inputs_embeds") is not None:
+        raise ValueError("a packed batch (cu_seq_lens_q) takes input_ids, not inputs_embeds")
+    if positions is None or tuple(positions.shape) != (4, *input_ids.shape):
+        given = "none" if positions is None else f"of shape {tuple(positions.shape)}"
+        raise ValueError(
+            f"a packed batch (cu_seq_lens_q) needs position_ids of shape {(4, *input_ids.shape)}, given are {given}: "
+            "rows text, t, h, w, each from 0 in every document; with fewer rows documents would see each other"
+        )
+    if arguments.get("attention_mask") is not None:
+        raise ValueError("a packed batch (cu_seq_lens_q) takes no attention_mask: it would join the documents")
+    if arguments.get("past_key_values") is not None or arguments.get("use_cache"):
+        raise ValueError("a packed batch (cu_seq_lens_q) takes no cache: it would join the documents")

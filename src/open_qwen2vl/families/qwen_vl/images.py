@@ -1,0 +1,32 @@
+"""From an image file to the patches that the vision tower takes: uint8 and one frame, an eighth of the stock bytes.
+
+The model normalises on its device and shows each image as two frames. After that the values are those of
+transformers' `Qwen2VLImageProcessor` (torchvision backend) to the last bit: the same integer kernel resizes. The
+Pillow backend's differ from both by a few grey levels of 256.
+"""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from .sizes import ImageSizes
+
+
+def image_patches(image: Image.Image, sizes: ImageSizes, mode: str = "bicubic") -> torch.Tensor:
+    """An upright RGB image as uint8 patches `(rows * columns, 3 * P * P)`, those of a token together."""
+    height, width = sizes.resized(image.width, image.height)
+    # (height, width, 3) -> (1, 3, height, width), which torch takes for its fast, channels-last kernel
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    if (image.height, image.width) != (height, width):
+        pixels = nn.functional.interpolate(pixels, (height, width), mode=mode, antialias=True)
+    return patchify(pixels[0], sizes.patch_size, sizes.merge_size)
+
+
+def patchify(pixels: torch.Tensor, patch_size: int, merge_size: int) -> torch.Tensor:
+    """`(3, height, width)` to `(patches, 3 * P * P)`: merge blocks row by row, in each its patches row by row."""
+    channels, height, width = pixels.shape
+    rows, columns = height // patch_size // merge_size, width // patch_size // merge_size
+    blocks = pixels.reshape(channels, rows, merge_size, patch_size, columns, merge_size, patch_size)
+    # (3, R, m, P, C, m, P) -> (R, C, m, m, 3, P, P)
+    return blocks.permute(1, 4, 2, 5, 0, 3, 6).reshape(-1, channels * patch_size**2)

@@ -1,0 +1,209 @@
+"""The model side of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: their parts, their cost, and the packed forward.
+
+It rests on three private facts of transformers' models, and `QwenVL.prepare` says so by name when one is gone:
+`model.visual.blocks[i].attn` with `qkv`, `proj`, `num_heads` and `scaling`; `apply_rotary_pos_emb_vision` in the
+model's module; `model.model(...)` returning `last_hidden_state`.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from ...modeling.attention import PACKED_VARLEN
+from ..interface import StepWork
+from ..packed_forward import PackedForward, packed_class
+from .vision_attention import Segments, packed_vision_attention
+
+# Of the released checkpoints, where no processor says it.
+_PIXELS = {"qwen3_vl": ([0.5] * 3, [0.5] * 3)}
+_BLOCKS = {
+    "qwen2_vl": ("Qwen2VLDecoderLayer", "Qwen2VLVisionBlock"),
+    "qwen2_5_vl": ("Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"),
+    "qwen3_vl": ("Qwen3VLTextDecoderLayer", "Qwen3VLVisionBlock"),
+}
+
+
+class QwenVLPackedForward(PackedForward):
+    """The packed forward of the three models."""
+
+    media_names = ("pixel_values", "image_grid_thw")
+    # Mean and standard deviation of pixels in 0..255; set by `QwenVL.prepare`.
+    pixel_mean: list[float]
+    pixel_std: list[float]
+
+    def _as_stock_pixels(self, media: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        pixels = media.get("pixel_values")
+        if pixels is None or pixels.dtype != torch.uint8:
+            return media
+        return {**media, "pixel_values": self._normalised(pixels)}
+
+    def _packed_options(self) -> dict[str, Any]:
+        # The prefix makes transformers hand it to the images' tower, and to nothing else.
+        return {"image_segments": Segments()}
+
+    def _normalised(self, patches: torch.Tensor) -> torch.Tensor:
+        """uint8 `(patches, 3 * P * P)` as the stock processor's floats `(patches, 3 * frames * P * P)`."""
+        frames = self.config.vision_config.temporal_patch_size
+        channels = patches.unflatten(1, (3, -1)).float()
+        for channel, (mean, std) in enumerate(zip(self.pixel_mean, self.pixel_std, strict=True)):
+            channels[:, channel].sub_(mean).div_(std)
+        return channels[:, :, None].expand(-1, -1, frames, -1).flatten(1)
+
+    def _blank_media(self) -> torch.Tensor:
+        vision = self.config.vision_config
+        width = 3 * vision.temporal_patch_size * vision.patch_size**2
+        merge = vision.spatial_merge_size
+        device = self.get_input_embeddings().weight.device
+        features = self.model.get_image_features(
+            torch.zeros(merge**2, width, device=device),
+            torch.tensor([[1, merge, merge]], device=device),
+            **self._packed_options(),
+        )
+        deepstack = getattr(features, "deepstack_features", None) or []
+        return 0 * sum(tensor.sum() for part in (features.pooler_output, *deepstack) for tensor in part)
+
+
+def prepare_for_packing(model: PreTrainedModel, processor: Any = None) -> PreTrainedModel:
+    """Give a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model of transformers the packed forward.
+
+    Afterwards a batch with `cu_seq_lens_q` is a batch of packs: documents do not see each other, the loss comes from
+    the labelled positions only, and logits are built on request (`skip_logits=False`). It has `input_ids` and `labels`
+    of shape `(packs, S)`, `position_ids` of shape `(4, packs, S)` (text, t, h, w; each from 0 in every document),
+    `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `max_length_k` over the flattened batch, `pixel_values` and
+    `image_grid_thw` of all images in reading order. Float pixels are the stock processor's; uint8 ones
+    `(patches, 3 * P * P)`, one frame, are normalised and doubled on the device. `num_items_in_batch` divides the
+    summed loss; `return_row_losses=True` returns the sum of each row. Any other batch meets the stock forward, and
+    generation, `save_pretrained`, `isinstance`, PEFT and pipelines are as before.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): changed in place; a second call changes nothing more.
+        processor (`ProcessorMixin`, *optional*): whose mean and standard deviation uint8 pixels are normalised with;
+            the released checkpoints' own where not given.
+
+    Returns:
+        `PreTrainedModel`: the same object.
+
+    Raises:
+        ValueError: for another model. The forward raises it for a packed batch with an attention mask, a cache, or
+            positions of another shape: each would let documents see each other in silence.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if base.config.model_type not in _BLOCKS:
+        raise ValueError(f"{base.config.model_type}: not a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model")
+    QwenVL(base.config.model_type).prepare(base, processor)
+    return model
+
+
+class QwenVL:
+    """What the pipeline asks of the three models; see [`PackedModel`] for its methods."""
+
+    parts = {
+        "projector": ("model.visual.merger.", "model.visual.deepstack_merger_list."),
+        "vision_tower": "model.visual.",
+    }
+
+    def __init__(self, model_type: str = "qwen2_vl"):
+        self.block_classes = _BLOCKS[model_type]
+
+    def prepare(self, model: PreTrainedModel, processor: Any = None) -> PreTrainedModel:
+        """Give a stock model the packed forward, with the pixels' statistics of its processor."""
+        if "sliding_attention" in (getattr(model.config.text_config, "layer_types", None) or []):
+            raise ValueError("use_sliding_window: packed documents need full attention in every layer")
+        if not isinstance(model, PackedForward):
+            _check_private_facts(model)
+            model.__class__ = packed_class(type(model), QwenVLPackedForward)
+            for block in model.model.visual.blocks:
+                block.attn.__class__ = packed_vision_attention(type(block.attn))
+            if model.model.language_model.config._attn_implementation == "sdpa":
+                # The default; an attention that was asked for stays.
+                model.model.language_model.set_attn_implementation(PACKED_VARLEN)
+        image_processor = getattr(processor, "image_processor", None)
+        mean, std = _PIXELS.get(model.config.model_type, (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+        if image_processor is not None:
+            mean, std = image_processor.image_mean, image_processor.image_std
+        # In fp32 and times 255, as the image processor computes them.
+        model.pixel_mean, model.pixel_std = ((torch.tensor(values) * 255).tolist() for values in (mean, std))
+        return model
+
+    def step_flops(self, config: PreTrainedConfig, work: StepWork, trained: dict[str, int]) -> int:
+        """FLOPs of forward and backward over packed documents, a multiply-add being two.
+
+        A forward is 2 FLOPs a parameter and position (patch, token), gradients of activations 2 more where something
+        before them trains, gradients of weights 2 more where they train. The head counts at every real position, as is
+        usual. Attention is causal within documents and full within images; windows of Qwen2.5-VL count as full ones.
+        """
+        text = config.text_config
+        towers = trained.get("vision_tower", 0) + trained.get("projector", 0)
+        adapter = trained.get("adapter", 0)
+        passes = 3 if trained.get("language_model") else 2 if towers or adapter else 1
+        language = 2 * passes * language_parameters(text) * work.tokens + 6 * adapter * work.tokens
+        width = text.num_attention_heads * _head_dim(text)
+        # Scores and values: 4 x width x length^2 in full, half of it causal; its backward is always needed twice.
+        language += 2 * (3 if passes > 1 else 1) * text.num_hidden_layers * width * work.squared_lengths
+
+        projector_passes = 3 if trained.get("projector") else 2 if trained.get("vision_tower") else 1
+        projector = 2 * projector_passes * projector_parameters(config.vision_config) * work.vision.tokens
+        vision_passes = 3 if trained.get("vision_tower") else 1
+        return language + projector + vision_passes * _vision_forward(config.vision_config, work)
+
+
+def language_parameters(text: PreTrainedConfig) -> int:
+    """Weights of the language model's matrices, embeddings and head counted once; biases and norms left out."""
+    hidden, head_dim = text.hidden_size, _head_dim(text)
+    attention = 2 * hidden * head_dim * (text.num_attention_heads + text.num_key_value_heads)
+    block = attention + 3 * hidden * text.intermediate_size
+    return text.num_hidden_layers * block + text.vocab_size * hidden
+
+
+def projector_parameters(vision: PreTrainedConfig) -> int:
+    """Weights of the mergers' matrices: one merger, and one more for each level of Qwen3-VL's deepstack."""
+    merged = vision_width(vision) * vision.spatial_merge_size**2
+    output = getattr(vision, "out_hidden_size", None) or vision.hidden_size
+    return (1 + len(getattr(vision, "deepstack_visual_indexes", ()))) * merged * (merged + output)
+
+
+def vision_parameters(vision: PreTrainedConfig) -> int:
+    """Weights of the tower's matrices: patch embedding and blocks."""
+    width = vision_width(vision)
+    inner = getattr(vision, "intermediate_size", None) or width * vision.mlp_ratio
+    matrices = 3 if vision.model_type.startswith("qwen2_5") else 2  # its MLP is gated
+    embedding = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * width
+    return embedding + vision.depth * (4 * width**2 + matrices * width * inner)
+
+
+def vision_width(vision: PreTrainedConfig) -> int:
+    """Width of the tower; Qwen2-VL's `hidden_size` is that of its output."""
+    return getattr(vision, "embed_dim", None) or vision.hidden_size
+
+
+def _vision_forward(vision: PreTrainedConfig, work: StepWork) -> int:
+    full = vision.depth
+    squared_windows = 0
+    if hasattr(vision, "fullatt_block_indexes"):
+        full = len(vision.fullatt_block_indexes)
+        squared_windows = (vision.depth - full) * work.vision.patches * (vision.window_size // vision.patch_size) ** 2
+    attention = 4 * vision_width(vision) * (full * work.vision.squared + squared_windows)
+    return 2 * vision_parameters(vision) * work.vision.patches + attention
+
+
+def _head_dim(text: PreTrainedConfig) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def _check_private_facts(model: PreTrainedModel) -> None:
+    """Fail by name where transformers has changed what this module rests on."""
+    missing = []
+    try:
+        attention = model.model.visual.blocks[0].attn
+        missing += [f"attn.{name}" for name in ("qkv", "proj", "num_heads", "scaling") if not hasattr(attention, name)]
+        if not hasattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb_vision"):
+            missing.append("apply_rotary_pos_emb_vision")
+        if not hasattr(model.model.language_model, "set_attn_implementation"):
+            missing.append("language_model.set_attn_implementation")
+    except (AttributeError, IndexError) as error:
+        missing.append(str(error))
+    if missing:
+        raise ValueError(f"{type(model).__name__} of this transformers cannot be packed: {', '.join(missing)}")

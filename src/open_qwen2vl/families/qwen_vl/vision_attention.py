@@ -1,0 +1,89 @@
+"""Attention of the vision towers in packed batches: one segment an image (or a window of Qwen2.5-VL), no mask.
+
+The stock code calls its attention once a segment and waits for the device in every block. Here a GPU in half
+precision runs `torch.nn.attention.varlen` once a block; elsewhere segments of equal length run together.
+"""
+
+import functools
+import sys
+from collections import defaultdict
+
+import torch
+from torch import nn
+from torch.nn.attention.varlen import varlen_attn
+
+
+class Segments:
+    """Lengths of the segments of one forward, read from the device once for each kind: whole images, windows."""
+
+    def __init__(self):
+        self._known: dict[int, tuple[torch.Tensor, list[int]]] = {}
+
+    def lengths(self, boundaries: torch.Tensor) -> list[int]:
+        """Of `(segments + 1,)` boundaries."""
+        # The tensor is kept beside its number, so that no other can get the number meanwhile.
+        if id(boundaries) not in self._known:
+            self._known[id(boundaries)] = boundaries, boundaries.diff().tolist()
+        return self._known[id(boundaries)][1]
+
+
+@functools.cache
+def packed_vision_attention(stock: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of a stock vision attention, under its name, that takes `segments`."""
+    rotate = sys.modules[stock.__module__].apply_rotary_pos_emb_vision
+
+    def forward(self, hidden_states, cu_seqlens, position_embeddings=None, max_seqlen=None, segments=None, **kwargs):
+        if segments is None:
+            return stock.forward(self, hidden_states, cu_seqlens, position_embeddings, max_seqlen, **kwargs)
+        # (patches, 3 * width) -> three of (patches, heads, head_dim)
+        query, key, value = self.qkv(hidden_states).view(len(hidden_states), 3, self.num_heads, -1).unbind(1)
+        query, key = rotate(query, key, *position_embeddings)
+        attended = segment_attention(query, key, value, cu_seqlens, segments.lengths(cu_seqlens), self.scaling)
+        return self.proj(attended.flatten(1))
+
+    return type(
+        stock.__name__,
+        (stock,),
+        {"forward": forward, "packed": True, "__module__": stock.__module__, "__qualname__": stock.__qualname__},
+    )
+
+
+def segment_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    boundaries: torch.Tensor,
+    lengths: list[int],
+    scaling: float,
+) -> torch.Tensor:
+    """Full attention within each segment of `(patches, heads, head_dim)` states."""
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        longest = max(lengths)
+        options = {} if scaling == query.shape[-1] ** -0.5 else {"scale": scaling}
+        return varlen_attn(query, key, value, boundaries, boundaries, longest, longest, **options)
+    return _by_length(query, key, value, lengths, scaling)
+
+
+def _by_length(query, key, value, lengths: list[int], scaling: float) -> torch.Tensor:
+    if len(set(lengths)) == 1:
+        shape = (len(lengths), lengths[0])
+        return _attend(*(states.unflatten(0, shape) for states in (query, key, value)), scaling).flatten(0, 1)
+    starts: dict[int, list[int]] = defaultdict(list)
+    position = 0
+    for length in lengths:
+        starts[length].append(position)
+        position += length
+    outputs, places = [], []
+    for length, own in starts.items():
+        # (segments, length): the rows of the segments of this length
+        rows = (torch.tensor(own)[:, None] + torch.arange(length)).to(query.device)
+        q, k, v = (states.index_select(0, rows.flatten()).unflatten(0, rows.shape) for states in (query, key, value))
+        outputs.append(_attend(q, k, v, scaling).flatten(0, 1))
+        places.append(rows.flatten())
+    return torch.cat(outputs).index_select(0, torch.argsort(torch.cat(places)))
+
+
+def _attend(query, key, value, scaling: float) -> torch.Tensor:
+    """`(segments, length, heads, head_dim)` in and out."""
+    query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+    return nn.functional.scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2)

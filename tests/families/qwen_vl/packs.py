@@ -1,0 +1,87 @@
+"""Documents of tiny Qwen2-VL models, as the pipeline makes them, and their packs."""
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+
+from open_qwen2vl.families.interface import Media
+from open_qwen2vl.families.qwen_vl.processing import QwenVLDocuments
+
+SIZES = [(90, 60), (60, 200), (112, 112), (300, 40), (150, 170), (33, 35)]
+
+
+def picture(width: int, height: int, seed: int = 0, format: str = "PNG") -> bytes:
+    """An image file of random colours."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format)
+    return file.getvalue()
+
+
+def make_document(documents: QwenVLDocuments, texts: list[str | tuple[int, int]], seed: int = 0) -> dict:
+    """One document of texts and of images given by their sizes; labels at all texts but the first token."""
+    ids, labels, media = [], [], [documents.empty_media()]
+    for number, entry in enumerate(texts):
+        if isinstance(entry, str):
+            new = documents.tokenizer(entry)["input_ids"]
+            ids, labels = ids + new, labels + new
+        else:
+            item = Media("image", *entry)
+            new = documents.placeholder_ids(item)
+            ids, labels = ids + new, labels + [-100] * len(new)
+            media.append(documents.read_media(picture(*entry, seed=100 * seed + number), item))
+    end = list(documents.text_format.document_end)
+    input_ids, labels = np.array(ids + end), np.array(labels + end)
+    labels[0] = -100
+    tensors = {name: torch.cat([one[name] for one in media]) for name in media[0]}
+    positions = documents.position_ids(input_ids, tensors)
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "labels": torch.from_numpy(labels),
+        "position_ids": torch.from_numpy(positions),
+        **tensors,
+    }
+
+
+def mixed_documents(documents: QwenVLDocuments) -> list[dict]:
+    """Seven documents: texts, one image, two images, six sizes."""
+    entries = [
+        [SIZES[0], "a red house"],
+        ["only some words here"],
+        [SIZES[1], SIZES[2], "two of them"],
+        ["before it ", SIZES[3], " and after"],
+        [SIZES[4], "x"],
+        ["y z"],
+        [SIZES[5], "the last"],
+    ]
+    return [make_document(documents, one, seed) for seed, one in enumerate(entries)]
+
+
+def pack(rows: list[list[dict]], pad: int = 3) -> dict:
+    """The batch of some packs; each row has a padded tail that is a document of its own."""
+    length = pad + max(sum(len(document["input_ids"]) for document in row) for row in rows)
+    batch = {"input_ids": [], "labels": [], "position_ids": []}
+    lengths = []
+    for row in rows:
+        own = [len(document["input_ids"]) for document in row]
+        tail = length - sum(own)
+        lengths += [*own, tail]
+        tails = {"input_ids": torch.zeros(tail, dtype=torch.long), "labels": torch.full((tail,), -100)}
+        tails["position_ids"] = torch.arange(tail).expand(4, -1)
+        for name, values in batch.items():
+            values.append(torch.cat([*[document[name] for document in row], tails[name]], dim=-1))
+    boundaries = torch.tensor([0, *lengths]).cumsum(0).int()
+    flat = [document for row in rows for document in row]
+    batch = {
+        "input_ids": torch.stack(batch["input_ids"]),
+        "labels": torch.stack(batch["labels"]),
+        "position_ids": torch.stack(batch["position_ids"], dim=1),
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+    media = {name: torch.cat([d[name] for d in flat]) for name in ("pixel_values", "image_grid_thw")}
+    return batch | (media if len(media["image_grid_thw"]) else {})
