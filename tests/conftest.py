@@ -25,8 +25,8 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from open_qwen2vl import OpenQwen2VLForConditionalGeneration, OpenQwen2VLProcessor
 from open_qwen2vl.processing.text_formats import prepare_tokenizer
-from tests.qwen_tokenizer import build_qwen_tokenizer
 from tests import qwen_vl
+from tests.qwen_tokenizer import build_qwen_tokenizer
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<s>"]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
