@@ -10,13 +10,13 @@ judges pictures that it has never seen, of things that it knows: as CLIP does fo
 
 import argparse
 import json
-import os
 import random
-import shutil
 import sys
 from pathlib import Path
 
 from tqdm.auto import tqdm
+
+from open_qwen2vl.files import new_folder
 
 # The drawings and their tars are those of the quickstart.
 sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
@@ -105,15 +105,13 @@ def build(output: Path, limit: int | None = None, seed: int = 0) -> dict:
         "mismatched": sorted(mismatched),
         "scorer_train": len(others),
     }
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for folder, prefix, pictures in (("pool", "", pool), ("scorer", "train-", others)):
-        (partial / folder).mkdir(parents=True)
-        random.Random(seed).shuffle(pictures)
-        for shard in range(SHARDS):
-            write_tar(partial / folder / f"{prefix}{shard:05d}.tar", pictures[shard::SHARDS])
-    (partial / "truth.json").write_text(json.dumps(truth, indent=1) + "\n")
-    os.replace(partial, output)
+    with new_folder(output) as temporary:
+        for folder, prefix, pictures in (("pool", "", pool), ("scorer", "train-", others)):
+            (temporary / folder).mkdir(parents=True)
+            random.Random(seed).shuffle(pictures)
+            for shard in range(SHARDS):
+                write_tar(temporary / folder / f"{prefix}{shard:05d}.tar", pictures[shard::SHARDS])
+        (temporary / "truth.json").write_text(json.dumps(truth, indent=1) + "\n")
     return truth
 
 

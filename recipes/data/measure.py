@@ -5,13 +5,13 @@ scores/clip/*.parquet, truth.json, subset.npy  ─►  AUC, precision of the kep
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from open_qwen2vl.data.storage.uids import contains_uids, parse_uids, read_uids
+from open_qwen2vl.files import write_json
 
 
 def area_under_curve(scores: np.ndarray, matches: np.ndarray) -> float:
@@ -64,9 +64,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/data/metrics.json"))
     args = parser.parse_args()
     metrics = measure(args.scores, args.truth, args.subset)
-    partial = args.output.with_name(args.output.name + ".partial")
-    partial.write_text(json.dumps(metrics, indent=1) + "\n")
-    os.replace(partial, args.output)
+    write_json(args.output, metrics)
     print(
         f"{metrics['pairs']} pairs, {1 - metrics['base_rate']:.1%} of them mismatched: AUC {metrics['auc']:.3f}; "
         f"kept {metrics['kept']}, of which {metrics['precision']:.1%} match"

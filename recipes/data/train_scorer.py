@@ -9,8 +9,6 @@ import argparse
 import io
 import json
 import math
-import os
-import shutil
 import tarfile
 from pathlib import Path
 
@@ -21,6 +19,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
+
+from open_qwen2vl.files import new_folder
 
 MODEL = {
     "embed_dim": 128,
@@ -108,15 +108,12 @@ def save(model: torch.nn.Module, folder: Path) -> None:
         model (`torch.nn.Module`): from [`train`].
         folder (`Path`): of the model.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(
-        {name: t.contiguous() for name, t in model.state_dict().items()}, partial / "open_clip_model.safetensors"
-    )
-    config = {"model_cfg": MODEL, "preprocess_cfg": {"size": MODEL["vision_cfg"]["image_size"], **PREPROCESS}}
-    (partial / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
-    os.replace(partial, folder)
+    with new_folder(folder) as temporary:
+        save_file(
+            {name: t.contiguous() for name, t in model.state_dict().items()}, temporary / "open_clip_model.safetensors"
+        )
+        config = {"model_cfg": MODEL, "preprocess_cfg": {"size": MODEL["vision_cfg"]["image_size"], **PREPROCESS}}
+        (temporary / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def main() -> None:

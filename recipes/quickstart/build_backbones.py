@@ -10,8 +10,6 @@ and `Qwen/Qwen2.5-1.5B-Instruct`. Nothing in them has learned anything yet: the 
 
 import argparse
 import json
-import os
-import shutil
 import tarfile
 from pathlib import Path
 
@@ -27,6 +25,8 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+
+from open_qwen2vl.files import new_folder
 
 # The block after the features is neither built nor run, so `num_hidden_layers` is one more than what runs.
 VISION = {"image_size": 96, "patch_size": 16, "hidden_size": 128, "num_hidden_layers": 5, "num_attention_heads": 4}
@@ -166,19 +166,16 @@ def build(data: Path, output: Path, vision: dict | None = None, text: dict | Non
     shards = sorted(data.glob("train-*.tar"))
     if not shards:
         raise ValueError(f"{data} holds no train-*.tar: run build_data.py first")
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    torch.manual_seed(seed)
-    tokenizer = train_tokenizer(read_captions(shards) + read_questions())
-    summary = {
-        "options": options,
-        "vocabulary": len(tokenizer),
-        "vision_parameters": save_vision(partial / "vision", options["vision"]),
-        "text_parameters": save_text(partial / "text", options["text"], tokenizer),
-    }
-    (partial / "backbones.json").write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(partial, output)
+    with new_folder(output) as folder:
+        torch.manual_seed(seed)
+        tokenizer = train_tokenizer(read_captions(shards) + read_questions())
+        summary = {
+            "options": options,
+            "vocabulary": len(tokenizer),
+            "vision_parameters": save_vision(folder / "vision", options["vision"]),
+            "text_parameters": save_text(folder / "text", options["text"], tokenizer),
+        }
+        (folder / "backbones.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
 

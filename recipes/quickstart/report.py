@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 import open_qwen2vl  # registers the model with the Auto classes
+from open_qwen2vl.files import write_json
 from open_qwen2vl.processing.images import decode_image
 from open_qwen2vl.trainer import newest_complete_checkpoint
 
@@ -186,13 +187,6 @@ def collect_metrics(run: Path, data: Path, seen: list[Example], blanked: list[Ex
     }
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file that appears whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
 def build(run: Path, data: Path, batch_size: int = 64) -> dict:
     """Evaluate `run/model` and write `metrics.json`, `report.html` and `report.png` into `run`.
 
@@ -220,7 +214,7 @@ def build(run: Path, data: Path, batch_size: int = 64) -> dict:
     history = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["log_history"]
     write_png(run / "report.png", metrics, history, seen)
     write_html(run / "report.html", metrics, history, seen)
-    write_json(run / "metrics.json", metrics)
+    write_json(run / "metrics.json", metrics, indent=2)
     return metrics
 
 

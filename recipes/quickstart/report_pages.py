@@ -6,7 +6,6 @@ Text that comes from data or from the model is escaped, pictures are embedded, a
 import base64
 import html
 import io
-import os
 import random
 from pathlib import Path
 from string import Template
@@ -18,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from open_qwen2vl.files import renamed_when_whole, write_text
 from open_qwen2vl.processing.images import decode_image
 
 ATTRIBUTION = (
@@ -156,9 +156,8 @@ def write_png(path: Path, metrics: dict[str, Any], history: list[dict[str, float
     for cell, example in enumerate(random.Random(SAMPLE_SEED).sample(examples, count)):
         draw_example(figure.add_subplot(grid[cell // GRID_COLUMNS, cell % GRID_COLUMNS]), example)
     figure.text(0.035, 0.016, ATTRIBUTION, fontsize=7.5, color=MUTED)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png")
-    os.replace(partial, path)
+    with renamed_when_whole(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def curve_png(history: list[dict[str, float]]) -> bytes:
@@ -209,6 +208,4 @@ def write_html(path: Path, metrics: dict[str, Any], history: list[dict[str, floa
         environment=environment,
         attribution=html.escape(ATTRIBUTION),
     )
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, page)

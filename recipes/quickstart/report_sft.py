@@ -19,11 +19,12 @@ from pathlib import Path
 import torch
 import transformers
 from PIL import Image
-from report import MID_GREY, describe_machine, describe_versions, write_json
+from report import MID_GREY, describe_machine, describe_versions
 from report_sft_pages import write_html, write_png
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
+from open_qwen2vl.files import write_json
 from open_qwen2vl.processing.images import decode_image
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -243,7 +244,7 @@ def build(run: Path, batch_size: int = 128) -> dict:
     metrics = collect_metrics(run, seen, answer_by_majority(train, test), blanked, model.num_parameters())
     write_png(run / "report.png", metrics, seen)
     write_html(run / "report.html", metrics, seen)
-    write_json(run / "metrics.json", metrics)
+    write_json(run / "metrics.json", metrics, indent=2)
     return metrics
 
 

@@ -6,7 +6,6 @@ Text that comes from data or from the model is escaped, pictures are embedded, a
 import base64
 import html
 import io
-import os
 import random
 from pathlib import Path
 from string import Template
@@ -18,6 +17,7 @@ import report_pages
 from matplotlib.axes import Axes
 from report_pages import INK, MUTED, RIGHT, WRONG, new_figure
 
+from open_qwen2vl.files import renamed_when_whole, write_text
 from open_qwen2vl.processing.images import decode_image
 
 ATTRIBUTION = (
@@ -144,9 +144,8 @@ def write_png(path: Path, metrics: dict[str, Any], questions: list[Any]) -> None
     for cell, question in enumerate(sample(questions, GRID_COLUMNS * GRID_ROWS)):
         draw_question(figure.add_subplot(grid[cell // GRID_COLUMNS, cell % GRID_COLUMNS]), question)
     figure.text(0.035, 0.016, ATTRIBUTION, fontsize=7.5, color=MUTED)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png")
-    os.replace(partial, path)
+    with renamed_when_whole(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def sample(questions: list[Any], count: int) -> list[Any]:
@@ -203,6 +202,4 @@ def write_html(path: Path, metrics: dict[str, Any], questions: list[Any]) -> Non
         environment=environment,
         attribution=html.escape(ATTRIBUTION),
     )
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, page)

@@ -1,42 +1,135 @@
-"""Files that are there as a whole or not at all: written under another name and renamed.
+"""Files and folders that are there as a whole or not at all, and what is remembered of a file.
 
-A killed run leaves `NAME.PID.tmp` beside `NAME`; the next run removes it.
+What is written goes to `NAME.PID.tmp`, is synced to the disk and renamed; its folder is synced after that, so that a
+power cut leaves the old one or the new one. What a killed run leaves is removed by the next run.
 """
 
 import contextlib
+import errno
+import hashlib
+import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
-def renamed_when_whole(path: Path) -> Iterator[Path]:
-    """A temporary name for a file, which gets its own at the end of the block.
+def renamed_when_whole(path: Path, keep_suffix: bool = False) -> Iterator[Path]:
+    """A temporary name for a file, which gets its own at the end of the block; what is there is replaced.
 
-    Args:
-        path (`Path`): the file; one of that name is replaced.
-
-    Yields:
-        `Path`: where to write; removed if the block raises.
+    `keep_suffix` ends the temporary name in the file's own suffix, for writers that go by it.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp{path.suffix if keep_suffix else ''}")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with os_errors_named(path):
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def remove_temporaries(paths: Iterable[Path]) -> None:
-    """Remove what a killed run left half-written.
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write to that gets its name only when the block ends well; a `ValueError` if there is one."""
+    if path.exists():
+        raise ValueError(f"{path} exists; give a new folder")
+    remove_temporaries([path])
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with os_errors_named(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            publish_folder(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
-    Args:
-        paths (`Iterable[Path]`): names of the files as they are when whole; their folders need not exist.
-    """
+
+def publish_folder(staged: Path, final: Path, trash: str = ".deleted") -> None:
+    """Give a folder that is whole its name; it is synced first, and what has the name is removed by way of `trash`."""
+    for folder, _, names in os.walk(staged):
+        for name in names:
+            sync(os.path.join(folder, name))
+        sync(folder)
+    if final.exists():
+        remove_folder(final, trash)
+    os.replace(staged, final)
+    sync(final.parent)
+
+
+def remove_folder(folder: Path, trash: str = ".deleted") -> None:
+    """Remove a folder under another name beside it, so that none is ever half there."""
+    renamed = folder.with_name(trash)
+    shutil.rmtree(renamed, ignore_errors=True)
+    os.replace(folder, renamed)
+    shutil.rmtree(renamed, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of UTF-8 as a whole."""
+    with renamed_when_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any, **options: Any) -> None:
+    """Write a JSON file as a whole; `options` are those of `json.dumps`."""
+    write_text(path, json.dumps(content, **{"indent": 1, **options}) + "\n")
+
+
+def remove_temporaries(paths: Iterable[Path]) -> None:
+    """Remove what a killed run left of files or folders with these names; their folders need not exist."""
     names: dict[Path, set[str]] = {}
     for path in paths:
         names.setdefault(path.parent, set()).add(path.name)
     for folder, whole in names.items():
-        for temporary in folder.glob("*.tmp"):
-            if temporary.name.rsplit(".", 2)[0] in whole:
-                temporary.unlink(missing_ok=True)
+        for temporary in folder.glob("*.tmp*"):
+            name, end, suffix = temporary.name.rpartition(".tmp")
+            name = name.rpartition(".")[0]
+            if end and name in whole and suffix in ("", Path(name).suffix):
+                shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not os.path.isdir(path):  # some network file systems sync no folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def os_errors_named(path: str | os.PathLike) -> Iterator[None]:
+    """Give an `OSError` of the block that names no file, as that of a full disk, this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
+def describe_shard(shard: str | Path, folder: Path) -> dict[str, Any]:
+    """What is remembered of a file: `path` relative to a folder (posix), `size` in bytes and `mtime_ns`."""
+    stat = os.stat(shard)
+    # The file's own name is kept even if it is a link; its folder is resolved, for `..` means nothing across links.
+    resolved = Path(shard).parent.resolve() / Path(shard).name
+    relative = Path(os.path.relpath(resolved, folder.resolve())).as_posix()
+    return {"path": relative, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def shard_path(folder: str | Path, shard: dict[str, Any]) -> str:
+    """The absolute path of a file that [`describe_shard`] described for this folder."""
+    return os.path.normpath(os.path.join(os.path.realpath(folder), shard["path"]))
+
+
+def content_hash(path: str | os.PathLike) -> str:
+    """SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

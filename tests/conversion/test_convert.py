@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from open_qwen2vl.cli import main
-from open_qwen2vl.conversion.convert import convert_checkpoint, new_folder
+from open_qwen2vl.conversion.convert import convert_checkpoint
 from open_qwen2vl.conversion.names import read_token_budget, read_vision_config, write_arch_specifier
+from open_qwen2vl.files import new_folder
 from tests.hub_server import Repo, hub_server
 
 ASSETS = Path(__file__).parents[1] / "assets" / "original"

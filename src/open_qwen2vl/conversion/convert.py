@@ -3,15 +3,12 @@
 config.json, checkpoints/latest-checkpoint.pt (mapped; tensors only)  +  vision weights  +  text model's config
   │ names and shapes are checked against the model on the meta device before anything is written
   ▼
-a hidden folder beside OUT_DIR: config.json, model-*.safetensors, processor  ─ rename ─▶  OUT_DIR
+a temporary folder beside OUT_DIR: config.json, model-*.safetensors, processor  ─ rename ─▶  OUT_DIR
 """
 
-import contextlib
 import json
 import logging
-import os
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from ..files import new_folder
 from ..modeling.configuration_open_qwen2vl import OpenQwen2VLConfig
 from ..modeling.modeling_open_qwen2vl import OpenQwen2VLForConditionalGeneration
 from ..processing import text_formats
@@ -169,30 +167,6 @@ def convert_to_original(
         (folder / CHECKPOINT).parent.mkdir()
         torch.save({"model": tensors}, folder / CHECKPOINT)
     return report
-
-
-@contextlib.contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A folder that appears under its name only when the block ends well.
-
-    Args:
-        output (`Path`): the folder to make.
-
-    Yields:
-        `Path`: a hidden folder beside it to write to, removed after an error.
-
-    Raises:
-        ValueError: if `output` exists.
-    """
-    if output.exists():
-        raise ValueError(f"{output} exists; give a new folder")
-    temporary = output.parent / f".{output.name}.{os.getpid()}"
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        os.rename(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _read_original(folder: Path) -> tuple[int, dict[str, dict[str, torch.Tensor]], list[str]]:

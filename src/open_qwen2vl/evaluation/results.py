@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from ..files import renamed_when_whole
+from ..files import renamed_when_whole, write_text
 from .benchmarks import category_of, sample_scores
 from .harness import Target
 from .prompts import message_images
@@ -276,8 +276,7 @@ def write_results(results: dict[str, Any], targets: Sequence[Target], output: Pa
         "table.md": comparison_table(results, targets),
     }
     for name, text in texts.items():
-        with renamed_when_whole(output / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(output / name, text)
 
 
 def comparison_table(results: dict[str, Any], targets: Sequence[Target]) -> str:

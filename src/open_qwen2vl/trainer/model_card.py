@@ -15,6 +15,8 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from transformers import TrainingArguments
 
+from ..files import write_text
+
 LIBRARIES = ("open-qwen2vl", "torch", "transformers", "accelerate", "tokenizers", "peft", "trl", "lmms-eval")
 
 HYPERPARAMETERS = (
@@ -115,9 +117,7 @@ def write_model_card(folder: str | os.PathLike, name: str, **kwargs) -> Path:
         `Path`: the file.
     """
     path = Path(folder) / "README.md"
-    partial = path.with_name("README.md.partial")
-    partial.write_text(model_card(folder, name, **kwargs), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, model_card(folder, name, **kwargs))
     return path
 
 

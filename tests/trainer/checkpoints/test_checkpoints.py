@@ -88,7 +88,7 @@ def test_a_save_that_was_killed_leaves_no_checkpoint(make_trainer, tmp_path, mon
         assert (run / ".saving" / "checkpoint-2" / "model.safetensors").exists()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("open_qwen2vl.trainer.checkpoints.saving.publish", power_cut)
+    monkeypatch.setattr("open_qwen2vl.trainer.checkpoints.saving.publish_folder", power_cut)
     with pytest.raises(KeyboardInterrupt):
         cut.train()
     assert newest_complete_checkpoint(run) is None

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
+from ...files import shard_path
 from ...processing.images import decode_image
 from ...processing.sample_error import SampleError
-from ..packing.plan_files import shard_path
 from ..scoring.score_files import read_score_metadata
 from ..storage.tars import IMAGE_EXTENSIONS, Sample, index_shard, read_member
 from .decisions import Selection

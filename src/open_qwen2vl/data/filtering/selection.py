@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from ...files import remove_temporaries, renamed_when_whole
+from ...files import remove_temporaries, renamed_when_whole, write_text
 from ..storage.tars import find_shards
 from ..storage.uids import UID_DTYPE, write_uids
 from .decisions import DUPLICATE_REASONS, Selection, find_cuts
@@ -100,8 +100,7 @@ def select_pairs(
         uids = _write_decisions(selection, folder / DECISIONS_NAME, figures.kept)
         _advance(bar, "writing the report")
         page = report_page(figures, histograms(selection), find_examples(selection, tars))
-        with renamed_when_whole(folder / PAGE_NAME) as temporary:
-            temporary.write_text(page, encoding="utf8")
+        write_text(folder / PAGE_NAME, page)
         _advance(bar, "filtered")
     write_uids(output, uids)
     return figures

@@ -9,7 +9,6 @@ renamed when it is whole.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ...files import renamed_when_whole
+from ...files import describe_shard as describe_shard
+from ...files import renamed_when_whole, write_text
+from ...files import shard_path as shard_path
 from ..storage.tars import IMAGE_EXTENSIONS
 
 PLAN_NAME = "plan.json"
@@ -99,39 +100,6 @@ class GroupDocuments(NamedTuple):
     ignored_members: int
 
 
-def describe_shard(shard: str | Path, folder: Path) -> dict[str, Any]:
-    """What a plan remembers of a tar.
-
-    Args:
-        shard (`str | Path`): the tar.
-        folder (`Path`): folder of the plan.
-
-    Returns:
-        `dict`: `path` relative to the folder (posix), `size` in bytes and `mtime_ns`.
-
-    Raises:
-        OSError: if there is no such file.
-    """
-    stat = os.stat(shard)
-    # The tar's own name is kept even if it is a link; its folder is resolved, for `..` means nothing across links.
-    resolved = Path(shard).parent.resolve() / Path(shard).name
-    relative = Path(os.path.relpath(resolved, folder.resolve())).as_posix()
-    return {"path": relative, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-
-
-def shard_path(folder: str | Path, shard: dict[str, Any]) -> str:
-    """Where a tar of a plan is.
-
-    Args:
-        folder (`str | Path`): folder of the plan.
-        shard (`dict`): what [`describe_shard`] returned.
-
-    Returns:
-        `str`: absolute path.
-    """
-    return os.path.normpath(os.path.join(os.path.realpath(folder), shard["path"]))
-
-
 def packs_table(documents: list[Document], pack_of_document: np.ndarray) -> pa.Table:
     """Rows of a part.
 
@@ -205,8 +173,7 @@ def write_plan(folder: Path, plan: dict[str, Any]) -> None:
     """
     path, text = folder / PLAN_NAME, json.dumps(plan, indent=1, sort_keys=True) + "\n"
     if not path.exists() or path.read_text(encoding="utf8") != text:
-        with renamed_when_whole(path) as temporary:
-            temporary.write_text(text, encoding="utf8")
+        write_text(path, text)
 
 
 def read_plan(folder: Path) -> dict[str, Any]:

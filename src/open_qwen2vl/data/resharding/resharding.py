@@ -9,7 +9,6 @@ any number of workers, and after any number of kills.
 """
 
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -19,9 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...files import remove_temporaries, renamed_when_whole
+from ...files import content_hash, describe_shard, remove_temporaries, write_json
 from ..engine.engine import ShardTask, process_rank, run_tasks
-from ..packing.plan_files import describe_shard
 from ..storage.tars import find_shards
 from ..storage.uids import read_uids, write_uids
 from .pool_index import Layout, PoolIndexer, read_figures, write_layout
@@ -158,15 +156,13 @@ def _make(
         skipped=dict(sorted(sum((Counter(one["skipped"]) for one in figures), Counter()).items())),
         ignored_members=sum(one["ignored_members"] for one in figures),
     )
-    _write_json(folder / RESHARD_NAME, {"recipe": recipe, "totals": asdict(report)})
+    write_json(folder / RESHARD_NAME, {"recipe": recipe, "totals": asdict(report)}, sort_keys=True)
     return report
 
 
 def _describe_subset(subset: str | Path) -> dict[str, Any]:
     """By content: the same subset may be written again."""
-    with open(subset, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"name": Path(subset).name, "sha256": digest}
+    return {"name": Path(subset).name, "sha256": content_hash(subset)}
 
 
 def _claim(folder: Path, recipe: dict[str, Any]) -> None:
@@ -190,7 +186,7 @@ def _claim(folder: Path, recipe: dict[str, Any]) -> None:
             raise ValueError(f"{folder}: made with {found}; {advice}")
     (folder / _WORK).mkdir(parents=True, exist_ok=True)
     remove_temporaries([known])
-    _write_json(known, recipe)
+    write_json(known, recipe, sort_keys=True)
 
 
 def _finished_report(folder: Path) -> ReshardReport | None:
@@ -210,8 +206,3 @@ def _check_names(tars: list[Path], figures: list[dict[str, Any]]) -> None:
         other, unnamed = named.setdefault(tar.name, (tar, bool(figure["unnamed"])))
         if other is not tar and (unnamed or figure["unnamed"]):
             raise ValueError(f"{other} and {tar} have one name, and samples without a uid in a json: rename one")
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with renamed_when_whole(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf8")

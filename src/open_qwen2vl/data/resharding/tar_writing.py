@@ -15,9 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ...files import renamed_when_whole
+from ...files import renamed_when_whole, shard_path
 from ..engine.engine import Outcome, ShardTask, collection_paused
-from ..packing.plan_files import shard_path
 from ..storage.open_files import Newest
 from ..storage.tar_index import SCHEMA, member_image_size, write_shard_index
 from ..storage.tars import IMAGE_EXTENSIONS, padded_end

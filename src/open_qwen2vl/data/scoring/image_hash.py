@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ...files import describe_shard
 from ..engine.engine import Outcome, ShardTask
-from ..packing.plan_files import describe_shard
 from ..storage.tars import index_shard
 from .pairs import RawPair, decode_pair, read_pairs
 from .score_files import HASH_SCHEMA, score_table

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...files import describe_shard
 from ..engine.engine import Outcome, ShardTask, StepReport, run_tasks
-from ..packing.plan_files import describe_shard
 from ..storage.tars import find_shards
 from .score_files import read_score_metadata
 from .scoring import TarScorer

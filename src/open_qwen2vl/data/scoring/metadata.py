@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ...files import describe_shard
 from ..engine.engine import Outcome, ShardTask
-from ..packing.plan_files import describe_shard
 from .score_files import score_table, write_scores
 from .scoring import value_names
 

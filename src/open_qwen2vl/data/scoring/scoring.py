@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from ...files import describe_shard
 from ..engine.engine import Outcome, ShardTask
-from ..packing.plan_files import describe_shard
 from ..storage.tars import Sample, index_shard
 from .pairs import Pair, PreparedSample, RawPair, decode_pair, read_pairs
 from .score_files import score_table, write_scores

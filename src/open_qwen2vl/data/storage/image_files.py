@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ...files import describe_shard, shard_path
 from ...processing.sample_error import SampleError
-from ..packing.plan_files import describe_shard, shard_path
 from .open_files import Newest
 from .tars import list_files, read_member
 from .zips import list_members, read_zip_member

@@ -9,16 +9,16 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ...files import publish_folder, remove_folder
+
 logger = logging.getLogger(__name__)
 
 STAGING_NAME = ".saving"
-DELETED_NAME = ".deleted"
 
 
 class CheckpointError(OSError):
@@ -63,21 +63,6 @@ def newest_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     return None
 
 
-def publish(staged: Path, final: Path) -> None:
-    """Give a finished checkpoint its name.
-
-    Args:
-        staged (`Path`): its folder, whole; it is synced to disk first.
-        final (`Path`): the name. What is there is replaced.
-    """
-    for path in _files_and_folders(staged):
-        _sync(path)
-    if final.exists():
-        _remove(final)
-    os.replace(staged, final)
-    _sync(final.parent)
-
-
 def prune(output_dir: str | os.PathLike, limit: int | None, keep: str | None) -> None:
     """Delete the oldest checkpoints.
 
@@ -92,28 +77,7 @@ def prune(output_dir: str | os.PathLike, limit: int | None, keep: str | None) ->
     # The newest is never deleted: training continues from it.
     others = max(1, limit - (keep is not None))
     for folder in folders[:-others]:
-        _remove(folder)
-
-
-def _remove(folder: Path) -> None:
-    trash = folder.with_name(DELETED_NAME)
-    shutil.rmtree(trash, ignore_errors=True)
-    os.replace(folder, trash)
-    shutil.rmtree(trash, ignore_errors=True)
-
-
-def _files_and_folders(folder: Path) -> Iterator[str]:
-    for path, _, files in os.walk(folder):
-        yield from (os.path.join(path, name) for name in files)
-        yield path
-
-
-def _sync(path: str | Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        remove_folder(folder)
 
 
 def save_final_model(trainer: Trainer, folder: str | os.PathLike) -> None:
@@ -134,4 +98,4 @@ def save_final_model(trainer: Trainer, folder: str | os.PathLike) -> None:
         return
     # A pickle of the arguments: nothing that a model folder needs, and nothing that anybody should load.
     (partial / "training_args.bin").unlink(missing_ok=True)
-    publish(partial, folder)
+    publish_folder(partial, folder)

@@ -9,8 +9,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from ...files import publish_folder
 from . import run_record as records
-from .folders import STAGING_NAME, CheckpointError, newest_complete_checkpoint, prune, publish
+from .folders import STAGING_NAME, CheckpointError, newest_complete_checkpoint, prune
 from .interruption import StopRequest, only_run_in
 
 
@@ -97,7 +98,7 @@ class ExactCheckpoints:
                 self.state.best_model_checkpoint = str(final)
                 self.state.save_to_json(str(staged / "trainer_state.json"))
             records.write_run_record(staged, self.run_record())
-            publish(staged, final)
+            publish_folder(staged, final)
             staged.parent.rmdir()
             prune(final.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()

@@ -1,6 +1,5 @@
 """Stops a training whose loss is no number, or far above what it was, and says which samples were in the step."""
 
-import json
 import math
 import os
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from ...files import write_json
 from .steps import Step
 from .throughput import saved_attributes
 
@@ -92,9 +92,7 @@ def stop_training(
         packs = [{**pack, **describe(pack["pack"])} for pack in packs]
     if int(os.environ.get("RANK", 0)) == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            json.dumps({"reason": verdict, "packs": packs}, indent=1, default=str) + "\n", encoding="utf-8"
-        )
+        write_json(path, {"reason": verdict, "packs": packs}, default=str)
     worst = "; ".join(_in_words(pack) for pack in packs[:NAMED_PACKS])
     raise LossStopped(f"{verdict}; worst packs: {worst}; all of the step's samples: {path}")
 

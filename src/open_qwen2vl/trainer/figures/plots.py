@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ...files import renamed_when_whole
 from ..task_evaluation import logged_scores
 
 
@@ -56,9 +57,8 @@ def plot_loss(log_history: list[dict[str, float]], path: str | os.PathLike) -> N
     for axes in (upper, *middle, lower):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    temporary = Path(f"{os.fspath(path)}.partial")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    with renamed_when_whole(Path(path)) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def _source_losses(log: dict[str, float]) -> dict[str, float]:

@@ -1,13 +1,13 @@
 """A few steps under torch's profiler: where the time of a step goes."""
 
 import logging
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ...files import renamed_when_whole, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -75,15 +75,10 @@ class ProfileCallback(TrainerCallback):
 
 def _write(profiler: profile, folder: Path, rank: int) -> None:
     # The temporary name ends in .gz as well: the exporter goes by that.
-    _replace(folder / f"trace-rank{rank}.json.gz", "partial.json.gz", profiler.export_chrome_trace)
+    with renamed_when_whole(folder / f"trace-rank{rank}.json.gz", keep_suffix=True) as temporary:
+        profiler.export_chrome_trace(str(temporary))
     if rank == 0:
         device = "cuda" if ProfilerActivity.CUDA in profiler.activities else "cpu"
         table = profiler.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=OPERATORS)
-        _replace(folder / "operators.txt", "partial", lambda path: Path(path).write_text(table, encoding="utf-8"))
+        write_text(folder / "operators.txt", table)
     logger.info("profile written to %s", folder)
-
-
-def _replace(path: Path, suffix: str, write: Callable[[str], object]) -> None:
-    partial = path.with_name(f"{path.name}.{suffix}")
-    write(str(partial))
-    os.replace(partial, path)
