@@ -6,7 +6,6 @@ The folder is one that open_clip loads as `local-dir:FOLDER`, as it loads a publ
 """
 
 import argparse
-import io
 import json
 import math
 import tarfile
@@ -21,6 +20,7 @@ from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
 from open_qwen2vl.files import new_folder
+from open_qwen2vl.processing.images import decode_image
 
 MODEL = {
     "embed_dim": 128,
@@ -46,7 +46,7 @@ def read_pairs(tars: list[Path]) -> tuple[list[Image.Image], list[str]]:
             for member in tar:
                 data = tar.extractfile(member).read()
                 if member.name.endswith(".png"):
-                    images.append(Image.open(io.BytesIO(data)).convert("RGB"))
+                    images.append(decode_image(data))
                 elif member.name.endswith(".txt"):
                     captions.append(data.decode())
     return images, captions

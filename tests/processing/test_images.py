@@ -1,15 +1,28 @@
 """Images as they come from the web: each is decoded right or refused under a name."""
 
 import io
+import os
+import re
+import resource
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings, strategies
 from matplotlib import get_data_path
 from PIL import Image, ImageOps
 
-from open_qwen2vl.processing.images import DRAFT_MARGIN, MAX_PIXELS, decode_image
+from open_qwen2vl.processing.images import (
+    DRAFT_MARGIN,
+    MAX_PIXELS,
+    array_to_rgb,
+    decode_image,
+    read_image_size,
+    to_rgb,
+)
 from open_qwen2vl.processing.sample_error import SampleError
 
 
@@ -138,3 +151,189 @@ def test_orientation_and_other_formats_at_a_needed_size(photograph):
     assert (decode_image(grey, min_size=(8, 8)).mode, decode_image(grey, min_size=(8, 8)).size) == ("RGB", (192, 225))
     with pytest.raises(SampleError):
         decode_image(encode(photograph, "JPEG")[:20_000], min_size=(8, 8))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_of_the_list(kind):
+    image = decode_image(encode(gradient(32, 32), kind, **({"sizes": [(32, 32)]} if kind == "ICO" else {})))
+    assert (image.mode, image.size, image.info) == ("RGB", (32, 32), {})
+    assert np.abs(np.asarray(image, int) - np.asarray(gradient(32, 32), int)).mean() < 12
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PCX", "SGI", "XBM", "IM"])
+def test_no_other_format_is_opened(kind, monkeypatch):
+    monkeypatch.setattr("subprocess.check_call", lambda *args, **kwargs: pytest.fail("a program was started"))
+    picture = gradient().convert("1") if kind == "XBM" else gradient()
+    for read in (decode_image, read_image_size):
+        with pytest.raises(SampleError) as error:
+            read(encode(picture, kind))
+        assert error.value.reason == "corrupt_image"
+
+
+def test_nobody_else_opens_images():
+    """Pillow's `open` is called in images.py alone, in the package and the recipes."""
+    root = Path(__file__).parents[2]
+    found = []
+    for path in [*root.glob("src/**/*.py"), *root.glob("recipes/**/*.py")]:
+        text = path.read_text(encoding="utf8")
+        if re.search(r"\bImage\.open\(|\bPIL\.Image\.open\(|import open as", text) and path.name != "images.py":
+            found.append(str(path.relative_to(root)))
+    assert not found
+
+
+@pytest.mark.parametrize("bits", [8, 12, 16, 20, 31])
+def test_integers_are_scaled_by_the_bits_that_they_need(bits):
+    values = np.linspace(0, 2**bits - 1, 200).astype(np.int32).reshape(10, 20)
+    wanted = values >> (bits - 8)
+    for kind in ("TIFF",) if bits > 16 else ("TIFF", "PNG"):
+        array = values if kind == "TIFF" else values.astype(np.uint16)
+        pixels = np.asarray(decode_image(encode(Image.fromarray(array), kind)))
+        assert np.array_equal(pixels, np.stack([wanted] * 3, -1))
+    assert np.array_equal(to_rgb(Image.fromarray(values)), array_to_rgb(values))
+    assert np.array_equal(to_rgb(Image.fromarray(values)).getchannel(1), wanted)
+
+
+def test_big_endian_and_negative_values():
+    values = np.linspace(0, 65535, 200).astype(np.uint16).reshape(10, 20)
+    big = Image.frombytes("I;16B", (20, 10), values.astype(">u2").tobytes())
+    assert np.array_equal(to_rgb(big).getchannel(0), values >> 8)
+    assert to_rgb(Image.fromarray(np.array([[-5, 200]], np.int32))).getchannel(0).tobytes() == bytes([0, 200])
+
+
+@pytest.mark.parametrize(("scale", "wanted"), [(1, 255), (1.01, 255), (255, 255), (65535, 255)])
+def test_floats(scale, wanted):
+    values = np.linspace(0, scale, 200).astype(np.float32).reshape(10, 20)
+    values[0, 3] = np.nan
+    pixels = np.asarray(decode_image(encode(Image.fromarray(values), "TIFF")))[..., 0].astype(int)
+    expected = np.linspace(0, 255 * (scale if scale < 2 else 1), 200).clip(0, 255).reshape(10, 20)
+    expected[0, 3] = 0
+    assert pixels[-1, -1] == wanted and np.abs(pixels - expected).max() < 1.5
+    assert np.array_equal(np.asarray(array_to_rgb(values))[..., 0], pixels)
+
+
+def test_one_rule_for_alpha_whatever_the_way_in():
+    rgba = gradient().convert("RGBA")
+    rgba.putalpha(gradient().getchannel(0))
+    array = np.asarray(rgba)
+    wanted = np.asarray(gradient())
+    ways = [decode_image(encode(rgba)), to_rgb(rgba), array_to_rgb(array), array_to_rgb(array.transpose(2, 0, 1))]
+    ways += [array_to_rgb(array / 255), array_to_rgb(torch.from_numpy(array.copy()).permute(2, 0, 1))]
+    for image in ways:
+        assert np.array_equal(image, wanted)
+
+
+@pytest.mark.parametrize("array", [np.zeros((2, 2, 2)), np.zeros(4), np.zeros((0, 3, 3)), np.array([["a"]])])
+def test_arrays_that_are_no_image(array):
+    with pytest.raises(ValueError, match="channels"):
+        array_to_rgb(array)
+
+
+def progressive_scans(number: int) -> bytes:
+    """A progressive JPEG in which one of its scans is repeated."""
+    data = encode(gradient(64, 64), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    scan = data[last : data.rindex(b"\xff\xd9")]
+    return data[:last] + scan * number + b"\xff\xd9"
+
+
+def test_a_jpeg_of_too_many_scans_is_refused():
+    assert decode_image(progressive_scans(50)).size == (64, 64)
+    with pytest.raises(SampleError, match="scans") as error:
+        decode_image(progressive_scans(200))
+    assert error.value.reason == "image_too_large"
+    # Two hundred of its marks in a comment are no scans.
+    plain = encode(gradient(64, 64), "JPEG", comment=b"\xff\xda" * 200)
+    assert decode_image(plain).size == (64, 64)
+
+
+def test_pixels_that_python_would_decode_are_few(monkeypatch):
+    monkeypatch.setattr("open_qwen2vl.processing.images._SLOW_PIXELS", 100)
+    for data in (b"P2 20 20 255 " + b"1 " * 400, b"P5 20 20 100 " + bytes(400)):
+        with pytest.raises(SampleError) as error:
+            decode_image(data)
+        assert error.value.reason == "image_too_large"
+    assert decode_image(b"P5 20 20 255 " + bytes(400)).size == (20, 20)
+
+
+def test_codecs_that_hold_several_copies_have_fewer_pixels(monkeypatch):
+    monkeypatch.setattr("open_qwen2vl.processing.images.MAX_PIXELS", 32 * 32)
+    assert decode_image(encode(gradient(32, 32))).size == (32, 32)
+    for kind in ("WEBP", "AVIF", "JPEG2000"):
+        with pytest.raises(SampleError) as error:
+            decode_image(encode(gradient(32, 32), kind))
+        assert error.value.reason == "image_too_large"
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "I;16"])
+def test_large_images_are_reduced_to_what_is_needed(monkeypatch, photograph, mode):
+    monkeypatch.setattr("open_qwen2vl.processing.images.LARGE_PIXELS", 1000)
+    monkeypatch.setattr("open_qwen2vl.processing.images._STRIP_PIXELS", 9000)
+    source = photograph.resize((512, 600))
+    if mode == "I;16":
+        source = Image.fromarray(np.asarray(source.convert("L")).astype(np.uint16) * 257)
+    elif mode != "RGB":
+        source = source.convert(mode)
+    data = encode(source)
+    small, whole = decode_image(data, min_size=(50, 60)), decode_image(data)
+    assert small.size == (128, 150) and whole.size == (512, 600)
+    resized = [np.asarray(image.resize((50, 60), Image.Resampling.BICUBIC), int) for image in (small, whole)]
+    assert np.abs(np.subtract(*resized)).mean() < 1.1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_equals_pillows_own(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for mode in ("RGB", "L"):
+        data = encode(gradient(33, 17).convert(mode), "PNG", exif=exif)
+        wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+        assert np.array_equal(decode_image(data), wanted)
+
+
+def peak_bytes(read) -> int:
+    """Most memory that a call takes, in a process forked for it, beyond what that has when it begins."""
+    receiver, sender = os.pipe()
+    child = os.fork()
+    if not child:
+        before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        read()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        os.write(sender, str(peak - before).encode())
+        os._exit(0)
+    os.close(sender)
+    os.waitpid(child, 0)
+    found = os.read(receiver, 64)
+    os.close(receiver)
+    return int(found)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="peak memory is read as Linux has it")
+@pytest.mark.parametrize(
+    ("mode", "kind", "whole", "needed"),
+    [("RGB", "PNG", 4, 4), ("RGBA", "PNG", 8, 4), ("I;16", "PNG", 6, 2), ("L", "TIFF", 5, 1), ("RGB", "JPEG", 10, 6)],
+)
+def test_memory_of_a_large_image(mode, kind, whole, needed):
+    """Bytes a pixel: those of Pillow's image, and of the RGB one; a progressive JPEG keeps its coefficients."""
+    side = 4200
+    image = Image.new(mode, (side, side), 7 if mode in ("I;16", "L") else (7, 70, 7))
+    data = encode(image, kind, **({"progressive": True, "subsampling": 0} if kind == "JPEG" else {}))
+    del image
+    slack = 24 << 20
+    assert peak_bytes(lambda: decode_image(data)) < whole * side**2 + slack
+    assert peak_bytes(lambda: decode_image(data, min_size=(384, 384))) < needed * side**2 + slack
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(strategies.data())
+def test_damaged_files_are_refused_by_reason_or_read(data):
+    kind = data.draw(strategies.sampled_from(["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "TGA", "ICO"]))
+    content = bytearray(encode(gradient(16, 16), kind))
+    for _ in range(data.draw(strategies.integers(0, 4))):
+        content[data.draw(strategies.integers(0, len(content) - 1))] = data.draw(strategies.integers(0, 255))
+    content = bytes(content[: data.draw(strategies.integers(0, len(content)))])
+    try:
+        image = decode_image(content)
+    except SampleError as error:
+        assert error.reason in ("corrupt_image", "image_too_large")
+    else:
+        assert image.mode == "RGB" and 0 < image.width * image.height <= MAX_PIXELS

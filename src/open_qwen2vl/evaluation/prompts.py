@@ -8,10 +8,13 @@ is the processor's business: a prompt has one placeholder for each.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
+
+from ..processing.images import decode_image
 
 STYLES = ("chat", "raw")
 
@@ -182,8 +185,7 @@ def _part(part: dict[str, Any]) -> str | Image.Image:
         return part["text"]
     image = part.get("image", part.get("url"))
     if part["type"] == "image" and isinstance(image, str):
-        with Image.open(image) as opened:
-            return opened.convert("RGB")
+        return decode_image(Path(image).read_bytes())
     if part["type"] != "image" or not isinstance(image, Image.Image):
         raise ValueError(f"a message has {part['type']} content of type {type(image).__name__}: only text and images")
     return image

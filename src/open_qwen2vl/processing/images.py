@@ -1,54 +1,146 @@
-"""From the bytes of an image file to RGB pixels, refusing what would harm a run.
+"""From an image, a file's bytes or an array, to RGB pixels, refusing what would harm a run.
 
-Every image of the project, in training and in evaluation, is opened here, so that both see the same picture.
+Every image of the project, in training and in evaluation, is opened here, so that all see the same picture.
+
+    bytes ── one of FORMATS? few enough pixels and scans? ──► Pillow's own mode ── strip by strip ──► upright RGB
+
+What one image takes at most, beside its file: `MAX_PIXELS` pixels of 4 bytes as they are decoded and once more as they
+are returned, 716 MB; a progressive JPEG 900 MB. To a needed size, as training reads, the second part is small.
 """
 
+import contextlib
+import functools
 import io
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from .sample_error import SampleError
 
 # Above this a small file can claim gigabytes of pixels (Pillow warns from here and refuses at twice as many).
 MAX_PIXELS = 89_478_485
+# Pillow's other plugins start programs (PostScript) or are of no use; TGA, which has no signature, is tried last.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "AVIF", "JPEG2000", "PPM", "ICO", "TGA")
+# Codecs that hold the picture several times over have half of the pixels.
+_HUNGRY = {"WEBP", "AVIF", "JPEG2000"}
+# Decoders that are written in Python: 10 s for so many pixels.
+_SLOW_CODECS, _SLOW_PIXELS = {"ppm", "ppm_plain", "bmp_rle"}, 1 << 23
+MAX_SCANS = 100  # of a JPEG; each costs as much as its pixels do
 # A JPEG decoded at a fraction stays this many times as large as it is needed: below 2 the result changes visibly
 # (docs/performance.md, "Loading").
 DRAFT_MARGIN = 2
+# Other formats are made smaller, while they are converted, above so many pixels only.
+LARGE_PIXELS = 1 << 24
+_STRIP_PIXELS = 1 << 20
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def decode_image(data: bytes, min_size: tuple[int, int] | None = None) -> Image.Image:
-    """Decode a JPEG, PNG or WebP file to an upright RGB image.
-
-    Palette, grey and CMYK images are converted, an alpha channel is dropped (as the original does), 16-bit grey is
-    scaled to 8 bits and the EXIF orientation is applied.
+    """Decode an image file to an upright RGB image, as [`to_rgb`] does.
 
     Args:
-        data (`bytes`): the file's content.
+        data (`bytes`): the file's content, of one of `FORMATS`.
         min_size (`tuple[int, int]`, *optional*): width and height to which the image will be resized. A JPEG then is
             decoded at 1/2, 1/4 or 1/8 of its size where both sides stay at least `DRAFT_MARGIN` times as large: much
             faster for photographs, and after resizing equal but for about half a grey level of 256 on average. Other
-            formats are decoded whole.
+            formats are reduced likewise above `LARGE_PIXELS` pixels.
 
     Returns:
         `PIL.Image.Image`: mode RGB.
 
     Raises:
-        SampleError: `corrupt_image` for a file that is truncated or no image, `image_too_large` for one of more than
-            `MAX_PIXELS` pixels, which is refused from its header.
+        SampleError: `corrupt_image` for a file that is truncated or no image, `image_too_large` for one that would
+            take too much memory or time, which is refused from its header.
     """
+    with _opened(data) as image:
+        _check_cost(image, data)
+        # The larger side for both: the EXIF orientation, applied later, may swap them.
+        needed = DRAFT_MARGIN * max(min_size) if min_size is not None else None
+        if needed is not None:
+            image.draft(None, (needed, needed))
+        pixels = _upright(image, needed)
+        pixels.info.clear()  # what is applied must not be applied again
+        return pixels
+
+
+def read_image_size(data: bytes) -> tuple[int, int]:
+    """Width and height as an image file's header has them, before any rotation by EXIF; or a `SampleError`."""
+    with _opened(data) as image:
+        return image.size
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An upright RGB image.
+
+    The EXIF orientation is applied and an alpha channel dropped, as training does it. Grey of more than 8 bits is
+    scaled by the number of bits that its largest value needs, out of 8, 12 and 16 (or as many as it needs above);
+    floats from 0 to 1 by 255.
+
+    Args:
+        image (`PIL.Image.Image`): of any mode.
+
+    Returns:
+        `PIL.Image.Image`: mode RGB; the image itself where nothing is to be done.
+    """
+    pixels = _upright(image)
+    if pixels is image and image.info.get("transparency") is not None:
+        # A transparent colour outlives the conversion, and image processors would paint it white.
+        pixels = image.copy()
+        pixels.info.pop("transparency")
+    return pixels
+
+
+def array_to_rgb(array: Any) -> Image.Image:
+    """An RGB image of an array, with [`to_rgb`]'s rules for depth, floats and alpha.
+
+    Args:
+        array (`np.ndarray` or `torch.Tensor`): shape `(height, width)`, `(channels, height, width)` or
+            `(height, width, channels)` with 1, 3 or 4 channels; bool, integer or float.
+
+    Returns:
+        `PIL.Image.Image`: mode RGB.
+
+    Raises:
+        ValueError: for another shape or dtype.
+    """
+    values = np.asarray(array.detach().cpu() if hasattr(array, "detach") else array)
+    if values.ndim == 3 and values.shape[0] in (1, 3, 4):
+        values = np.moveaxis(values, 0, -1)
+    if values.ndim == 2:
+        values = values[..., None]
+    if values.ndim != 3 or values.shape[-1] not in (1, 3, 4) or values.dtype.kind not in "biuf" or not values.size:
+        raise ValueError(f"an image is an array of 1, 3 or 4 channels, not {values.dtype} of shape {values.shape}")
+    values = values[..., :3]
+    if values.dtype != np.uint8:
+        values = _to_bytes(values, _largest(values))
+    return Image.fromarray(np.ascontiguousarray(np.broadcast_to(values, (*values.shape[:2], 3))))
+
+
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """The image of a file, its pixels not decoded yet; whatever is wrong with it is a SampleError."""
     try:
         with warnings.catch_warnings():
-            # Pillow's own bomb and palette-transparency warnings; the size is checked below, before any pixel.
+            # Pillow's own bomb and palette-transparency warnings; the size is checked before any pixel.
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise SampleError("image_too_large", f"{image.width}x{image.height} pixels are above {MAX_PIXELS}")
-                if min_size is not None:
-                    # The larger side for both: the EXIF orientation, applied later, may swap them.
-                    image.draft(None, (DRAFT_MARGIN * max(min_size),) * 2)
-                return to_rgb(image)
+            with Image.open(io.BytesIO(data), formats=_formats()) as image:
+                most = MAX_PIXELS // 2 if image.format in _HUNGRY else MAX_PIXELS
+                if image.width * image.height > most:
+                    raise SampleError("image_too_large", f"{image.width}x{image.height} pixels are above {most}")
+                if image.width * image.height == 0:
+                    raise SampleError("corrupt_image", f"{image.width}x{image.height} pixels")
+                yield image
     except Image.DecompressionBombError as error:
         raise SampleError("image_too_large", str(error)) from error
     except SampleError:
@@ -57,47 +149,86 @@ def decode_image(data: bytes, min_size: tuple[int, int] | None = None) -> Image.
         raise SampleError("corrupt_image", f"{type(error).__name__}: {error}") from error
 
 
-def read_image_size(data: bytes) -> tuple[int, int]:
-    """Width and height from an image file's header, as they stand there.
-
-    Args:
-        data (`bytes`): the file's content.
-
-    Returns:
-        `tuple[int, int]`: in pixels, before any rotation that EXIF asks for.
-
-    Raises:
-        SampleError: `corrupt_image` for what is no image, `image_too_large` above `MAX_PIXELS` pixels.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own about large images: the size is checked here
-            with Image.open(io.BytesIO(data)) as image:
-                width, height = image.size
-    except Image.DecompressionBombError as error:
-        raise SampleError("image_too_large", str(error)) from error
-    except Exception as error:  # Pillow's readers raise many kinds
-        raise SampleError("corrupt_image", f"{type(error).__name__}: {error}") from error
-    if not 0 < width * height <= MAX_PIXELS:
-        reason = "image_too_large" if width * height else "corrupt_image"
-        raise SampleError(reason, f"{width}x{height} pixels")
-    return width, height
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those that this Pillow has: an older one may lack AVIF."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An upright RGB image: EXIF orientation applied, 16-bit grey scaled to 8 bits, alpha dropped.
+def _check_cost(image: Image.Image, data: bytes) -> None:
+    """Refuse what takes far more time than its pixels."""
+    if any(tile[0] in _SLOW_CODECS for tile in image.tile) and image.width * image.height > _SLOW_PIXELS:
+        raise SampleError("image_too_large", f"{image.format} of {image.width}x{image.height} pixels")
+    most = MAX_SCANS
+    if image.format == "TIFF":
+        if "jpeg" not in str(image.info.get("compression")):
+            return
+        most += len(image.tile) + sum(len(image.tag_v2.get(tag, ())) for tag in (273, 324))  # strips, tiles
+    elif image.format not in ("JPEG", "MPO"):
+        return
+    scans = data.count(b"\xff\xda")  # in coded data 0xff is followed by 0 or a restart mark
+    if scans > most and (image.format == "TIFF" or _count_scans(data) > most):
+        raise SampleError("image_too_large", f"{scans} scans are above {most}")
 
-    Args:
-        image (`PIL.Image.Image`): of any mode.
 
-    Returns:
-        `PIL.Image.Image`: mode RGB.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        # convert("RGB") would clip 16-bit values at 255 and leave a white picture.
-        image = Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    image = image.convert("RGB")
-    # A palette's transparent entry outlives the conversion, and image processors would paint that colour white.
-    image.info.pop("transparency", None)
-    return image
+def _count_scans(data: bytes) -> int:
+    """Scans of a JPEG's first image, without what looks like one in its metadata."""
+    at, scans = 2, 0
+    while 0 <= at < len(data) - 4:
+        marker = data[at + 1]
+        if data[at] != 0xFF or marker in (0x00, 0xFF) or 0xD0 <= marker <= 0xD8:
+            at = data.find(b"\xff", at + 1)  # coded data
+            continue
+        if marker == 0xD9:
+            break
+        scans += marker == 0xDA
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return scans
+
+
+def _upright(image: Image.Image, needed: int | None = None) -> Image.Image:
+    """RGB pixels, reduced where both sides stay as `needed`; the image itself if it is all that already."""
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    image.load()
+    factor = 1
+    if needed is not None and image.width * image.height > LARGE_PIXELS:
+        factor = max(1, min(image.size) // needed)
+    pixels = image if image.mode == "RGB" and factor == 1 else _convert(image, factor)
+    return pixels if turn is None else pixels.transpose(turn)
+
+
+def _convert(image: Image.Image, factor: int) -> Image.Image:
+    """RGB of any mode, strip by strip: a copy in between would be as large as the whole."""
+    width, height = image.size
+    is_deep = image.mode.startswith(("I", "F"))
+    rows = max(factor, _STRIP_PIXELS // width // factor * factor)
+    tops = range(0, height, rows)
+    boxes = [(0, top, width, min(top + rows, height)) for top in tops]
+    largest = max(_largest(np.asarray(image.crop(box))) for box in boxes) if is_deep else 0
+    whole = Image.new("RGB", (-(-width // factor), -(-height // factor)), None)
+    for box in boxes:
+        strip = image.crop(box)
+        if is_deep:
+            strip = Image.fromarray(_to_bytes(np.asarray(strip), largest))
+        strip = strip.convert("RGB")
+        whole.paste(strip.reduce(factor) if factor > 1 else strip, (0, box[1] // factor))
+    return whole
+
+
+def _largest(values: np.ndarray) -> float:
+    if values.dtype.kind != "f":
+        return values.max()
+    return np.max(values, initial=0, where=np.isfinite(values))
+
+
+def _to_bytes(values: np.ndarray, largest: float) -> np.ndarray:
+    """Values of more than 8 bits, or floats, as uint8; what is below 0, or no number, is 0."""
+    if values.dtype.kind == "b":
+        return values.astype(np.uint8) * 255
+    bits = next((bits for bits in (8, 12, 16) if largest < 1 << bits), int(largest).bit_length())
+    if values.dtype.kind != "f":
+        return (values.clip(0) >> (bits - 8)).astype(np.uint8)
+    # A little above 1, as resampling makes it, is still 0 to 1; a picture from 0 to 255 is not that dark.
+    scale = 255 if largest < 2 else 2.0 ** (8 - bits)
+    return (np.nan_to_num(values, nan=0, posinf=0, neginf=0) * scale + 0.5).clip(0, 255).astype(np.uint8)
