@@ -156,9 +156,22 @@ BAD = {
     "roles_out_of_order": llava(("gpt", "a cat"), ("human", "what?")),
     "no_assistant_turn": llava(("human", "what?")),
     "empty_answer": llava(*TURN, ("human", "and?"), ("gpt", " \n")),
-    "bad_image": llava(("human", "<image>"), ("gpt", "a cat"), image=[{"path": None, "bytes": None}]),
+    "bad_image": llava(("human", "<image>"), ("gpt", "a cat"), image=[{"path": 5, "bytes": None}]),
     "too_many_placeholders": llava(("human", "<image><image>"), ("gpt", "a cat"), image="a.jpg"),
     "too_few_placeholders": llava(*TURN, image="a.jpg"),
+    "image_is_url": llava(("human", "<image>"), ("gpt", "a cat"), image="HTTPS://x.org/a.jpg"),
+    "corrupt_image": llava(("human", "<image>"), ("gpt", "a cat"), image="data:image/png;base64,?"),
+    "ambiguous_images": llava(("human", "<image>"), ("gpt", "a cat"), image="a.jpg", images=["b.jpg"]),
+    "ambiguous_conversation": llava(*TURN, messages=[{"role": "user", "content": "who?"}]),
+    "unread_text": {
+        "messages": [
+            {"role": "user", "content": "what?"},
+            {"role": "assistant", "content": "a cat", "reasoning_content": "it purrs"},
+        ]
+    },
+    "unsupported_weight": llava(*TURN, loss_mask=[0.5, 1]),
+    "no_trained_turn": llava(*TURN, loss_mask=[0]),
+    "bad_text": {"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]},
 }
 
 

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 
 from open_qwen2vl.processing.images import (
     DRAFT_MARGIN,
+    FORMATS,
     MAX_PIXELS,
     array_to_rgb,
     decode_image,
@@ -288,6 +289,7 @@ def test_every_orientation_equals_pillows_own(orientation):
         data = encode(gradient(33, 17).convert(mode), "PNG", exif=exif)
         wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
         assert np.array_equal(decode_image(data), wanted)
+        assert read_image_size(data) == (33, 17) and read_image_size(data, upright=True) == wanted.size
 
 
 def peak_bytes(read) -> int:

@@ -4,9 +4,10 @@ LLaVA, MAmmoTH   {"image"?: path or list, "conversations": [{"from", "value"}]},
 Hugging Face     {"images"?: list, "messages": [{"role", "content": text or parts}]}, TRL's form
   │ read_conversation
   ▼
-messages [{"role", "content": [{"type": "image"} | {"type": "text", "text"}]}], images in that order
+messages [{"role", "content": [{"type": "image"} | {"type": "text", "text"}], "train"?: False}], images in that order
 """
 
+import base64
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,13 +16,18 @@ from .sample_error import SampleError
 PLACEHOLDER = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 OTHER_MEDIA = ("video", "videos", "audio", "audios")
+TURNS = ("messages", "conversations")
+SYSTEM = ("system", "system_prompt")  # beside the turns
+FLAGS = ("loss", "weight", "train", "loss_mask")  # of a turn, or a list of them beside the turns: 0 is not learned
+UNREAD = ("reasoning_content", "reasoning", "thinking", "tools", "functions")  # texts that no template here shows
 
 
 class Conversation(NamedTuple):
     """The normal form.
 
     Attributes:
-        messages (`list[dict]`): `role` (system, user or assistant) and `content`, a list of parts.
+        messages (`list[dict]`): `role` (system, user or assistant) and `content`, a list of parts; an answer that is
+            not to be learned has `train`, False.
         images (`list`): what each image part stands for, as the record has it: a path, or a dict of `bytes` and
             `path`.
     """
@@ -34,7 +40,8 @@ def read_conversation(record: Any) -> Conversation:
     """Turn a record into the normal form; no image and no text of it is left out in silence.
 
     A string marks its images by `<image>`. `messages` of strings without any mark have their images before the first
-    user turn, as in TRL. Keys that this code does not know are left alone, but for those of other media.
+    user turn, as in TRL. An answer that is not to be learned (`FLAGS`, in its turn or as a list of the record) has
+    `"train": False`. Keys that this code does not know are left alone.
 
     Args:
         record (`Any`): a parsed record of LLaVA's or of Hugging Face's form.
@@ -43,20 +50,24 @@ def read_conversation(record: Any) -> Conversation:
         [`Conversation`].
 
     Raises:
-        SampleError: `not_an_object`, `no_conversation`, `bad_turn` (a turn without text or speaker),
-            `unknown_role`, `unknown_content`, `unsupported_media`, `bad_encoding` (half a surrogate pair),
-            `roles_out_of_order`, `no_assistant_turn`, `empty_answer`, `bad_image` (neither path nor bytes),
-            `too_many_placeholders` or `too_few_placeholders`.
+        SampleError: `not_an_object`, `no_conversation`, `ambiguous_conversation` (`messages` that are not its
+            `conversations`, or two system prompts), `bad_turn` (a turn without text or speaker), `bad_text`,
+            `unknown_role`, `unknown_content`, `unread_text` (reasoning, tools), `unsupported_media`,
+            `unsupported_weight` (neither 0 nor 1), `bad_encoding` (half a surrogate pair), `roles_out_of_order`,
+            `no_assistant_turn`, `no_trained_turn`, `empty_answer`, `bad_image` (neither path nor bytes),
+            `image_is_url`, `ambiguous_images` (`image` and `images`), `too_many_placeholders` or
+            `too_few_placeholders`.
     """
     if not isinstance(record, Mapping):
         raise SampleError("not_an_object", f"the record is a {type(record).__name__}")
     media = next((name for name in OTHER_MEDIA if record.get(name)), None)
     if media:
         raise SampleError("unsupported_media", f"the record has {media}; only images can be read")
-    turns = record.get("messages") or record.get("conversations")
-    if not isinstance(turns, list | tuple) or not turns:
-        raise SampleError("no_conversation", "the record has neither messages nor conversations")
+    _refuse_unread(record, "the record")
+    turns = _turns(record)
     messages = [_read_turn(turn) for turn in turns]
+    _set_aside(messages, turns, record)
+    _add_system(messages, record)
     _check_roles([message["role"] for message in messages])
     listed = _listed_images(record)
     if record.get("messages") and listed:
@@ -87,17 +98,35 @@ def join_texts(parts: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return joined
 
 
+def _turns(record: Mapping) -> list[Any]:
+    found = {name: record[name] for name in TURNS if record.get(name) is not None}
+    if not found:
+        raise SampleError("no_conversation", f"the record has neither {' nor '.join(TURNS)}")
+    for name, turns in found.items():
+        if not isinstance(turns, list | tuple):
+            raise SampleError("no_conversation", f"{name} is a {type(turns).__name__}, no list of turns")
+    filled = [turns for turns in found.values() if turns]
+    if not filled:
+        raise SampleError("no_conversation", f"{' and '.join(found)} without a turn")
+    if len(filled) > 1 and len({repr(list(map(_read_turn, turns))) for turns in filled}) > 1:
+        raise SampleError("ambiguous_conversation", f"{' and '.join(found)} are not the same")
+    return list(filled[0])
+
+
 def _read_turn(turn: Any) -> dict[str, Any]:
     """One turn with a list of parts; an image that the record lists elsewhere is None here."""
     if not isinstance(turn, Mapping):
         raise SampleError("bad_turn", f"a turn is a {type(turn).__name__}")
-    speaker, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if turn.get("tool_calls"):
+    if turn.get("tool_calls") or turn.get("function_call"):
         raise SampleError("unknown_content", "a turn calls tools")
-    if not isinstance(speaker, str) or not isinstance(content, str | list | tuple):
-        raise SampleError("bad_turn", f"a turn has the keys {', '.join(map(str, turn))}")
+    _refuse_unread(turn, "a turn")
+    speaker, content = (_first(turn, *names) for names in (("role", "from"), ("content", "value")))
+    if not isinstance(speaker, str):
+        raise SampleError("bad_turn", f"a turn with the keys {', '.join(map(str, turn))} does not say who speaks")
     if speaker not in ROLES:
-        raise SampleError("unknown_role", f"a turn of {speaker!r}")
+        raise SampleError("unknown_role", f"a turn of {speaker!r}; known are {', '.join(ROLES)}")
+    if not isinstance(content, str | list | tuple):
+        raise SampleError("bad_turn", f"what {speaker} says is a {type(content).__name__}")
     if not isinstance(content, str):
         return {"role": ROLES[speaker], "content": [_read_part(part) for part in content]}
     first, *others = map(_text, content.split(PLACEHOLDER))
@@ -105,13 +134,73 @@ def _read_turn(turn: Any) -> dict[str, Any]:
     return {"role": ROLES[speaker], "content": parts}
 
 
+def _first(turn: Mapping, *names: str) -> Any:
+    return next((turn[name] for name in names if turn.get(name) is not None), None)
+
+
+def _refuse_unread(part: Mapping, where: str) -> None:
+    unread = next((name for name in UNREAD if part.get(name)), None)
+    if unread:
+        raise SampleError("unread_text", f"{where} has {unread}, which is not trained on")
+
+
 def _read_part(part: Any) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "text" and isinstance(part.get("text"), str):
+    if kind == "text":
+        if not isinstance(part.get("text"), str):
+            raise SampleError("bad_text", f"a part of type text has a {type(part.get('text')).__name__} for it")
         return _text(part["text"])
     if kind == "image":
-        return _image(part.get("image") or part.get("path"))
+        return _image(_first(part, "image", "path", "url"))
+    if kind == "image_url":
+        url = part.get("image_url")
+        return _image(url.get("url") if isinstance(url, Mapping) else url)
     raise SampleError("unknown_content", f"content of type {kind!r}; image and text can be read")
+
+
+def _set_aside(messages: list[dict[str, Any]], turns: list[Any], record: Mapping) -> None:
+    """Mark the answers that are not to be learned, as their turns or a list of the record say."""
+    answers = [message for message in messages if message["role"] == "assistant"]
+    for message, turn in zip(messages, turns, strict=True):
+        if not all([_is_trained(turn.get(name), name) for name in FLAGS]):
+            message["train"] = False
+    for name in FLAGS:
+        flags = record.get(name)
+        if not isinstance(flags, list | tuple):
+            if not _is_trained(flags, name):
+                raise SampleError("no_trained_turn", f"{name} of the record is {flags!r}")
+            continue
+        if len(flags) not in (len(messages), len(answers)):
+            raise SampleError("unsupported_weight", f"{len(flags)} values of {name} for {len(messages)} turns")
+        for message, flag in zip(messages if len(flags) == len(messages) else answers, flags, strict=True):
+            if not _is_trained(flag, name):
+                message["train"] = False
+    for message in messages:
+        if message["role"] != "assistant":
+            message.pop("train", None)  # nobody learns these anyway
+    if answers and all("train" in answer for answer in answers):
+        raise SampleError("no_trained_turn", "no answer is to be learned")
+
+
+def _is_trained(flag: Any, name: str) -> bool:
+    if flag is None or isinstance(flag, int | float) and flag in (0, 1):
+        return flag is None or bool(flag)
+    raise SampleError("unsupported_weight", f"{name} is {flag!r}; 0 and 1 are known")
+
+
+def _add_system(messages: list[dict[str, Any]], record: Mapping) -> None:
+    """Put a system prompt that stands beside the turns before them."""
+    for name in SYSTEM:
+        prompt = record.get(name)
+        if not prompt:
+            continue
+        if not isinstance(prompt, str):
+            raise SampleError("bad_turn", f"{name} is a {type(prompt).__name__}")
+        system = {"role": "system", "content": [_text(prompt)]}
+        if messages[0]["role"] != "system":
+            messages.insert(0, system)
+        elif join_texts(messages[0]["content"]) != system["content"]:
+            raise SampleError("ambiguous_conversation", f"{name} beside another system prompt")
 
 
 def _text(text: str) -> dict[str, Any]:
@@ -135,8 +224,22 @@ def _check_roles(roles: list[str]) -> None:
 
 
 def _listed_images(record: Mapping) -> list[Any]:
-    found = record.get("images") or record.get("image") or []
-    return list(found) if isinstance(found, list | tuple) else [found]
+    """The record's images; what has neither bytes nor a path stands for no image."""
+    found = []
+    for name in ("images", "image"):
+        listed = record.get(name)
+        listed = listed if isinstance(listed, list | tuple) else [listed]
+        if own := [image for image in listed if not _is_nothing(image)]:
+            found.append(own)
+    if len(found) > 1 and found[0] != found[1]:
+        raise SampleError("ambiguous_images", f"{len(found[1])} in image and {len(found[0])} others in images")
+    return found[0] if found else []
+
+
+def _is_nothing(image: Any) -> bool:
+    if isinstance(image, Mapping):
+        return all(value is None for value in image.values())
+    return image is None or image == ""
 
 
 def _place_as_trl(messages: list[dict[str, Any]], turns: Iterable[Mapping], images: int) -> None:
@@ -150,18 +253,27 @@ def _place_as_trl(messages: list[dict[str, Any]], turns: Iterable[Mapping], imag
 def _fill_images(messages: list[dict[str, Any]], listed: list[Any]) -> list[Any]:
     """All images in the order of the text; the parts keep none."""
     own = [part.pop("image") for message in messages for part in message["content"] if part["type"] == "image"]
+    own = [None if _is_nothing(image) else image for image in own]
     wanted = own.count(None)
     if wanted != len(listed):
         reason = "too_many_placeholders" if wanted > len(listed) else "too_few_placeholders"
         raise SampleError(reason, f"{wanted} placeholders and {len(listed)} images")
     rest = iter(listed)
-    images = [next(rest) if image is None else image for image in own]
-    if not all(_is_image(image) for image in images):
+    return [_reference(next(rest) if image is None else image) for image in own]
+
+
+def _reference(image: Any) -> Any:
+    """A path, or a dict with bytes or a path; what a data URI holds becomes bytes."""
+    if isinstance(image, Mapping) and isinstance(image.get("bytes"), bytes):
+        return image
+    path = image.get("path") if isinstance(image, Mapping) else image
+    if not isinstance(path, str) or not path:
         raise SampleError("bad_image", "an image is neither a path nor bytes")
-    return images
-
-
-def _is_image(image: Any) -> bool:
-    if isinstance(image, Mapping):
-        return isinstance(image.get("bytes"), bytes) or _is_image(image.get("path"))
-    return isinstance(image, str) and bool(image)
+    if path[:8].lower().startswith(("http://", "https://")):
+        raise SampleError("image_is_url", f"{path} has to be downloaded first")
+    if path.startswith("data:"):
+        try:
+            return {"bytes": base64.b64decode(path.partition(",")[2], validate=True), "path": None}
+        except ValueError as error:
+            raise SampleError("corrupt_image", f"a data URI is no base64: {error}") from error
+    return image

@@ -118,7 +118,7 @@ class ConversationFormat:
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise SampleError("template_error", f"the chat template refuses it: {error}") from error
-        return text, answers
+        return text, _learned(answers, messages)
 
     def _pieces(self, text: str, answers: list[tuple[int, int]]) -> Iterable[tuple[str, bool]]:
         """Control tokens and the texts between them, each with whether it is of an answer."""
@@ -134,6 +134,16 @@ class ConversationFormat:
             if len(text) < SHORT_PIECE and len(self._short_pieces) < KEPT_PIECES:
                 self._short_pieces[text] = ids
         return ids
+
+
+def _learned(answers: list[tuple[int, int]], messages: list[dict[str, Any]]) -> list[tuple[int, int]]:
+    """The answers without those that their messages set aside."""
+    trained = [message.get("train", True) for message in messages if message["role"] == "assistant"]
+    if all(trained):
+        return answers
+    if len(trained) != len(answers):
+        raise SampleError("template_error", f"{len(answers)} answers of the chat template for {len(trained)} turns")
+    return [answer for answer, is_trained in zip(answers, trained, strict=True) if is_trained]
 
 
 def has_generation_marks(chat_template: Any) -> bool:

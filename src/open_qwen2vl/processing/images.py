@@ -74,10 +74,11 @@ def decode_image(data: bytes, min_size: tuple[int, int] | None = None) -> Image.
         return pixels
 
 
-def read_image_size(data: bytes) -> tuple[int, int]:
-    """Width and height as an image file's header has them, before any rotation by EXIF; or a `SampleError`."""
+def read_image_size(data: bytes, upright: bool = False) -> tuple[int, int]:
+    """Width and height from an image file's header, as they stand there or as EXIF turns them; or a `SampleError`."""
     with _opened(data) as image:
-        return image.size
+        swaps = upright and _orientation(image) in (5, 6, 7, 8)
+        return (image.height, image.width) if swaps else image.size
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -189,13 +190,20 @@ def _count_scans(data: bytes) -> int:
 
 def _upright(image: Image.Image, needed: int | None = None) -> Image.Image:
     """RGB pixels, reduced where both sides stay as `needed`; the image itself if it is all that already."""
-    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    turn = _TURNS.get(_orientation(image))
     image.load()
     factor = 1
     if needed is not None and image.width * image.height > LARGE_PIXELS:
         factor = max(1, min(image.size) // needed)
     pixels = image if image.mode == "RGB" and factor == 1 else _convert(image, factor)
     return pixels if turn is None else pixels.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int | None:
+    # Pillow would decode a PNG to look for EXIF behind its pixels, where nobody writes it.
+    if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
+        return None
+    return image.getexif().get(ExifTags.Base.Orientation)
 
 
 def _convert(image: Image.Image, factor: int) -> Image.Image:

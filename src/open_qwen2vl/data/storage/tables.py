@@ -16,13 +16,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ...processing.conversation_records import OTHER_MEDIA
+from ...processing.conversation_records import FLAGS, OTHER_MEDIA, SYSTEM, UNREAD
+from ...processing.conversation_records import TURNS as TEXT_COLUMNS
 
 logger = logging.getLogger(__name__)
 
-TEXT_COLUMNS = ("messages", "conversations")
 IMAGE_COLUMNS = ("images", "image")
-COLUMNS = (*TEXT_COLUMNS, *IMAGE_COLUMNS, "id", *OTHER_MEDIA)
+BESIDE_TURNS = ("id", *OTHER_MEDIA, *SYSTEM, *FLAGS, *UNREAD)
+COLUMNS = (*TEXT_COLUMNS, *IMAGE_COLUMNS, *BESIDE_TURNS)
 _SPLIT = re.compile(r"(.+)-\d+-of-\d+\.parquet$")  # as the Hub names them
 LARGE_BATCH = 256 << 20  # bytes; each row of a parquet file costs the reading of its whole batch
 LEVELS = 64  # bytes: far above what parquet spends on a null
@@ -40,7 +41,7 @@ class Columns(NamedTuple):
     images: tuple[str, ...]
 
 
-CONVERSATION_COLUMNS = Columns((*TEXT_COLUMNS, "id", *OTHER_MEDIA), IMAGE_COLUMNS)
+CONVERSATION_COLUMNS = Columns((*TEXT_COLUMNS, *BESIDE_TURNS), IMAGE_COLUMNS)
 
 
 def column_names(path: str | os.PathLike) -> list[str]:
