@@ -12,7 +12,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from open_qwen2vl import OpenQwen2VLForConditionalGeneration, PackingCollator
-from open_qwen2vl.trainer.lora import UNQUANTISED_MODULES, add_lora, changes_anything, load_lora, lora_config
+from open_qwen2vl.conversion.convert import convert_to_original
+from open_qwen2vl.trainer.lora import (
+    UNQUANTISED_MODULES,
+    add_lora,
+    changes_anything,
+    load_lora,
+    lora_config,
+    merged_model,
+)
 
 
 @pytest.fixture
@@ -219,3 +227,23 @@ def test_qlora_quantises_the_language_model_only(base_folder, inputs):
         losses.append(loss.item())
     assert losses[2] < losses[0]
     assert changes_anything(adapted)
+
+
+def test_an_adapter_becomes_a_model_again(tiny_model, processor, tmp_path):
+    """Merged into the base that it names, with the projector's own weights; also in the original's layout."""
+    tiny_model.save_pretrained(tmp_path / "base" / "model")
+    base = AutoModelForImageTextToText.from_pretrained(tmp_path / "base" / "model")
+    adapted = add_lora(base, lora_config(r=2))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.full_like(parameter, 0.01))
+    adapted.save_pretrained(tmp_path / "run" / "model")
+    expected = adapted.merge_and_unload().state_dict()
+    merged = merged_model(tmp_path / "run" / "model", dtype="auto").state_dict()
+    assert expected.keys() == merged.keys() and all(torch.equal(merged[name], expected[name]) for name in expected)
+    convert_to_original(tmp_path / "run", tmp_path / "original")
+    saved = torch.load(tmp_path / "original/checkpoints/latest-checkpoint.pt", weights_only=True)["model"]
+    query = "model.language_model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(saved["llm_backbone"]["llm.model.layers.0.self_attn.q_proj.weight"], expected[query])
+    assert not torch.equal(expected[query], tiny_model.state_dict()[query])

@@ -22,7 +22,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from ..evaluation.generation import model_folder
+from ..model_folders import model_folder
 from ..modeling.configuration_open_qwen2vl import pooled_grid_side
 from ..processing.images import decode_image
 

@@ -58,11 +58,14 @@ def _run(args: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
     from ..data import find_sources, plan_packs
+    from ..model_folders import model_folder
     from ..processing.text_formats import prepare_tokenizer
 
     shards = find_sources(args.shards)
     try:
-        tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(args.tokenizer))
+        tokenizer = prepare_tokenizer(
+            AutoTokenizer.from_pretrained(model_folder(args.tokenizer), trust_remote_code=False)
+        )
     except (ValueError, OSError) as error:
         raise ValueError(f"--tokenizer {args.tokenizer}: {error}") from error
     with logging_redirect_tqdm():

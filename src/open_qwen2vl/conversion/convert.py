@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from .. import model_folders
 from ..files import new_folder
 from ..modeling.configuration_open_qwen2vl import OpenQwen2VLConfig
 from ..modeling.modeling_open_qwen2vl import OpenQwen2VLForConditionalGeneration
@@ -132,7 +133,8 @@ def convert_to_original(
     """Write a model's folder in the original's layout.
 
     Args:
-        model_folder (`str` or `Path`): folder with `config.json` and safetensors.
+        model_folder (`str` or `Path`): folder with `config.json` and safetensors, of an adapter (which is merged into
+            its base), or `output_dir` of a training.
         output (`str` or `Path`): folder to make; it must not exist.
         vision_weights (`str`, *optional*): as in [`convert_checkpoint`]. Without them no vision backbone is written
             (the original takes timm's); with them the model's tower is, completed by the last block, the final norm
@@ -145,11 +147,8 @@ def convert_to_original(
         ValueError: if `output` exists, or the vision weights cannot be had.
         FileNotFoundError: if `model_folder` has no weights.
     """
-    model_folder, output = Path(model_folder), Path(output)
-    config = AutoConfig.from_pretrained(model_folder)
-    if not isinstance(config, OpenQwen2VLConfig):
-        raise ValueError(f"{model_folder}: model type {config.model_type!r} instead of 'open_qwen2vl'")
-    state = _load_model_folder(model_folder)
+    model_folder, output = Path(model_folders.model_folder(model_folder)), Path(output)
+    config, state = _load_model(model_folder)
     backbone, other = load_vision_weights(vision_weights) if vision_weights else (None, [])
     tensors = restore_original_tensors(state, config, backbone)
     if backbone is None:
@@ -197,6 +196,22 @@ def _original_settings(config: OpenQwen2VLConfig, name: str) -> dict:
     return {"model": model, "mount_path": "Qwen"}
 
 
+def _load_model(folder: Path) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
+    """Config and tensors of a model's folder, or of an adapter's after merging."""
+    if not model_folders.is_adapter(folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if not isinstance(config, OpenQwen2VLConfig):
+            raise ValueError(f"{folder}: model type {config.model_type!r} instead of 'open_qwen2vl'")
+        return config, _load_model_folder(folder)
+    from ..trainer.lora import merged_model
+
+    model = merged_model(folder, dtype="auto")
+    if not isinstance(model.config, OpenQwen2VLConfig):
+        raise ValueError(f"{folder}: model type {model.config.model_type!r} instead of 'open_qwen2vl'")
+    tied = getattr(model, "all_tied_weights_keys", {})
+    return model.config, {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
 def _load_model_folder(folder: Path) -> dict[str, torch.Tensor]:
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
@@ -206,8 +221,8 @@ def _load_model_folder(folder: Path) -> dict[str, torch.Tensor]:
 
 def _load_text_model(source: str) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        return AutoConfig.from_pretrained(source), text_formats.prepare_tokenizer(tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False), text_formats.prepare_tokenizer(tokenizer)
     except OSError as error:
         raise ValueError(f"text model {source}: {str(error).strip().splitlines()[0]}") from None
 

@@ -1,7 +1,6 @@
 """Loading a model to evaluate, and the options of `generate` that a task's generation_kwargs mean."""
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from transformers import (
     ProcessorMixin,
 )
 
+from ..model_folders import model_folder
+
 # What of a task's generation_kwargs is for `generate`; others (image_aspect_ratio, ...) are for other models.
 SAMPLING = ("temperature", "top_p", "top_k")
 PASSED = (
@@ -25,19 +26,6 @@ PASSED = (
     "eos_token_id",
     *SAMPLING,
 )
-
-
-def model_folder(name: str) -> str:
-    """Where a model is.
-
-    Args:
-        name (`str`): hub id or folder of a model, or the `output_dir` of a training.
-
-    Returns:
-        `str`: the name, or the folder `model` in it if that is where the model is.
-    """
-    inner = Path(name) / "model"
-    return str(inner) if (inner / "config.json").exists() and not (Path(name) / "config.json").exists() else name
 
 
 def load_model(name: str, device: str | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:

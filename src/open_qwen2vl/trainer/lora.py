@@ -9,10 +9,12 @@ import os
 import warnings
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
-from transformers import PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from ..model_folders import model_folder
 
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
@@ -127,6 +129,13 @@ def load_lora(model: PreTrainedModel, adapter: str | os.PathLike, **kwargs) -> P
     if not changes_anything(adapted):
         raise ValueError(f"{adapter}: the adapter changes nothing; it was never trained")
     return adapted
+
+
+def merged_model(adapter: str | os.PathLike, **options) -> PreTrainedModel:
+    """The base model that an adapter's folder names, loaded with `options`, with the updates in its weights."""
+    base = model_folder(PeftConfig.from_pretrained(adapter).base_model_name_or_path)
+    model = AutoModelForImageTextToText.from_pretrained(base, trust_remote_code=False, **options)
+    return load_lora(model, adapter).merge_and_unload()
 
 
 def changes_anything(model: PeftModel) -> bool:

@@ -7,7 +7,6 @@ is removed by the next save. Pruning renames first, too.
 import json
 import logging
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ...files import publish_folder, remove_folder
+from ...model_folders import checkpoints_by_step
 
 logger = logging.getLogger(__name__)
 
@@ -23,22 +23,6 @@ STAGING_NAME = ".saving"
 
 class CheckpointError(OSError):
     """A checkpoint could not be written; the ones before it are as they were."""
-
-
-def checkpoints_by_step(output_dir: str | os.PathLike) -> dict[int, Path]:
-    """The checkpoint folders of a run.
-
-    Args:
-        output_dir (`str` or `os.PathLike`): the run's folder; it need not exist.
-
-    Returns:
-        `dict[int, Path]`: `checkpoint-<step>` by step, the oldest first.
-    """
-    folders = {}
-    for folder in Path(output_dir).glob("checkpoint-*"):
-        if match := re.fullmatch(r"checkpoint-(\d+)", folder.name):
-            folders[int(match[1])] = folder
-    return dict(sorted(folders.items()))
 
 
 def newest_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
