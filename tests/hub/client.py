@@ -50,6 +50,25 @@ def push(folder: str, repo: str) -> dict:
     return {}
 
 
+def train(folder: str, packs: str, repo: str) -> dict:
+    """A training that pushes its checkpoints, and `Trainer.push_to_hub`: the card after each of the two."""
+    from open_qwen2vl import PackedTrainer, PackedTrainingArguments
+    from open_qwen2vl.data.packing.mixture import PackMixture, parse_sources
+
+    model, processor = (auto.from_pretrained(folder) for auto in (AutoModelForImageTextToText, AutoProcessor))
+    args = PackedTrainingArguments(
+        "run", max_steps=2, save_steps=2, use_cpu=True, dataloader_num_workers=0, push_to_hub=True, hub_model_id=repo
+    )
+    data = PackMixture(parse_sources(packs), processor)
+    trainer = PackedTrainer(model=model, args=args, train_dataset=data, processing_class=processor)
+    trainer.train()
+    trainer._finish_current_push()
+    during = ModelCard.load(repo).content
+    Path("run/README.md").unlink()
+    trainer.push_to_hub(license="mit")
+    return {"during": during, "after": ModelCard.load(repo).content}
+
+
 def load(repo: str, out: str) -> dict:
     """Load with the package: Auto classes, a pipeline, another type; then push an adapter of it."""
     import open_qwen2vl  # noqa: F401

@@ -12,10 +12,11 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import AutoModel, AutoModelForImageTextToText
 
-from open_qwen2vl import OpenQwen2VLForConditionalGeneration
+from open_qwen2vl import OpenQwen2VLForConditionalGeneration, cli
 from open_qwen2vl.trainer.model_card import write_model_card
 from tests.hub.client import figures
 from tests.hub_server import hub_server
+from tests.tars import write_caption_tar
 
 REPO, ADAPTER = "tester/tiny", "tester/tiny-lora"
 CLIENT = Path(__file__).with_name("client.py")
@@ -129,6 +130,19 @@ def test_the_card_survives_the_next_push(pushed, folder):
     card = ModelCard(pushed.files["README.md"].decode())
     assert card.data.to_dict() == ModelCard.load(folder / "README.md").data.to_dict()
     assert "Hours | 2 on 8 devices (16 device-hours)" in card.text
+
+
+def test_a_training_pushes_our_card(hub, folder, backbones, tmp_path):
+    write_caption_tar(tmp_path / "0.tar", ["a cat", "two dogs run"] * 4)
+    sizes = ["--image-seq-length", "4", "--max-length", "64", "--num-workers", "1"]
+    packs = str(tmp_path / "packs")
+    assert cli.main(["pack", str(tmp_path / "0.tar"), "--output", packs, "--tokenizer", str(folder), *sizes]) == 0
+    cards = client(hub, tmp_path, "train", str(folder), packs, "tester/run")
+    for text in cards.values():
+        assert text.count("# run\n") == 1 and "| Steps | 2 |" in text and "| Samples read | 8 |" in text
+        assert 'from_pretrained("tester/run", trust_remote_code=True)' in text
+        assert yaml.safe_load(text.split("---")[1])["pipeline_tag"] == "image-text-to-text"
+    assert "license: mit" in cards["after"] and "license" not in cards["during"].split("---")[1]
 
 
 def test_loading_back_with_the_package(loaded, expected):

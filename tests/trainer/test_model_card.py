@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,7 +11,14 @@ from PIL import Image
 
 from open_qwen2vl.data.packing.plan import plan_packs
 from open_qwen2vl.trainer import save_final_model
-from open_qwen2vl.trainer.model_card import base_backbones, model_card, training_hyperparameters, write_model_card
+from open_qwen2vl.trainer.model_card import (
+    _render,
+    base_backbones,
+    data_table,
+    model_card,
+    training_hyperparameters,
+    write_model_card,
+)
 
 
 @pytest.fixture
@@ -80,6 +88,7 @@ def test_a_card_of_a_run(run, plan):
 
 
 def test_only_what_is_known(run):
+    assert (Path(run[0]) / "model" / "README.md").exists()  # the final save has written one
     text = model_card(f"{run[0]}/model", "someone/cats", license="mit")
     titles = [line for line in text.splitlines() if line.startswith("## ")]
     assert titles == ["## Use"] and "a Qwen2 language model of 2 blocks of width 48" in text
@@ -90,3 +99,33 @@ def test_backbones_of_the_hub_are_named():
     config = {part: {"_name_or_path": name} for part, name in names.items()}
     assert base_backbones(config) == ["Qwen/Qwen2.5-1.5B-Instruct"]
     assert base_backbones({}) == []
+
+
+def test_the_card_of_a_trainer(run):
+    """What the final save leaves, and `create_model_card` of either stock trainer: no licence is made up."""
+    output_dir, trainer = run
+    trainer.create_model_card(model_name="passed by Trainer.push_to_hub")
+    text = (Path(output_dir) / "README.md").read_text()
+    assert text == (Path(output_dir) / "model" / "README.md").read_text()
+    header = yaml.safe_load(text.split("---")[1])
+    assert header["pipeline_tag"] == "image-text-to-text" and "license" not in header
+    assert header["tags"] == ["open_qwen2vl"]
+    for row in ("# run\n", "| Steps | 3 |", "| learning_rate | 0.0002 |", f'from_pretrained("{output_dir}/model", '):
+        assert row in text
+    assert "fine-tuned version of" not in text
+
+
+def test_other_families_and_adapters():
+    config = {"model_type": "qwen2_vl", "text_config": {"num_hidden_layers": 28, "hidden_size": 1536}}
+    text = _render(config, "me/x", "x", {}, ["Qwen/Qwen2-VL-2B-Instruct"], None, "Qwen/Qwen2-VL-2B-Instruct")
+    assert "`qwen2_vl`, its language model has 28 blocks of width 1536" in text and "trust_remote_code" not in text
+    header = yaml.safe_load(text.split("---")[1])
+    assert (header["base_model"], header["library_name"]) == (["Qwen/Qwen2-VL-2B-Instruct"], "peft")
+    assert "LoRA adapter of Qwen/Qwen2-VL-2B-Instruct; " in text
+
+
+def test_a_plan_without_a_number_of_tokens_an_image():
+    totals = {"samples": 1, "skipped": {}, "documents": 1, "images": 1, "packs": 1, "fill": 0.5}
+    plan = {"shards": [1], "max_length": 8, "text_format": "x", "totals": totals}
+    assert "Tokens per image" not in data_table({**plan, "vision": {"patch_size": 14}})
+    assert data_table({**plan, "vision": {"image_seq_length": 144}})["Tokens per image"] == 144

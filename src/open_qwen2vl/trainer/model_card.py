@@ -1,7 +1,7 @@
 """The model card (`README.md`) of a trained model: what it learned from, how, how long, with which versions.
 
-Everything is read from what the training left behind: `train_results.json` of the run, `plan.json` of the packs,
-the model's own config. What is not known is left out, never guessed.
+Everything is read from the trainer, or from what the training left behind: `train_results.json` of the run,
+`plan.json` of the packs, the model's own config. What is not known is left out, never guessed.
 """
 
 import json
@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from ..files import write_text
+from .optimization import base_model
 
 LIBRARIES = ("open-qwen2vl", "torch", "transformers", "accelerate", "tokenizers", "peft", "trl", "lmms-eval")
 
@@ -45,19 +46,23 @@ _CARD = """---
 
 # {title}
 
-A vision-language model of the [Open-Qwen2VL](https://arxiv.org/abs/2504.00595) architecture: {architecture}.
+{architecture}
 
 ## Use
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained("{name}"{remote})
+processor = AutoProcessor.from_pretrained("{name}"{remote})
 ```
+{notes}{sections}"""
 
-With the package `open-qwen2vl` installed, `import open_qwen2vl` takes the place of `trust_remote_code=True`.
-{sections}"""
+_NOTES = {
+    "open_qwen2vl": "\nWith the package `open-qwen2vl` installed, `import open_qwen2vl` takes the place of "
+    "`trust_remote_code=True`.\n",
+    "adapter": "\nThis is a LoRA adapter of {base}; loading it needs `peft` and loads the base model too.\n",
+}
 
 
 def model_card(
@@ -70,7 +75,7 @@ def model_card(
     hyperparameters: dict[str, Any] | None = None,
     base_models: list[str] | None = None,
 ) -> str:
-    """Write the text of a model card.
+    """Write the text of a model card from the files that a training left.
 
     Args:
         folder (`str` or `os.PathLike`): the model folder, for its `config.json`.
@@ -84,25 +89,46 @@ def model_card(
     Returns:
         `str`: the card, with its YAML header.
     """
-    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    data = ModelCardData(
-        license=license,
-        library_name="transformers",
-        pipeline_tag="image-text-to-text",
-        base_model=(base_backbones(config) if base_models is None else base_models) or None,
-        tags=["open_qwen2vl"],
-    )
+    config = _read_json(Path(folder) / "config.json")
     tables = {}
     if plan is not None:
-        tables["Training data"] = data_table(json.loads(Path(plan).read_text(encoding="utf-8")))
+        tables["Training data"] = data_table(_read_json(plan))
     if results is not None:
-        tables["Training"] = training_table(json.loads(Path(results).read_text(encoding="utf-8")))
+        tables["Training"] = training_table(_read_json(results))
     tables["Hyper-parameters"] = hyperparameters or {}
     tables["Versions"] = library_versions() if results is not None else {}
-    sections = "".join(f"\n## {title}\n\n{_table(rows)}\n" for title, rows in tables.items() if rows)
-    return _CARD.format(
-        header=data.to_yaml(), title=name.rsplit("/", 1)[-1], name=name, sections=sections, architecture=_parts(config)
-    )
+    bases = base_backbones(config) if base_models is None else base_models
+    return _render(config, name, name.rsplit("/", 1)[-1], tables, bases, license)
+
+
+def trainer_card(trainer: Trainer, name: str | None = None, license: str | None = None) -> str:
+    """The text of a model card of a run as it is now; `name` is a hub id, by default the run's or its folder."""
+    args, model = trainer.args, base_model(trainer.model)
+    config = model.config.to_dict()
+    plans = {source.name: Path(source.path) / "plan.json" for source in getattr(trainer.train_dataset, "sources", ())}
+    single = len(plans) == 1
+    tables = {
+        "Training data" if single else f"Training data: {source}": data_table(_read_json(path))
+        for source, path in plans.items()
+    }
+    tables["Training"] = training_table(trainer.summary())
+    tables["Hyper-parameters"] = training_hyperparameters(args)
+    tables["Versions"] = library_versions()
+    place = model.config._name_or_path
+    bases = [place] if _is_hub_id(place) else base_backbones(config)
+    name = name or trainer.hub_model_id or args.hub_model_id
+    title = (name or Path(args.output_dir).resolve().name).rsplit("/", 1)[-1]
+    name = name or str(Path(args.output_dir) / "model")
+    adapter = (place or "its base model") if trainer.model is not model else None
+    return _render(config, name, title, tables, bases, license, adapter)
+
+
+def write_trainer_card(
+    trainer: Trainer, folder: str | os.PathLike, name: str | None = None, license: str | None = None
+) -> None:
+    """Put [`trainer_card`] into a folder as `README.md`, on the main process."""
+    if trainer.is_world_process_zero():
+        _write(Path(folder), trainer_card(trainer, name, license))
 
 
 def write_model_card(folder: str | os.PathLike, name: str, **kwargs) -> Path:
@@ -116,22 +142,23 @@ def write_model_card(folder: str | os.PathLike, name: str, **kwargs) -> Path:
     Returns:
         `Path`: the file.
     """
-    path = Path(folder) / "README.md"
-    write_text(path, model_card(folder, name, **kwargs))
+    return _write(Path(folder), model_card(folder, name, **kwargs))
+
+
+def _write(folder: Path, text: str) -> Path:
+    path = folder / "README.md"
+    write_text(path, text)
     return path
 
 
 def base_backbones(config: dict[str, Any]) -> list[str]:
-    """Hub ids of the two backbones that a model was built from.
-
-    Args:
-        config (`dict`): the model's `config.json`.
-
-    Returns:
-        `list[str]`: language model and vision tower, without those that came from a folder.
-    """
+    """Hub ids of the two backbones in a model's config, language model first; without those from a folder."""
     names = [config.get(part, {}).get("_name_or_path", "") for part in ("text_config", "vision_config")]
-    return [name for name in names if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()]
+    return [name for name in names if _is_hub_id(name)]
+
+
+def _is_hub_id(name: str | None) -> bool:
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name or "")) and not Path(name).exists()
 
 
 def training_hyperparameters(args: TrainingArguments) -> dict[str, Any]:
@@ -151,23 +178,18 @@ def training_hyperparameters(args: TrainingArguments) -> dict[str, Any]:
 
 
 def data_table(plan: dict[str, Any]) -> dict[str, Any]:
-    """Rows on the training data.
-
-    Args:
-        plan (`dict`): the packs' `plan.json`.
-
-    Returns:
-        `dict`: label to value.
-    """
+    """Rows on the training data, from the packs' `plan.json`: label to value."""
     totals = plan["totals"]
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(totals["skipped"].items()))
+    # Families whose images differ in size have no such number.
+    budget = plan.get("image_seq_length", plan.get("vision", {}).get("image_seq_length"))
     return {
         "Shards": len(plan["shards"]),
         "Samples read": totals["samples"],
         "Samples left out": skipped or "none",
         "Documents": totals["documents"],
         "Images": totals["images"],
-        "Tokens per image": plan["image_seq_length"],
+        **({"Tokens per image": budget} if budget is not None else {}),
         "Packs": totals["packs"],
         "Positions per pack": plan["max_length"],
         "Filled": f"{totals['fill']:.2%}",
@@ -176,19 +198,12 @@ def data_table(plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def training_table(results: dict[str, Any]) -> dict[str, Any]:
-    """Rows on the course of the training.
-
-    Args:
-        results (`dict`): the run's `train_results.json`.
-
-    Returns:
-        `dict`: label to value.
-    """
+    """Rows on the course of the training, from its summary (`train_results.json`): label to value."""
     hours, devices = results["train_seconds"] / 3600, results["devices"]
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(results["dropped_documents"].items()))
     rows = {
         "Steps": results["steps"],
-        "Epochs": f"{results['epochs']:.4g}",
+        "Epochs": f"{results['epochs'] or 0:.4g}",
         "Tokens": results["tokens"],
         "Images": results["images"],
         "Documents dropped at reading": dropped or "none",
@@ -204,11 +219,7 @@ def training_table(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries that a training or evaluation runs on.
-
-    Returns:
-        `dict`: Python and the installed ones of `LIBRARIES`, in this process.
-    """
+    """Python and the installed ones of `LIBRARIES`, in this process."""
     versions = {"Python": platform.python_version()}
     for library in LIBRARIES:
         try:
@@ -218,13 +229,51 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def _parts(config: dict[str, Any]) -> str:
-    text, vision = config["text_config"], config["vision_config"]
-    return (
-        f"a SigLIP vision tower of width {vision['hidden_size']} at {vision['image_size']} px, a projector to "
-        f"{config['image_seq_length']} tokens an image, a Qwen2 language model of {text['num_hidden_layers']} blocks "
-        f"of width {text['hidden_size']}"
+def _render(
+    config: dict[str, Any],
+    name: str,
+    title: str,
+    tables: dict[str, dict[str, Any]],
+    bases: list[str],
+    license: str | None,
+    adapter: str | None = None,
+) -> str:
+    ours = config["model_type"] == "open_qwen2vl"
+    header = ModelCardData(
+        license=license,
+        library_name="transformers" if adapter is None else "peft",
+        pipeline_tag="image-text-to-text",
+        base_model=bases or None,
+        tags=[config["model_type"], *(["lora"] if adapter else [])],
     )
+    notes = _NOTES["open_qwen2vl"] if ours else ""
+    if adapter:
+        notes += _NOTES["adapter"].format(base=adapter if _is_hub_id(adapter) else f"`{adapter}`")
+    return _CARD.format(
+        header=header.to_yaml(),
+        title=title,
+        name=name,
+        architecture=_architecture(config),
+        remote=", trust_remote_code=True" if ours else "",
+        notes=notes,
+        sections="".join(f"\n## {title}\n\n{_table(rows)}\n" for title, rows in tables.items() if rows),
+    )
+
+
+def _architecture(config: dict[str, Any]) -> str:
+    text, vision = config.get("text_config", {}), config.get("vision_config", {})
+    language = f"{text.get('num_hidden_layers')} blocks of width {text.get('hidden_size')}"
+    if config["model_type"] != "open_qwen2vl":
+        return f"A vision-language model of transformers' `{config['model_type']}`, its language model has {language}."
+    return (
+        "A vision-language model of the [Open-Qwen2VL](https://arxiv.org/abs/2504.00595) architecture: "
+        f"a SigLIP vision tower of width {vision['hidden_size']} at {vision['image_size']} px, a projector to "
+        f"{config['image_seq_length']} tokens an image, a Qwen2 language model of {language}."
+    )
+
+
+def _read_json(path: str | os.PathLike) -> Any:
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def _table(rows: dict[str, Any]) -> str:

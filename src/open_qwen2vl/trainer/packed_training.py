@@ -29,6 +29,7 @@ from .figures.profiling import ProfileCallback
 from .figures.progress import ThroughputProgressCallback
 from .figures.steps import StepMeter
 from .figures.throughput import ThroughputCallback, rates
+from .model_card import write_trainer_card
 from .optimization import PartwiseOptimization, base_model, choose_trained_parts, trained_parameters
 from .packed_evaluation import PackedEvaluation
 from .task_evaluation import TaskEvaluation
@@ -264,6 +265,10 @@ class PackedTraining(ExactCheckpoints, PartwiseOptimization, PackedEvaluation, T
             logs.update(self.throughput.close_window(self.args.device, self.args.world_size, self.source_names))
             logs.update(self.part_rates)
         Trainer.log(self, logs, start_time)
+
+    def create_model_card(self, model_name: str | None = None, license: str | None = None, **kwargs) -> None:
+        """Write the card of this run into `output_dir`, whence pushes take it; what is not in it is not passed on."""
+        write_trainer_card(self, self.args.output_dir, license=license)
 
     def summary(self) -> dict[str, Any]:
         """What the whole training did, over all runs that it took.

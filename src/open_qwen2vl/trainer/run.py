@@ -77,6 +77,7 @@ def _announce(trainer: PackedTraining, checkpoint: str | None) -> None:
 def _finish(trainer: PackedTraining, output_dir: Path) -> None:
     save_final_model(trainer, output_dir / "model")
     if trainer.is_world_process_zero():
+        trainer.create_model_card()
         plot_loss(trainer.state.log_history, output_dir / "loss.png")
         summary = trainer.summary()
         trainer.save_metrics("train", summary, combined=False)

@@ -15,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ...files import publish_folder, remove_folder
 from ...model_folders import checkpoints_by_step
+from ..model_card import write_trainer_card
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ def save_final_model(trainer: Trainer, folder: str | os.PathLike) -> None:
     trainer.accelerator.wait_for_everyone()
     if not trainer.is_world_process_zero():
         return
+    write_trainer_card(trainer, partial)
     # A pickle of the arguments: nothing that a model folder needs, and nothing that anybody should load.
     (partial / "training_args.bin").unlink(missing_ok=True)
     publish_folder(partial, folder)

@@ -84,6 +84,7 @@ class ExactCheckpoints:
                     + (f"the same command will continue from {newest}" if newest else "there is no checkpoint yet")
                 ) from error
         if self.args.push_to_hub:
+            self.create_model_card()
             super()._push_from_checkpoint(str(folder / name))
 
     def _write_checkpoint(self, model: nn.Module, trial: Any, staged: Path, final: Path) -> None:
