@@ -1,9 +1,18 @@
-from dataclasses import dataclass, field
+"""Options of the command line and of YAML files, and which of the stock trainers' are honoured."""
+
+import re
+from dataclasses import MISSING, dataclass, field, fields
 
 import pytest
+from transformers import TrainingArguments
+from trl import SFTConfig
 
-from open_qwen2vl import PackedTrainingArguments
+from open_qwen2vl import PackedSFTConfig, PackedTrainingArguments
 from open_qwen2vl.trainer import parse_arguments
+from open_qwen2vl.trainer.options import HONOURED, REFUSED
+
+# Ten levels of ten aliases: 10,000,000,000 words.
+BOMB = "a0: &a0 [lol]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 11))
 
 
 @dataclass
@@ -48,16 +57,63 @@ def test_defaults_are_those_of_packs(tmp_path):
 
 def test_a_file_gives_defaults_and_the_command_line_wins(config):
     path = config(
-        "packs: here\nlearning_rate: 5e-5\ntrain_projector: false\nmax_steps: 7\nlimit: null\nreport_to: [wandb]\n"
-        "dataloader_num_workers: 0\nlr_scheduler_kwargs: {num_cycles: 2}\nsave_total_limit: 3\n"
+        "packs: here\nlearning_rate: 5e-5\ntrain_projector: false\nmax_steps: 7\nlimit: null\n"
+        "report_to: [tensorboard]\ndataloader_num_workers: 0\nlr_scheduler_kwargs: {num_cycles: 2}\nsave_total_limit: 3\n"
     )
     other, args = parse(path, "--max_steps", "9", "--lr-scheduler-type", "constant", "--train_vision_tower")
     assert (other.packs, other.limit) == ("here", None)
     assert (args.learning_rate, args.max_steps, args.lr_scheduler_type) == (5e-5, 9, "constant")
     assert (args.train_projector, args.train_vision_tower, args.train_language_model) == (False, True, True)
-    assert (args.report_to, args.lr_scheduler_kwargs, args.save_total_limit) == (["wandb"], {"num_cycles": 2}, 3)
+    assert (args.report_to, args.lr_scheduler_kwargs, args.save_total_limit) == (["tensorboard"], {"num_cycles": 2}, 3)
     other, args = parse(path, "--packs=there", "--no_train_language_model", "--train_projector", "true")
     assert (other.packs, args.train_language_model, args.train_projector) == ("there", False, True)
+
+
+@pytest.mark.parametrize("word", ["no", "No", "off", "false", "'no'"])
+def test_no_is_a_strategy(config, word):
+    """YAML takes it for a boolean."""
+    path = config(f"packs: x\nsave_strategy: {word}\neval_strategy: {word}\nlogging_strategy: {word}\n")
+    _, args = parse(path)
+    assert (args.save_strategy, args.eval_strategy, args.logging_strategy) == ("no", "no", "no")
+
+
+def test_yes_and_on_are_booleans_and_words(config):
+    other, args = parse(config("packs: on\nuse_cpu: yes\ntrain_projector: off\nrun_name: 2026-11-28\nseed: 007\n"))
+    assert (other.packs, args.use_cpu, args.train_projector) == ("on", True, False)
+    assert (args.run_name, args.seed) == ("2026-11-28", 7)
+
+
+def test_deepspeed_of_the_launcher_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="DeepSpeed, which is not supported"):
+        PackedTrainingArguments(str(tmp_path))
+
+
+def options_of(kind) -> set[str]:
+    return {field.name for field in fields(kind)}
+
+
+def test_every_option_of_the_stock_arguments_is_decided_upon():
+    """One that a later version adds is named here: is it honoured, or refused?"""
+    stock = options_of(TrainingArguments) | options_of(SFTConfig)
+    assert stock - HONOURED - set(REFUSED) == set()
+    assert (HONOURED | set(REFUSED)) - stock == set()
+    assert HONOURED & set(REFUSED) == set()
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_has_no_effect_is_refused_by_name(name, tmp_path):
+    """The default passes, any other value is told with its reason; for those of TRL in its own arguments."""
+    kind = PackedTrainingArguments if name in options_of(TrainingArguments) else PackedSFTConfig
+    allowed, reason = REFUSED[name]
+    default = next(field for field in fields(kind) if field.name == name)
+    value = default.default_factory() if default.default is MISSING else default.default
+    assert value in allowed
+    other = {bool: not value, str: "other", float: 0.5, list: ["other"]}.get(type(value), "other")
+    if name == "do_train":
+        other = "perhaps"
+    with pytest.raises(ValueError, match=re.escape(f"{name} is not supported: {reason}")):
+        kind(str(tmp_path), use_cpu=True, **{name: other})
 
 
 def test_without_a_file(tmp_path):
@@ -83,6 +139,25 @@ def test_help_shows_defaults(capsys):
         (["--packs", "x", "--train_projector", "false", "--train_language_model", "false"], "nothing to train"),
         ([], "--packs"),
         (["nowhere.yaml"], "nowhere.yaml"),
+        (["--packs", "x", "--learning_rate", "-1"], "learning_rate must be at least 0, got -1.0"),
+        (["--packs", "x", "--learning_rate", "nan"], "learning_rate must be at least 0, got nan"),
+        (["--packs", "x", "--projector_learning_rate=-1e-5"], "projector_learning_rate must be at least 0"),
+        (["--packs", "x", "--per_device_train_batch_size", "0"], "per_device_train_batch_size must be at least 1"),
+        (["--packs", "x", "--gradient_accumulation_steps", "0"], "gradient_accumulation_steps must be at least 1"),
+        (["--packs", "x", "--num_train_epochs", "0"], "num_train_epochs must be above 0, got 0.0"),
+        (["--packs", "x", "--max_steps", "0"], "max_steps must be at least 1 (or -1, for num_train_epochs), got 0"),
+        (["--packs", "x", "--save_steps", "0"], "save_steps must be above 0"),
+        (["--packs", "x", "--adam_beta2", "1"], "must be below 1"),
+        (["--packs", "x", "--use_liger_kernel"], "use_liger_kernel is not supported: its fused loss"),
+        (["--packs", "x", "--deepspeed", "zero3.json"], "deepspeed is not supported: use FSDP2"),
+        (["--packs", "x", "--report_to", "wandbb"], "report_to: 'wandbb' is none of"),
+        (["--packs", "x", "--report_to", "clearml"], "report_to: clearml is not installed (pip install clearml)"),
+        (["--packs", "x", "--do_eval"], "do_eval is not supported: give eval_strategy"),
+        (["--packs", "x", "--fsdp_config", "nowhere.json", "--fsdp", "full_shard"], "nowhere.json"),
+        (
+            ["--packs", "x", "--accelerator_config", '{"split_batches": true}'],
+            "config.split_batches is not supported",
+        ),
     ],
 )
 def test_a_wrong_command_line_is_one_line(capsys, argv, message):
@@ -99,6 +174,21 @@ def test_a_wrong_command_line_is_one_line(capsys, argv, message):
         ("packs: [x\n", "cannot read"),
         ("just words\n", "not a YAML file"),
         ("help: true\npacks: x\n", "unknown option 'help'"),
+        ("packs: x\nlearning_rate: [1e-5, 2e-5]\n", "learning_rate: takes one value, got list"),
+        ("packs: x\nlearning_rate: {a: 1}\n", "learning_rate: takes one value, got dict"),
+        ("packs: x\nlearning_rate:\n", "learning_rate: needs a value"),
+        ("packs: x\nlearning_rate: -1\n", "learning_rate must be at least 0"),
+        ("packs: x\nsave_strategy: yes\n", "yes"),
+        ("packs: x\nmax_steps: yes\n", "max_steps"),
+        ("packs: x\nseed: 1\nseed: 2\n", "'seed' is given twice"),
+        ("packs: x\nbf16: !!python/object/apply:os.system ['true']\n", "bf16: "),
+        ("packs: !env HOME\n", "packs: the tag !env is not allowed"),
+        ("packs: x\nlr_scheduler_kwargs: {a: !!python/name:os.system }\n", "python/name:os.system"),
+        ("[a, b]: x\n", "must be a word"),
+        (BOMB, "its aliases stand for more than"),
+        ("packs: &a [*a]\n", "its aliases stand for more than"),
+        pytest.param("packs: " + "[" * 5000 + "]" * 5000 + "\n", "nested too deeply", id="deep"),
+        pytest.param("# " + "x" * (1 << 20) + "\npacks: x\n", "larger than 1 MiB", id="large"),
     ],
 )
 def test_a_wrong_file_is_one_line(capsys, config, text, message):

@@ -4,10 +4,13 @@ All of `TrainingArguments` (and of TRL's `SFTConfig` in SFT) is available under 
 command line. Only what would be wrong or slow for packed documents has another default here.
 """
 
+import os
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
+
+from .options import check_loader, check_report_to, check_values, refuse_unsupported
 
 
 @dataclass
@@ -137,15 +140,17 @@ class PackedArguments:
     )
 
     def __post_init__(self):
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1"):
+            raise ValueError("accelerate's config asks for DeepSpeed, which is not supported: use FSDP2")
+        refuse_unsupported(self)
+        check_values(self)
         super().__post_init__()
+        check_loader(self.accelerator_config)
+        check_report_to(self.report_to)
         # `accelerate launch --mixed_precision` counts too: the tower's type and the checkpoint's record go by these.
         self.bf16, self.fp16 = self.mixed_precision == "bf16", self.mixed_precision == "fp16"
         if not (self.train_projector or self.train_language_model or self.train_vision_tower):
             raise ValueError("nothing to train: switch on train_projector, train_language_model or train_vision_tower")
-        if self.eval_tasks_steps is not None and self.eval_tasks_steps < 1:
-            raise ValueError(f"eval_tasks_steps must be at least 1, got {self.eval_tasks_steps}")
-        if self.label_smoothing_factor:
-            raise ValueError("label_smoothing_factor is not supported: it needs the logits of every position")
         if self.dataloader_num_workers == 0:
             # torch refuses to keep workers where there are none.
             self.dataloader_persistent_workers = False
@@ -159,8 +164,3 @@ class PackedArguments:
 @dataclass
 class PackedTrainingArguments(PackedArguments, TrainingArguments):
     """Arguments of [`PackedTrainer`]: [`PackedArguments`] and all of `transformers.TrainingArguments`."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must be false: the collator needs all that a pack carries")

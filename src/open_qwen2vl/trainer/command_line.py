@@ -1,16 +1,25 @@
 """The command line of a recipe: a YAML file of options, then options that win over it; each mistake is one line."""
 
+import argparse
 import difflib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
+
+from .yaml_options import YamlOptionsError, plain_value, read_options
+
+NESTED = ("train_packs", "eval_packs")  # a folder, or in a YAML file a list of sources
 
 
 class _Parser(HfArgumentParser):
+    def __init__(self, dataclasses: Sequence[type], **kwargs):
+        # The parent class replaces the types of the fields.
+        self.hints = {name: hint for kind in dataclasses for name, hint in get_type_hints(kind).items()}
+        super().__init__(dataclasses, **kwargs)
+
     def error(self, message: str) -> None:
         """End with one line instead of the usage, which has a page of options."""
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -31,20 +40,39 @@ class _Parser(HfArgumentParser):
 
     def read_defaults(self, path: str) -> None:
         """Take the options of a YAML file as defaults, read as the command line's are."""
-        try:
-            options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            self.error(f"cannot read {path}: {' '.join(str(error).split())}")
-        if not isinstance(options, dict):
-            self.error(f"{path}: not a YAML file of `option: value` lines")
         known = self.destinations()
-        for name, value in options.items():
-            if name not in known:
-                self.unknown(str(name), f"{path}: ")
-            for action in known[name]:
-                # As a string, so that argparse converts it: YAML takes 5e-5 for a word.
-                action.default = str(value) if isinstance(value, bool | int | float | str) else value
-                action.required = False
+        try:
+            nodes = read_options(path)
+            for name, node in nodes.items():
+                if name not in known:
+                    self.unknown(str(name), f"{path}: ")
+                value = self._default(name, known[name][0], plain_value(node))
+                for action in known[name]:
+                    action.default = value
+                    action.required = False
+        except YamlOptionsError as error:
+            text = str(error)
+            self.error(text if path in text else f"{path}: {name}: {text}")
+
+    def _default(self, name: str, action: argparse.Action, value: Any) -> Any:
+        """A value of the file as argparse's default: text, which it converts, or what has a structure."""
+        hint = self.hints[name]
+        if value is None:
+            if "None" not in str(hint):
+                raise YamlOptionsError("needs a value")
+            return None
+        if isinstance(value, str):
+            # YAML 1.1 has more words for a boolean than the parser.
+            truth = {"on": "true", "off": "false"}.get(value.lower(), value)
+            if value.lower() in ("no", "off", "false") and "no" in (action.choices or ()):
+                return "no"
+            return truth if action.type is string_to_bool else value
+        if action.nargs in ("+", "*") and isinstance(value, list):
+            convert = action.type or str
+            return [convert(item if isinstance(item, str) else str(item)) for item in value]
+        if name in NESTED or "dict" in str(hint) or "list" in str(hint):
+            return value
+        raise YamlOptionsError(f"takes one value, got {type(value).__name__} {value!r}"[:200])
 
 
 def parse_arguments(
@@ -75,7 +103,8 @@ def parse_arguments(
         *parsed, unused = parser.parse_args_into_dataclasses(
             options, return_remaining_strings=True, look_for_args_file=False
         )
-    except ValueError as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        # What the arguments' own classes refuse, `fsdp_config` that is no file and a missing library among them.
         parser.error(" ".join(str(error).split()))
     if unused:
         parser.error(f"{unused[0]!r} is no option")

@@ -54,6 +54,8 @@ class PackedTraining(ExactCheckpoints, PartwiseOptimization, PackedEvaluation, T
     """
 
     def __init__(self, model: nn.Module, args, data_collator=None, callbacks: list | None = None, **kwargs):
+        if args.train_sampling_strategy != "random" and isinstance(kwargs.get("train_dataset"), PackMixture):
+            raise ValueError("train_sampling_strategy is not supported: packs come in an order of their own")
         self._prepare_model(model, args)
         super().__init__(
             model=model,

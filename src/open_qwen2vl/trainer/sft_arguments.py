@@ -10,18 +10,6 @@ from trl import SFTConfig
 
 from .arguments import PackedArguments
 
-_PACK = "it is TRL's, for text alone; pack with `open-qwen2vl pack` and train on that"
-_NOT_SUPPORTED = {
-    "packing": _PACK,
-    "padding_free": _PACK,
-    "eval_packing": _PACK,
-    "completion_only_loss": "labels are the answers, as the chat template marks them",
-    "loss_type": "the loss is the model's own (nll)",
-    "chat_template_path": "give the processor its chat template beforehand; packs were planned with one",
-    "pad_to_multiple_of": "a row is as long as the longest pack of its batch",
-    "remove_unused_columns": "the collator needs all that a pack carries",
-}
-
 
 @dataclass
 class PackedSFTConfig(PackedArguments, SFTConfig):
@@ -59,8 +47,3 @@ class PackedSFTConfig(PackedArguments, SFTConfig):
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
             self.activation_checkpointing = True
         super().__post_init__()
-        for name, reason in _NOT_SUPPORTED.items():
-            if getattr(self, name) not in (None, False, "nll"):
-                raise ValueError(f"{name} is not supported: {reason}")
-        if not self.assistant_only_loss:
-            raise ValueError("assistant_only_loss must stay on: labels are the answers, as the template marks them")
