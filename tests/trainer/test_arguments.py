@@ -58,7 +58,8 @@ def test_defaults_are_those_of_packs(tmp_path):
 def test_a_file_gives_defaults_and_the_command_line_wins(config):
     path = config(
         "packs: here\nlearning_rate: 5e-5\ntrain_projector: false\nmax_steps: 7\nlimit: null\n"
-        "report_to: [tensorboard]\ndataloader_num_workers: 0\nlr_scheduler_kwargs: {num_cycles: 2}\nsave_total_limit: 3\n"
+        "report_to: [tensorboard]\n"
+        "dataloader_num_workers: 0\nlr_scheduler_kwargs: {num_cycles: 2}\nsave_total_limit: 3\n"
     )
     other, args = parse(path, "--max_steps", "9", "--lr-scheduler-type", "constant", "--train_vision_tower")
     assert (other.packs, other.limit) == ("here", None)
