@@ -1,9 +1,12 @@
 """The package as a user gets it: what importing costs, what a wheel carries."""
 
+import pickle
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -13,21 +16,57 @@ def run(code: str, **options) -> str:
     return result.stdout.strip()
 
 
-def test_import_registers_and_stays_light():
-    code = (
-        "import sys, open_qwen2vl; from transformers import AutoConfig; "
-        "print(AutoConfig.for_model('open_qwen2vl').image_seq_length); "
-        "print([m for m in ('trl', 'datasets', 'peft', 'open_clip', 'transformers.trainer', 'matplotlib') "
-        "if m in sys.modules])"
-    )
-    assert run(code).splitlines() == ["144", "[]"]
+def test_importing_the_package_and_every_help_are_light():
+    """Counted in modules, since seconds are a machine's own."""
+    code = """
+import contextlib, io, sys
+import open_qwen2vl
+from open_qwen2vl.cli import COMMANDS, main
+for arguments in [[], *([name.rpartition(".")[2]] for name in map(lambda module: module.__name__, COMMANDS))]:
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as text:
+        main([*arguments, "--help"])
+    assert "usage: open-qwen2vl" in text.getvalue(), arguments
+heavy = ("torch", "transformers", "numpy", "pyarrow", "PIL")
+print(len(sys.modules), *(name for name in heavy if name in sys.modules))
+"""
+    modules, *heavy = run(code).split()
+    assert heavy == [] and int(modules) < 200
+
+
+# Before, in the middle of and after the import of the Auto classes.
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import open_qwen2vl; import transformers",
+        "from transformers import AutoModel, AutoProcessor; import open_qwen2vl",
+        "import open_qwen2vl.modeling.modeling_open_qwen2vl",
+    ],
+)
+def test_auto_classes_find_the_model(code):
+    check = """
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING, PROCESSOR_MAPPING, AutoConfig
+config = AutoConfig.for_model("open_qwen2vl")
+tables = (MODEL_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PROCESSOR_MAPPING)
+print(config.image_seq_length, *(table[type(config)].__name__ for table in tables))
+import sys
+print([m for m in ("trl", "datasets", "peft", "open_clip", "transformers.trainer", "matplotlib") if m in sys.modules])
+print([finder for finder in sys.meta_path if type(finder).__module__.startswith("open_qwen2vl")])
+"""
+    names = "OpenQwen2VLModel OpenQwen2VLForConditionalGeneration OpenQwen2VLProcessor"
+    assert run(code + check).splitlines() == [f"144 {names}", "[]", "[]"]
 
 
 def test_public_names_resolve():
     import open_qwen2vl
 
+    everything = {}
+    exec("from open_qwen2vl import *", everything)
+    assert set(open_qwen2vl.__all__) <= {*dir(open_qwen2vl)} & {*everything}
     for name in open_qwen2vl.__all__:
-        assert getattr(open_qwen2vl, name) is not None
+        value = getattr(open_qwen2vl, name)
+        assert value is everything[name] and pickle.loads(pickle.dumps(value)) is value
+    with pytest.raises(AttributeError, match="no attribute 'PackedTrainers'"):
+        open_qwen2vl.PackedTrainers  # noqa: B018
 
 
 def test_wheel_carries_its_template_and_runs_elsewhere(tmp_path):

@@ -1,56 +1,29 @@
 """Open-Qwen2VL in the Hugging Face ecosystem.
 
-Importing this package registers the model with transformers' Auto classes; anything heavier than the model (datasets,
-the trainers) is imported when its name is first used.
+Importing this package makes transformers' Auto classes know the model. Nothing heavy is imported by it, transformers
+and torch included, before a name is first used or transformers is imported by somebody else.
 """
 
-from importlib import import_module
-
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
-
-from .modeling.configuration_open_qwen2vl import OpenQwen2VLConfig
-from .modeling.modeling_open_qwen2vl import OpenQwen2VLForConditionalGeneration, OpenQwen2VLModel
-from .processing.collator import PackingCollator
-from .processing.processing_open_qwen2vl import OpenQwen2VLProcessor
+from .auto_classes import register_when_imported
+from .lazy_names import lazy_names
 
 __version__ = "0.1.0"
 
-AutoConfig.register("open_qwen2vl", OpenQwen2VLConfig)
-AutoModel.register(OpenQwen2VLConfig, OpenQwen2VLModel)
-AutoModelForImageTextToText.register(OpenQwen2VLConfig, OpenQwen2VLForConditionalGeneration)
-AutoProcessor.register(OpenQwen2VLConfig, OpenQwen2VLProcessor)
-
-# What `save_pretrained` writes as auto_map, for readers with trust_remote_code=True and without this package.
-OpenQwen2VLConfig.register_for_auto_class("AutoConfig")
-OpenQwen2VLModel.register_for_auto_class("AutoModel")
-OpenQwen2VLForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
-OpenQwen2VLProcessor.register_for_auto_class("AutoProcessor")
-
-
-class AutoModelForVision2Seq(AutoModelForImageTextToText):
-    """The name that transformers 4 had for `AutoModelForImageTextToText`; transformers 5 removed it."""
-
-
-_LAZY = {
+_MODULES = {
+    "AutoModelForVision2Seq": ".modeling.vision2seq",
+    "OpenQwen2VLConfig": ".modeling.configuration_open_qwen2vl",
+    "OpenQwen2VLForConditionalGeneration": ".modeling.modeling_open_qwen2vl",
+    "OpenQwen2VLModel": ".modeling.modeling_open_qwen2vl",
+    "OpenQwen2VLProcessor": ".processing.processing_open_qwen2vl",
     "PackedDataset": ".data.packing.packed_dataset",
     "PackedSFTConfig": ".trainer.sft_arguments",
     "PackedSFTTrainer": ".trainer.packed_sft_trainer",
     "PackedTrainer": ".trainer.packed_trainer",
     "PackedTrainingArguments": ".trainer.arguments",
+    "PackingCollator": ".processing.collator",
 }
 
-__all__ = [
-    "AutoModelForVision2Seq",
-    "OpenQwen2VLConfig",
-    "OpenQwen2VLForConditionalGeneration",
-    "OpenQwen2VLModel",
-    "OpenQwen2VLProcessor",
-    "PackingCollator",
-    *_LAZY,
-]
+__all__ = list(_MODULES)
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)
 
-
-def __getattr__(name: str):
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+register_when_imported()

@@ -14,29 +14,23 @@ images ─ image_files.py: where they are ────────────�
                             └─► mixture.py: several plans as one dataset ─ pack_order.py: what is read when, by whom
 """
 
-from .documents.sources import find_sources
-from .packing.bins import pack_lengths
-from .packing.mixture import PackMixture, Source, parse_sources
-from .packing.pack_order import PackOrder
-from .packing.packed_dataset import PackedDataset
-from .packing.plan import plan_packs
-from .packing.plan_report import PlanReport
-from .resharding.resharding import reshard
-from .scoring.kinds import score_pool
-from .storage.tars import find_shards, index_shard
+from ..lazy_names import lazy_names
 
-__all__ = [
-    "PackMixture",
-    "PackOrder",
-    "PackedDataset",
-    "PlanReport",
-    "Source",
-    "find_shards",
-    "find_sources",
-    "index_shard",
-    "pack_lengths",
-    "parse_sources",
-    "plan_packs",
-    "reshard",
-    "score_pool",
-]
+_MODULES = {
+    "PackMixture": ".packing.mixture",
+    "PackOrder": ".packing.pack_order",
+    "PackedDataset": ".packing.packed_dataset",
+    "PlanReport": ".packing.plan_report",
+    "Source": ".packing.mixture",
+    "find_shards": ".storage.tars",
+    "find_sources": ".documents.sources",
+    "index_shard": ".storage.tars",
+    "pack_lengths": ".packing.bins",
+    "parse_sources": ".packing.mixture",
+    "plan_packs": ".packing.plan",
+    "reshard": ".resharding.resharding",
+    "score_pool": ".scoring.kinds",
+}
+
+__all__ = list(_MODULES)
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -117,6 +117,8 @@ def pooled_grid_side(image_seq_length: int, patches_per_side: int) -> int:
     return side
 
 
+# `save_pretrained` writes this as auto_map, for readers with trust_remote_code=True and without this package.
+OpenQwen2VLConfig.register_for_auto_class("AutoConfig")
 # `transformers serve` finds classes and what they take by these tables of names, which `register` does not reach.
 MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault("open_qwen2vl", "OpenQwen2VLForConditionalGeneration")
 

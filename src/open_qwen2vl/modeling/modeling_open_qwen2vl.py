@@ -480,4 +480,8 @@ def _check_packed_arguments(position_ids, attention_mask, past_key_values, use_c
         raise ValueError("a packed batch (cu_seq_lens_q) takes no cache: it would join the documents")
 
 
+# `save_pretrained` writes this as auto_map, for readers with trust_remote_code=True and without this package.
+OpenQwen2VLModel.register_for_auto_class("AutoModel")
+OpenQwen2VLForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
 __all__ = ["OpenQwen2VLForConditionalGeneration", "OpenQwen2VLModel", "OpenQwen2VLPreTrainedModel"]

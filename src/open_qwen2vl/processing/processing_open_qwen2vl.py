@@ -187,4 +187,7 @@ def _to_rgb(images: ImageInput) -> ImageInput:
     return to_rgb(images) if isinstance(images, Image.Image) else images
 
 
+# `save_pretrained` writes this as auto_map, for readers with trust_remote_code=True and without this package.
+OpenQwen2VLProcessor.register_for_auto_class("AutoProcessor")
+
 __all__ = ["OpenQwen2VLProcessor"]

@@ -1,18 +1,16 @@
 """Training on packs under transformers' Trainer."""
 
-from .arguments import PackedTrainingArguments
-from .checkpoints.folders import newest_complete_checkpoint, save_final_model
-from .command_line import parse_arguments
-from .figures.plots import plot_loss
-from .packed_trainer import PackedTrainer
-from .run import run_recipe
+from ..lazy_names import lazy_names
 
-__all__ = [
-    "PackedTrainer",
-    "PackedTrainingArguments",
-    "newest_complete_checkpoint",
-    "parse_arguments",
-    "plot_loss",
-    "run_recipe",
-    "save_final_model",
-]
+_MODULES = {
+    "PackedTrainer": ".packed_trainer",
+    "PackedTrainingArguments": ".arguments",
+    "newest_complete_checkpoint": ".checkpoints.folders",
+    "parse_arguments": ".command_line",
+    "plot_loss": ".figures.plots",
+    "run_recipe": ".run",
+    "save_final_model": ".checkpoints.folders",
+}
+
+__all__ = list(_MODULES)
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,23 @@ def test_recipe_of_the_paper_joins_its_pools(write_score_file, write_uid_file, t
     write_uid_file([UIDS[2], UIDS[4]], "datacomp_medium_dfn_20m_inds.npy")
     assert main(["filter", "--config", str(RECIPE)]) == 0
     assert kept(tmp_path / "subset.npy") == sorted([UIDS[0], UIDS[2], UIDS[4]])
+
+
+def test_filter_and_reshard_import_neither_torch_nor_transformers(write_score_file, write_tar, sample, tmp_path):
+    pool = str(write_tar([member for key, uid in zip("abc", UIDS, strict=False) for member in sample(key, uid=uid)]))
+    write_score_file("clip", {uid: number for number, uid in enumerate(UIDS)})
+    subset = str(tmp_path / "subset.npy")
+    steps = [
+        ["filter", str(tmp_path / "scores"), "--keep", "clip >= 1", "--output", subset, "--pool", pool],
+        ["reshard", pool, "--subset", subset, "--output", str(tmp_path / "tars"), "--num-workers", "1"],
+    ]
+    code = (
+        f"import sys; from open_qwen2vl.cli import main; codes = [main(step) for step in {steps}]; "
+        "print(codes, [name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[0, 0] []"
+    assert (tmp_path / "tars/00000.tar").exists() and kept(tmp_path / "subset.npy") == sorted(UIDS[1:])
 
 
 def step(write_score_file, write_hash_file, tmp_path) -> list[str]:

@@ -1,6 +1,5 @@
 """What a caption sample is (`key.jpg`, `key.txt`, perhaps `key.json`) and how it becomes a document of the plan."""
 
-import json
 import logging
 import os
 from pathlib import Path
@@ -16,7 +15,7 @@ from ..engine.engine import collection_paused
 from ..packing.plan_files import Document, Group, GroupDocuments, shard_path
 from ..storage.open_files import Newest, read_pixels
 from ..storage.tar_index import read_shard_index
-from ..storage.tars import IMAGE_EXTENSIONS, Sample, ShardIndex, index_shard, read_member, sample_uid
+from ..storage.tars import IMAGE_EXTENSIONS, Sample, ShardIndex, index_shard, read_json, read_member, sample_uid
 
 logger = logging.getLogger(__name__)
 
@@ -123,24 +122,6 @@ def caption_members(file: int, sample: Sample) -> tuple[list[tuple[str, int, int
         raise SampleError("empty_image", f"{sample.key}.{image_ext} has no bytes")
     caption = decode_caption(read_member(file, f"{sample.key}.txt", *sample.members["txt"]))
     return [(ext, *sample.members[ext]) for ext in (image_ext, "txt")], caption
-
-
-def read_json(file: int, sample: Sample) -> Any:
-    """A sample's metadata.
-
-    Args:
-        file (`int`): descriptor of the open tar.
-        sample ([`Sample`]): from its index.
-
-    Returns:
-        `Any`: its parsed json; `None` where it has none that can be read, which costs it nothing but its uid.
-    """
-    if "json" not in sample.members:
-        return None
-    try:
-        return json.loads(read_member(file, f"{sample.key}.json", *sample.members["json"]))
-    except (ValueError, RecursionError):
-        return None
 
 
 class _TarDocuments(NamedTuple):

@@ -1,6 +1,11 @@
 """From scores to the list of the pairs that stay: the step `filter`. selection.py has the flow of it."""
 
-from .report import SelectionReport
-from .selection import select_pairs
+from ...lazy_names import lazy_names
 
-__all__ = ["SelectionReport", "select_pairs"]
+_MODULES = {
+    "SelectionReport": ".report",
+    "select_pairs": ".selection",
+}
+
+__all__ = list(_MODULES)
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

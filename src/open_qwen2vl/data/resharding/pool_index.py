@@ -14,9 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ...files import renamed_when_whole
-from ..documents.captions import read_json
 from ..engine.engine import Outcome, ShardTask, collection_paused
-from ..storage.tars import Sample, has_bad_uid, index_shard, sample_uid
+from ..storage.tars import Sample, has_bad_uid, index_shard, read_json, sample_uid
 from ..storage.uids import find_uids, parse_uids, read_uids
 
 SHUFFLE_WINDOW = 32  # tars

@@ -7,7 +7,14 @@
 scoring.py walks a tar for any of the first three, pairs.py reads it, with threads where a model is to be fed.
 """
 
-from .kinds import SCORERS, score_pool
-from .score_files import find_score_files, read_score_metadata
+from ...lazy_names import lazy_names
 
-__all__ = ["SCORERS", "find_score_files", "read_score_metadata", "score_pool"]
+_MODULES = {
+    "SCORERS": ".kinds",
+    "find_score_files": ".score_files",
+    "read_score_metadata": ".score_files",
+    "score_pool": ".kinds",
+}
+
+__all__ = list(_MODULES)
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -10,8 +10,8 @@ from PIL import Image
 
 from ...processing.images import decode_image
 from ...processing.sample_error import SampleError
-from ..documents.captions import caption_members, read_json
-from ..storage.tars import Sample, has_bad_uid, read_member, sample_uid
+from ..documents.captions import caption_members
+from ..storage.tars import Sample, has_bad_uid, read_json, read_member, sample_uid
 
 
 class RawPair(NamedTuple):

@@ -1,9 +1,10 @@
 """What the readers of a plan share: files that stay open, and pixels from an image file."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 OPEN_FILES = 64  # of each kind that one process keeps open
 
@@ -27,7 +28,7 @@ class Newest:
         return file
 
 
-def read_pixels(data: bytes, processor: Any) -> torch.Tensor:
+def read_pixels(data: bytes, processor: Any) -> "torch.Tensor":
     """Decode and resize one image: several at full size are more than what a pack keeps of them.
 
     Args:

@@ -6,6 +6,7 @@ a damaged header and is four times slower; it still parses whatever a plain head
 """
 
 import hashlib
+import json
 import os
 import re
 import tarfile
@@ -202,6 +203,16 @@ def read_member(file: int, name: str, offset: int, size: int) -> bytes:
     if len(block) != _BLOCK + size or not _is_header_of(block[:_BLOCK], name, size):
         raise SampleError("moved_member", f"{name} is not at byte {offset} of the tar any more")
     return block[_BLOCK:]
+
+
+def read_json(file: int, sample: Sample) -> Any:
+    """A sample's metadata from the descriptor of its tar; `None` without a json, or with one that cannot be read."""
+    if "json" not in sample.members:
+        return None
+    try:
+        return json.loads(read_member(file, f"{sample.key}.json", *sample.members["json"]))
+    except (ValueError, RecursionError):
+        return None
 
 
 def sample_uid(metadata: Any, tar_name: str, key: str) -> str:
