@@ -30,6 +30,7 @@ from report import describe_machine, write_result
 from transformers import AutoTokenizer
 
 from open_qwen2vl.data import plan_packs
+from open_qwen2vl.data.resharding.options import ReshardOptions
 from open_qwen2vl.data.resharding.resharding import reshard
 from open_qwen2vl.data.storage.uids import UID_DTYPE, format_uid, write_uids
 from open_qwen2vl.processing.text_formats import prepare_tokenizer
@@ -117,13 +118,15 @@ def measure_speed(folder: Path, tars: int, tokenizer_name: str, repeats: int, wo
     for share in (1, 7):
         write_uids(subset, np.sort(uids)[::share])
         made = folder / "made"
-        reshard(paths, subset, made, num_workers=1)
+        reshard(ReshardOptions(paths, subset, made, num_workers=1))
         copied = sorted(made.glob("*.tar"))
         size = sum(path.stat().st_size for path in copied) / 1e9
         steps = {
             "cp": lambda output, copied=copied: subprocess.run(["cp", *map(str, copied), str(output)], check=True),
-            "reshard": lambda output: reshard(paths, subset, output, num_workers=workers),
-            "reshard --shuffle": lambda output: reshard(paths, subset, output, num_workers=workers, shuffle_seed=0),
+            "reshard": lambda output: reshard(ReshardOptions(paths, subset, output, num_workers=workers)),
+            "reshard --shuffle": lambda output: reshard(
+                ReshardOptions(paths, subset, output, num_workers=workers, shuffle=True)
+            ),
         }
         for sync in (False, True):
             seconds = {name: best(step, folder, repeats, sync) for name, step in steps.items()}
@@ -164,7 +167,7 @@ def measure_memory(folder: Path, samples: int, tokenizer_name: str) -> list[list
     tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(tokenizer_name))
     paths, out = sorted(pool.iterdir()), folder / "out"
     steps = {
-        "reshard --shuffle": lambda: reshard(paths, subset, out, num_workers=1, shuffle_seed=0),
+        "reshard --shuffle": lambda: reshard(ReshardOptions(paths, subset, out, num_workers=1, shuffle=True)),
         "pack, from headers": lambda: plan_packs(paths, folder / "packs", tokenizer, num_workers=1),
         "pack, by index": lambda: plan_packs(sorted(out.glob("*.tar")), folder / "again", tokenizer, num_workers=1),
     }

@@ -54,7 +54,6 @@ def test_pack_takes_a_processor_folder(shards, processor, backbones, tmp_path, c
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no shards given"),
         (["nowhere.tar"], "nowhere.tar: no such file"),
         (["{shards}", "--max-length", "100"], "max_length 100 is below 147"),
         (["{shards}", "--num-workers", "0"], "num_workers must be at least 1, got 0"),
@@ -79,7 +78,7 @@ def test_unknown_tokenizer_is_one_line(shards, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["pack", "--output", "x"], "the following arguments are required: --tokenizer"),
+        (["pack", "--output", "x"], "the following arguments are required: FILES, --tokenizer"),
         (["pack", "--max-lenght", "7", "--output", "x", "--tokenizer", "y"], "unrecognized arguments: --max-lenght"),
         (["pack", "--max-length", "many"], "argument --max-length: invalid int value: 'many'"),
         (["unpack"], "invalid choice: 'unpack'"),

@@ -1,7 +1,7 @@
 """The command `open-qwen2vl`: one subcommand for each step from data to model, each a module of this folder.
 
-What a user can get wrong (`ValueError`, `OSError`) ends in one line and exit code 2. The libraries of a step are
-imported when it runs, so that `--help` is quick.
+What a user can get wrong (`ValueError`, `OSError`) ends in one line and exit code 2, Ctrl-C in exit code 130. The
+libraries of a step are imported when it runs, so that `--help` is quick.
 """
 
 import argparse
@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 
 from . import chat, convert, demo, estimate, evaluate, filter, pack, report, reshard, score
+from .interrupt import INTERRUPTED, ended_by_ctrl_c
+from .options import add_command
 
 COMMANDS = (score, filter, reshard, pack, convert, estimate, chat, evaluate, report, demo)  # in the order of --help
 
@@ -27,17 +29,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (`Sequence[str]`, *optional*): its arguments; those of the process where not given.
 
     Returns:
-        `int`: exit code, 0 if all went well and 2 after an error of the user's making.
+        `int`: exit code, 0 if all went well, 2 after an error of the user's making, 130 after Ctrl-C.
     """
     parser = _Parser(prog="open-qwen2vl", description="Steps around the training of Open-Qwen2VL.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
-        command.add_command(commands)
+        # Those for people alone, and that which reads a recipe, have no file of options.
+        add_command(commands, command, config_file=command not in (chat, demo, estimate))
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
-        args.run(args)
+        with ended_by_ctrl_c(watched=args.command != "chat"):  # there it ends an answer
+            from tqdm.contrib.logging import logging_redirect_tqdm
+
+            with logging_redirect_tqdm():
+                args.run(args)
     except (ValueError, OSError) as error:
         print(f"{parser.prog} {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog} {args.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
     return 0

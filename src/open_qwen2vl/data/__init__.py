@@ -17,10 +17,14 @@ images ─ image_files.py: where they are ────────────�
 from ..lazy_names import lazy_names
 
 _MODULES = {
+    "FilterOptions": ".filtering.options",
     "PackMixture": ".packing.mixture",
     "PackOrder": ".packing.pack_order",
     "PackedDataset": ".packing.packed_dataset",
+    "PackOptions": ".packing.options",
     "PlanReport": ".packing.plan_report",
+    "ReshardOptions": ".resharding.options",
+    "ScoreOptions": ".scoring.options",
     "Source": ".packing.mixture",
     "find_shards": ".storage.tars",
     "find_sources": ".documents.sources",

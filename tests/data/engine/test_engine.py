@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from open_qwen2vl.data.engine.engine import Outcome, ShardTask, run_tasks
+from open_qwen2vl.data.resharding.options import ReshardOptions
 from open_qwen2vl.data.resharding.resharding import reshard
 from open_qwen2vl.data.storage.uids import UID_DTYPE, write_uids
 from open_qwen2vl.files import renamed_when_whole
@@ -143,5 +144,5 @@ def test_a_step_on_ray(ray_cluster, tasks, make_tar, sample, tmp_path):
     write_uids(tmp_path / "subset.npy", np.array([(0, n) for n in range(3)], UID_DTYPE))
     for engine in ("local", "ray"):
         options = {"samples_per_shard": 2, "num_workers": 1 if engine == "local" else 2, "engine": engine}
-        reshard(tars, tmp_path / "subset.npy", tmp_path / engine, **options)
+        reshard(ReshardOptions(tars, tmp_path / "subset.npy", tmp_path / engine, **options))
     assert_same_files(read_folder(tmp_path / "ray"), read_folder(tmp_path / "local"))

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from open_qwen2vl.data.filtering import SelectionReport, select_pairs
+from open_qwen2vl.data.filtering import FilterOptions, SelectionReport, select_pairs
 from open_qwen2vl.data.scoring.score_files import HASH_SCHEMA, SCHEMA, write_scores
 from open_qwen2vl.data.storage.uids import UID_DTYPE, parse_uid, read_uids
 
@@ -68,7 +68,9 @@ def choose(tmp_path) -> Callable[..., tuple[list[str], SelectionReport]]:
     """`choose("clip > 1", **options)`: the uids that the scores in `tmp_path` keep, and the report."""
 
     def run(keep: str, **options) -> tuple[list[str], SelectionReport]:
-        report = select_pairs([tmp_path / "scores"], keep, tmp_path / "subset.npy", threads=1, **options)
+        report = select_pairs(
+            FilterOptions([tmp_path / "scores"], keep, tmp_path / "subset.npy", threads=1, **options)
+        )
         uids = read_uids(tmp_path / "subset.npy")
         assert uids.tobytes() == np.unique(uids).tobytes() and report.kept == len(uids)
         return [f"{high:016x}{low:016x}" for high, low in uids.tolist()], report

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from open_qwen2vl.data.filtering.duplicates import MAX_DISTANCE, block_masks
+from open_qwen2vl.data.filtering.duplicates import block_masks
+from open_qwen2vl.data.filtering.options import MAX_DISTANCE
 
 from .conftest import uid_of
 

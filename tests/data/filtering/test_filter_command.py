@@ -40,10 +40,9 @@ def test_options_of_a_config_file_yield_to_the_command_line(scores, tmp_path, ca
     [
         ("keep: [clip > 1]", "keep: ['clip > 1'] is no value for it"),
         ("threads: two", "threads: 'two' is no value for it"),
-        ("kepp: clip > 1", "no option 'kepp'; there are scores, pool, keep"),
+        ("kepp: clip > 1", "no option 'kepp'; there are scores, keep, output"),
         ("- clip", "not a file of `option: value` lines"),
         ("keep: 'clip", "--config"),
-        ("keep: clip > 1", "no --output given"),
     ],
 )
 def test_mistake_in_a_config_file_is_one_line(scores, tmp_path, capsys, config, message):
@@ -51,6 +50,13 @@ def test_mistake_in_a_config_file_is_one_line(scores, tmp_path, capsys, config, 
     assert main(["filter", scores, "--config", str(tmp_path / "filter.yaml")]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and message in error[0]
+
+
+def test_what_neither_the_file_nor_the_command_line_gives_is_named(scores, tmp_path, capsys):
+    (tmp_path / "filter.yaml").write_text("keep: clip > 1\n")
+    with pytest.raises(SystemExit, match="2"):
+        main(["filter", scores, "--config", str(tmp_path / "filter.yaml")])
+    assert "error: the following arguments are required: --output (see" in capsys.readouterr().err
 
 
 def test_recipe_of_the_paper_joins_its_pools(write_score_file, write_uid_file, tmp_path, monkeypatch):

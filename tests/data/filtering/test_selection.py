@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from open_qwen2vl.data.filtering import select_pairs
+from open_qwen2vl.data.filtering import FilterOptions, select_pairs
 from open_qwen2vl.data.scoring.score_files import SCHEMA, write_scores
 from open_qwen2vl.data.storage.uids import UID_DTYPE, parse_uid
 
@@ -112,7 +112,9 @@ def test_same_bytes_in_any_order_and_with_any_number_of_threads(write_score_file
             table = table.take(random.permutation(len(table))).combine_chunks().cast(SCHEMA)
             pq.write_table(table.replace_schema_metadata(metadata), path)
             write_scores(path, table, {"recipe": {}})
-        select_pairs([folder / "scores"], "top(mlm, 0.3) and clip < 0.8", folder / "subset.npy", threads=threads)
+        select_pairs(
+            FilterOptions([folder / "scores"], "top(mlm, 0.3) and clip < 0.8", folder / "subset.npy", threads=threads)
+        )
         names = ("subset.npy", "subset_report/decisions.parquet", "subset_report/index.html")
         outputs.append([(folder / name).read_bytes() for name in names])
     assert outputs[0] == outputs[1]
@@ -169,7 +171,7 @@ def test_names_that_duckdb_takes_for_patterns_are_files(write_score_file, tmp_pa
     path = write_score_file("clip", {UIDS[0]: 1.0})
     folder = tmp_path / "key=1" / "a[b]*?'c"
     shutil.copytree(path.parent, folder)
-    report = select_pairs([folder], "clip > 0", tmp_path / "key=1" / "subset.npy")
+    report = select_pairs(FilterOptions([folder], "clip > 0", tmp_path / "key=1" / "subset.npy"))
     assert report.kept == 1
 
 

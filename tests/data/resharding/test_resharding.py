@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from open_qwen2vl.cli import main
 from open_qwen2vl.data.resharding import pool_index
+from open_qwen2vl.data.resharding.options import ReshardOptions
 from open_qwen2vl.data.resharding.resharding import reshard
 from open_qwen2vl.data.storage.tar_index import read_shard_index
 from open_qwen2vl.data.storage.tars import index_shard, sample_uid
@@ -67,7 +68,7 @@ def subset(tmp_path):
 
 
 def test_chosen_samples_in_the_order_of_the_pool(pool, subset, tmp_path):
-    report = reshard([pool], subset, tmp_path / "out", samples_per_shard=8, num_workers=1)
+    report = reshard(ReshardOptions([pool], subset, tmp_path / "out", samples_per_shard=8, num_workers=1))
     assert check_indexes(tmp_path / "out") == [uid_of(number) for number in range(0, 60, 3)]
     members = {tar: dict(read_tar(pool / f"{tar}.tar")) for tar in range(5)}
     expected = [f"{i:03d}.{ext}" for i in range(0, 12, 3) for ext in ("png", "txt", "json")]
@@ -88,18 +89,18 @@ def test_chosen_samples_in_the_order_of_the_pool(pool, subset, tmp_path):
 
 
 def test_any_number_of_workers_and_any_moment_of_the_end(pool, subset, tmp_path):
-    for shuffle_seed in (None, 3):
-        options = {"samples_per_shard": 6, "shuffle_seed": shuffle_seed}
-        folders = [tmp_path / f"{shuffle_seed}-{workers}" for workers in (1, 2)]
+    for shuffle in (False, True):
+        options = {"samples_per_shard": 6, "shuffle": shuffle, "seed": 3}
+        folders = [tmp_path / f"{shuffle}-{workers}" for workers in (1, 2)]
         for workers, folder in enumerate(folders, 1):
-            reshard([pool], subset, folder, num_workers=workers, **options)
+            reshard(ReshardOptions([pool], subset, folder, num_workers=workers, **options))
         whole = read_folder(folders[0])
         assert_same_files(read_folder(folders[1]), whole)
         times = {path: path.stat().st_mtime_ns for path in folders[0].iterdir()}
         (folders[0] / "00001.index.parquet").unlink()
         (folders[0] / "00001.tar").write_bytes(b"of a run that was killed before the index")
         (folders[0] / "00002.tar.4711.tmp").write_bytes(b"half")
-        reshard([pool], subset, folders[0], num_workers=1, **options)
+        reshard(ReshardOptions([pool], subset, folders[0], num_workers=1, **options))
         assert_same_files(read_folder(folders[0]), whole)
         redone = {path.name for path in folders[0].iterdir() if times.get(path) != path.stat().st_mtime_ns}
         assert redone == {"00001.tar", "00001.index.parquet", "reshard.json"}
@@ -107,10 +108,10 @@ def test_any_number_of_workers_and_any_moment_of_the_end(pool, subset, tmp_path)
 
 
 def test_a_finished_run_is_only_reported(pool, subset, tmp_path):
-    first = reshard([pool], subset, tmp_path / "out", samples_per_shard=8, num_workers=1)
+    first = reshard(ReshardOptions([pool], subset, tmp_path / "out", samples_per_shard=8, num_workers=1))
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     write_uids(subset, read_uids(subset))  # another file of the same content
-    assert reshard([pool], subset, tmp_path / "out", samples_per_shard=8) == first
+    assert reshard(ReshardOptions([pool], subset, tmp_path / "out", samples_per_shard=8)) == first
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == times
 
 
@@ -120,7 +121,11 @@ def test_shuffle_mixes_a_bounded_number_of_tars(pool, tmp_path, monkeypatch):
     subset = write_subset(tmp_path / "all.npy", [uid_of(number) for number in numbers])
     orders = {}
     for seed in (0, 1):
-        reshard([pool], subset, tmp_path / str(seed), samples_per_shard=12, shuffle_seed=seed, num_workers=1)
+        reshard(
+            ReshardOptions(
+                [pool], subset, tmp_path / str(seed), samples_per_shard=12, shuffle=True, seed=seed, num_workers=1
+            )
+        )
         orders[seed] = [parse_uid(uid)[1] for uid in check_indexes(tmp_path / str(seed))]
         assert sorted(orders[seed]) == numbers
         for tar in range(5):
@@ -173,7 +178,7 @@ def test_names_and_members_of_any_kind_are_kept(make_tar, sample, tmp_path, tar_
         members += [*own, (f"{key}.json", json_text), (f"{key}.bin", b"")]
     tars = [make_tar(tmp_path / f"{name}.tar", members, tar_format) for name in ("a", "b")]
     subset = write_subset(tmp_path / "subset.npy", [uid_of(number) for number in range(4)])
-    reshard(tars[:1], subset, tmp_path / "out", num_workers=1)
+    reshard(ReshardOptions(tars[:1], subset, tmp_path / "out", num_workers=1))
     wanted = [(name, content) for name, content in members if isinstance(content, bytes)]
     assert read_tars(tmp_path / "out") == wanted
     assert check_indexes(tmp_path / "out") == [uid_of(number) for number in range(4)]
@@ -189,7 +194,7 @@ def test_taken_keys_get_the_uid_behind(make_tar, sample, tmp_path):
         make_tar(tmp_path / "2.tar", sample(long, "2", uid=uid_of(3)) + sample("a", "2", uid=uid_of(4))),
     ]
     subset = write_subset(tmp_path / "subset.npy", [uid_of(number) for number in (0, 1, 2, 3, 4, 9)])
-    reshard(tars, subset, tmp_path / "out", num_workers=1)
+    reshard(ReshardOptions(tars, subset, tmp_path / "out", num_workers=1))
     keys = [name.removesuffix(".txt") for name, _ in read_tars(tmp_path / "out") if name.endswith(".txt")]
     assert keys == ["a", taken, f"{taken}_{uid_of(1)}", long, f"{long}_{uid_of(3)}", f"a_{uid_of(4)}"]
     assert [c for _, c in read_tars(tmp_path / "out")] == [content for tar in tars for _, content in read_tar(tar)]
@@ -203,10 +208,10 @@ def test_samples_without_a_uid_are_named_by_tar_and_key(make_tar, sample, tmp_pa
     named = make_tar(tmp_path / "1/01.tar", sample("a", uid=uid_of(1)))
     uid = sample_uid(None, "00.tar", "a")
     subset = write_subset(tmp_path / "subset.npy", [uid, uid_of(1)])
-    reshard([tars[0], named], subset, tmp_path / "out", num_workers=1)
+    reshard(ReshardOptions([tars[0], named], subset, tmp_path / "out", num_workers=1))
     assert check_indexes(tmp_path / "out") == [uid, uid_of(1)]
     with pytest.raises(ValueError, match="0/00.tar and .*1/00.tar have one name, and samples without a uid"):
-        reshard(tars, subset, tmp_path / "other", num_workers=1)
+        reshard(ReshardOptions(tars, subset, tmp_path / "other", num_workers=1))
 
 
 def test_a_users_mistakes(pool, subset, tmp_path, capsys, monkeypatch):
@@ -224,7 +229,7 @@ def test_a_users_mistakes(pool, subset, tmp_path, capsys, monkeypatch):
     write_subset(tmp_path / "others.npy", ["f" * 32])
     none = ("--subset", tmp_path / "others.npy", "--output", tmp_path / "out3")
     assert "others.npy: none of its 1 uids is in the pool" in error_of(pool, *none)
-    reshard([pool], subset, tmp_path / "out", num_workers=1)
+    reshard(ReshardOptions([pool], subset, tmp_path / "out", num_workers=1))
     assert "made with samples_per_shard 10000, now 5" in error_of(pool, *out, "--samples-per-shard", 5)
     assert "made with shuffle_seed None, now 0" in error_of(pool, *out, "--shuffle")
     assert "made with other or changed tars" in error_of(pool / "0.tar", *out)
@@ -245,7 +250,7 @@ def test_a_tar_that_changes_under_way_is_an_error(pool, subset, tmp_path, monkey
     )
     layout = pool_index.Layout
     with pytest.raises(ValueError, match="1.tar: has changed since the run began"):
-        reshard([pool], subset, tmp_path / "out", num_workers=1)
+        reshard(ReshardOptions([pool], subset, tmp_path / "out", num_workers=1))
     assert not (tmp_path / "out/00000.tar").exists()
 
 
@@ -279,7 +284,11 @@ def test_every_sample_of_any_pool_is_copied_whole(tars, count, seed, make_tar):
         if subset is None:
             return
         output = Path(root, "out")
-        reshard(paths, subset, output, samples_per_shard=count, shuffle_seed=seed, num_workers=1)
+        reshard(
+            ReshardOptions(
+                paths, subset, output, samples_per_shard=count, shuffle=seed is not None, seed=seed or 0, num_workers=1
+            )
+        )
         found = {}
         for tar in sorted(output.glob("*.tar")):
             data = tar.read_bytes()

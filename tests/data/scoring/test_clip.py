@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from open_qwen2vl.data.scoring import score_pool
+from open_qwen2vl.data.scoring import ScoreOptions, score_pool
 from open_qwen2vl.data.scoring.clip import ClipScorer
 from open_qwen2vl.data.scoring.pairs import RawPair
 from open_qwen2vl.data.storage.tars import index_shard, read_member
@@ -43,7 +43,9 @@ def expected_scores(clip_folder, tar):
 @pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 1), (5, 3), (256, None)])
 def test_equals_open_clip(clip_folder, pool, tmp_path, batch_size, num_workers):
     model = f"local-dir:{clip_folder}"
-    report = score_pool([pool], tmp_path, "clip", model=model, batch_size=batch_size, num_workers=num_workers)
+    report = score_pool(
+        ScoreOptions([pool], tmp_path, "clip", model=model, batch_size=batch_size, num_workers=num_workers)
+    )
     assert (report.samples, report.shards, dict(report.skipped)) == (21, 3, {})
     for tar in sorted(pool.iterdir()):
         found = {row["key"]: row["value"] for row in rows(tmp_path / "clip" / f"{tar.stem}.parquet")}
@@ -56,12 +58,14 @@ def test_equals_open_clip(clip_folder, pool, tmp_path, batch_size, num_workers):
 def test_any_number_of_threads_gives_the_same_bytes(clip_folder, pool, tmp_path):
     for threads in (1, 4):
         score_pool(
-            [pool],
-            tmp_path / str(threads),
-            "clip",
-            model=f"local-dir:{clip_folder}",
-            batch_size=3,
-            num_workers=threads,
+            ScoreOptions(
+                [pool],
+                tmp_path / str(threads),
+                "clip",
+                model=f"local-dir:{clip_folder}",
+                batch_size=3,
+                num_workers=threads,
+            )
         )
     for name in ("00000", "00001", "00002"):
         paths = [tmp_path / threads / "clip" / f"{name}.parquet" for threads in "14"]
@@ -74,7 +78,9 @@ def test_name_and_file_of_weights(clip_folder, pool, tmp_path):
     open_clip.add_model_config(tmp_path / "tiny-tower.json")
     weights = tmp_path / "weights.pt"
     torch.save(open_clip.create_model(f"local-dir:{clip_folder}").state_dict(), weights)
-    report = score_pool([pool], tmp_path, "clip", name="dfn", model="tiny-tower", pretrained=str(weights))
+    report = score_pool(
+        ScoreOptions([pool], tmp_path, "clip", name="dfn", model="tiny-tower", pretrained=str(weights))
+    )
     assert report.samples == 21
     row = rows(tmp_path / "dfn/00000.parquet")[0]
     assert (row["scorer"], row["model"]) == ("dfn", f"tiny-tower/{weights}")
@@ -131,7 +137,7 @@ def test_hub_model(clip_folder, tmp_path, monkeypatch, pool):
     (repository / "refs").mkdir()
     (repository / "refs/main").write_text("0" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    score_pool([pool], tmp_path, "clip", model="hf-hub:lab/tiny")
+    score_pool(ScoreOptions([pool], tmp_path, "clip", model="hf-hub:lab/tiny"))
     found = {row["key"]: row["value"] for row in rows(tmp_path / "clip/00000.parquet")}
     assert found == pytest.approx(expected_scores(clip_folder, pool / "00000.tar"), abs=1e-5)
 
@@ -151,6 +157,6 @@ def test_scores_that_are_nan(clip_folder, tmp_path, pool):
     weights = load_file(clip_folder / "open_clip_model.safetensors")
     weights["text_projection"] = weights["text_projection"] * float("nan")
     save_file(weights, folder / "open_clip_model.safetensors")
-    report = score_pool([pool], tmp_path, "clip", model=f"local-dir:{folder}")
+    report = score_pool(ScoreOptions([pool], tmp_path, "clip", model=f"local-dir:{folder}"))
     assert dict(report.skipped) == {"nan_score": 21}
     assert {(row["value"], row["reason"]) for row in rows(tmp_path / "clip/00000.parquet")} == {(None, "nan_score")}

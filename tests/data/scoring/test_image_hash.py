@@ -5,7 +5,7 @@ import imagehash
 import pyarrow.parquet as pq
 from PIL import Image
 
-from open_qwen2vl.data.scoring import score_pool
+from open_qwen2vl.data.scoring import ScoreOptions, score_pool
 from open_qwen2vl.data.scoring.score_files import HASH_SCHEMA
 from tests.data.scoring.conftest import rows
 
@@ -17,7 +17,7 @@ def test_hashes(write_tar, sample, photo, encode, tmp_path):
     tar = write_tar(
         [member for key, data in contents.items() for member in sample(key, "a cat", data)] + [("z.txt", b"z")]
     )
-    score_pool([tar], tmp_path, "image-hash", num_workers=1)
+    score_pool(ScoreOptions([tar], tmp_path, "image-hash", num_workers=1))
     path = tmp_path / "image-hash/00000.parquet"
     assert pq.read_schema(path).equals(HASH_SCHEMA)
     found = {row["key"]: row for row in rows(path)}

@@ -3,7 +3,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from open_qwen2vl.cli import main
-from open_qwen2vl.data.scoring import read_score_metadata, score_pool
+from open_qwen2vl.data.scoring import ScoreOptions, read_score_metadata, score_pool
 from tests.data.killed_step import read_folder
 from tests.data.scoring.conftest import rows
 
@@ -70,7 +70,7 @@ def test_columns_of_tables(tables, tmp_path, capsys):
 )
 def test_columns_that_cannot_be_taken(tables, tmp_path, column, message):
     with pytest.raises(ValueError, match=message):
-        score_pool([tables], tmp_path / "scores", "metadata", columns=[column], num_workers=1)
+        score_pool(ScoreOptions([tables], tmp_path / "scores", "metadata", columns=[column], num_workers=1))
     assert not (tmp_path / "scores").exists()
 
 
@@ -84,7 +84,7 @@ def test_tables_that_cannot_be_read(tmp_path, write_tar, sample):
         (tar, "00000.tar: --scorer metadata reads parquet files"),
     ):
         with pytest.raises(ValueError, match=message):
-            score_pool([path], tmp_path / "scores", "metadata", columns=[L14], num_workers=1)
+            score_pool(ScoreOptions([path], tmp_path / "scores", "metadata", columns=[L14], num_workers=1))
     assert not (tmp_path / "scores").exists()
 
 
@@ -92,5 +92,5 @@ def test_the_tables_themselves_are_not_overwritten(tables):
     """The scores of `metadata/` would go to `metadata/` beside it."""
     before = read_folder(tables)
     with pytest.raises(ValueError, match="metadata/0a.parquet: not a file of scores"):
-        score_pool([tables], tables.parent, "metadata", columns=[L14], num_workers=1)
+        score_pool(ScoreOptions([tables], tables.parent, "metadata", columns=[L14], num_workers=1))
     assert read_folder(tables) == before

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from open_qwen2vl.cli import main
-from open_qwen2vl.cli.score import SCORERS as CLI_SCORERS
 from open_qwen2vl.data.engine.engine import ShardTask
-from open_qwen2vl.data.scoring import SCORERS, read_score_metadata, score_pool
+from open_qwen2vl.data.scoring import SCORERS, ScoreOptions, read_score_metadata, score_pool
 from open_qwen2vl.data.scoring.scoring import Scorer, TarScorer
 from open_qwen2vl.data.storage.tars import index_shard
+from open_qwen2vl.options import kinds
 from tests.data.killed_step import OUTPUT, check_killed_step, read_folder
 from tests.data.scoring.conftest import rows
 
@@ -68,7 +68,7 @@ REASONS = {
 @pytest.mark.parametrize("scorer", ["clip", "basic", "image-hash"])
 def test_bad_input_is_counted_by_reason(bad_tar, clip_folder, tmp_path, scorer, caplog):
     options = {"model": f"local-dir:{clip_folder}"} if scorer == "clip" else {}
-    report = score_pool([bad_tar], tmp_path / "scores", scorer, num_workers=1, **options)
+    report = score_pool(ScoreOptions([bad_tar], tmp_path / "scores", scorer, num_workers=1, **options))
     path = tmp_path / "scores" / scorer / "00000.parquet"
     found = rows(path)
     expected = dict(REASONS)
@@ -122,12 +122,12 @@ def test_batches_go_across_samples_that_cannot_be_used(write_tar, sample, tmp_pa
 
 def test_a_rerun_makes_what_is_missing(pool, tmp_path, clip_folder):
     options = {"model": f"local-dir:{clip_folder}", "batch_size": 4, "num_workers": 1}
-    score_pool([pool], tmp_path, "clip", **options)
+    score_pool(ScoreOptions([pool], tmp_path, "clip", **options))
     whole = read_folder(tmp_path / "clip")
     (tmp_path / "clip/00001.parquet").unlink()
     (tmp_path / "clip/00001.parquet.123.tmp").write_bytes(b"half")
     before = (tmp_path / "clip/00000.parquet").stat().st_mtime_ns
-    report = score_pool([pool], tmp_path, "clip", **options)
+    report = score_pool(ScoreOptions([pool], tmp_path, "clip", **options))
     assert (report.shards, report.done_before) == (1, 2)
     assert read_folder(tmp_path / "clip") == whole
     assert (tmp_path / "clip/00000.parquet").stat().st_mtime_ns == before
@@ -137,24 +137,24 @@ def test_a_rerun_with_something_else(pool, tmp_path, clip_folder):
     model = tmp_path / "model"
     shutil.copytree(clip_folder, model)
     options = {"model": f"local-dir:{model}", "num_workers": 1}
-    score_pool([pool], tmp_path, "clip", **options)
+    score_pool(ScoreOptions([pool], tmp_path, "clip", **options))
     with pytest.raises(ValueError, match=r"00000.parquet: made with --model .*model.*now ViT-B-32.*another --output"):
-        score_pool([pool], tmp_path, "clip", model="ViT-B-32", pretrained="openai")
+        score_pool(ScoreOptions([pool], tmp_path, "clip", model="ViT-B-32", pretrained="openai"))
     with pytest.raises(ValueError, match="made with --scorer clip, now basic"):
-        score_pool([pool], tmp_path, "basic", name="clip")
+        score_pool(ScoreOptions([pool], tmp_path, "basic", name="clip"))
     os.utime(pool / "00002.tar", (1, 1))
     with pytest.raises(ValueError, match="00002.parquet: made with another or a changed .*00002.tar"):
-        score_pool([pool], tmp_path, "clip", **options)
+        score_pool(ScoreOptions([pool], tmp_path, "clip", **options))
     os.utime(model / "open_clip_model.safetensors", (2**31, 2**31))
     with pytest.raises(ValueError, match="made with --model"):
-        score_pool([pool], tmp_path, "clip", **options)
+        score_pool(ScoreOptions([pool], tmp_path, "clip", **options))
 
 
 def test_two_tars_of_one_name(pool, tmp_path):
     (tmp_path / "more").mkdir()
     shutil.copy(pool / "00000.tar", tmp_path / "more")
     with pytest.raises(ValueError, match=r"pool/00000.tar and .*more/00000.tar have one name"):
-        score_pool([pool, tmp_path / "more"], tmp_path, "basic")
+        score_pool(ScoreOptions([pool, tmp_path / "more"], tmp_path, "basic"))
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_the_command_scores(pool, tmp_path, capsys, clip_folder):
     assert main([*arguments, "--scorer", "basic"]) == 0
     assert capsys.readouterr().out.count("samples    21") == 2
     assert sorted(path.parent.name for path in tmp_path.rglob("00002.parquet")) == ["basic", "dfn"]
-    assert tuple(SCORERS) == CLI_SCORERS
+    assert tuple(SCORERS) == kinds(ScoreOptions)["scorer"].choices
 
 
 def test_ranks_share_the_tars(pool, tmp_path, monkeypatch):
@@ -194,7 +194,7 @@ def test_ranks_share_the_tars(pool, tmp_path, monkeypatch):
     for rank in range(2):
         for variable, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", 2)):
             monkeypatch.setenv(variable, str(value))
-        reports.append(score_pool([pool], tmp_path, "image-hash", num_workers=1))
+        reports.append(score_pool(ScoreOptions([pool], tmp_path, "image-hash", num_workers=1)))
     assert [report.shards for report in reports] == [2, 1]
     assert len(list((tmp_path / "image-hash").iterdir())) == 3
 

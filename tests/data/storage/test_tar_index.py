@@ -12,6 +12,7 @@ from PIL import Image
 
 from open_qwen2vl.data import plan_packs
 from open_qwen2vl.data.packing.plan_files import read_part_metadata
+from open_qwen2vl.data.resharding.options import ReshardOptions
 from open_qwen2vl.data.resharding.resharding import reshard
 from open_qwen2vl.data.storage.tar_index import index_path, member_image_size, read_shard_index, write_shard_index
 from open_qwen2vl.data.storage.uids import UID_DTYPE, write_uids
@@ -72,7 +73,7 @@ def resharded(make_tar, sample, encode, tmp_path):
     members += sample("latin1", "caf\xe9".encode("latin-1"), uid=f"{30:032x}")
     write_uids(tmp_path / "subset.npy", np.array([(0, number) for number in range(31)], UID_DTYPE))
     tar = make_tar(tmp_path / "pool.tar", members)
-    reshard([tar], tmp_path / "subset.npy", tmp_path / "out", num_workers=1)
+    reshard(ReshardOptions([tar], tmp_path / "subset.npy", tmp_path / "out", num_workers=1))
     return tmp_path / "out/00000.tar"
 
 
@@ -99,7 +100,11 @@ def test_the_index_keeps_the_uid_that_a_sample_had(make_tar, sample, tmp_path, t
 
     uid = sample_uid(None, "pool.tar", "a")
     write_uids(tmp_path / "subset.npy", np.array([(int(uid[:16], 16), int(uid[16:], 16))], UID_DTYPE))
-    reshard([make_tar(tmp_path / "pool.tar", sample("a"))], tmp_path / "subset.npy", tmp_path / "out", num_workers=1)
+    reshard(
+        ReshardOptions(
+            [make_tar(tmp_path / "pool.tar", sample("a"))], tmp_path / "subset.npy", tmp_path / "out", num_workers=1
+        )
+    )
     plan_packs([tmp_path / "out/00000.tar"], tmp_path / "packs", tokenizer, **OPTIONS)
     ((document,),) = (row["documents"] for row in read_rows(tmp_path / "packs", "part"))
     assert document["uid"] == uid

@@ -3,6 +3,7 @@
 from ...lazy_names import lazy_names
 
 _MODULES = {
+    "FilterOptions": ".options",
     "SelectionReport": ".report",
     "select_pairs": ".selection",
 }

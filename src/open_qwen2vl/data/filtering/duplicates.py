@@ -21,7 +21,6 @@ from .tables import UID, fetch_row, score_rows
 if TYPE_CHECKING:
     import duckdb
 
-MAX_DISTANCE = 8
 _BITS = 64
 _ROWS_AT_ONCE = 1 << 17
 

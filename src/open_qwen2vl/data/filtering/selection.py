@@ -8,7 +8,6 @@ All tables lie in `OUTPUT.work`, which is removed at the end. `decided.step` is 
 pair fails; one behind the last step means kept, two behind it a duplicate. The output is renamed into place last.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +18,12 @@ from tqdm import tqdm
 from ...files import remove_temporaries, renamed_when_whole, write_text
 from ..storage.tars import find_shards
 from ..storage.uids import UID_DTYPE, write_uids
-from .decisions import DUPLICATE_REASONS, Selection, find_cuts
-from .duplicates import MAX_DISTANCE, find_duplicates
+from .decisions import Selection, find_cuts
+from .duplicates import find_duplicates
 from .examples import find_examples
 from .expression import Listed, Term, clauses, parse_expression
 from .histograms import histograms
+from .options import FilterOptions
 from .report import SelectionReport, measure
 from .report_page import report_page
 from .tables import FILE_FACTOR, Columns, Scores, find_scores, keys_of_places, make_pairs, open_database
@@ -41,59 +41,34 @@ DECISIONS = pa.schema(
 )
 
 
-def select_pairs(
-    scores: Sequence[str | Path],
-    keep: str,
-    output: str | Path,
-    *,
-    pool: Sequence[str | Path] = (),
-    report: str | Path | None = None,
-    memory_limit: str = "4GB",
-    threads: int | None = None,
-    seed: int = 42,
-    deduplicate: str | None = None,
-    near_distance: int = 3,
-) -> SelectionReport:
+def select_pairs(options: FilterOptions) -> SelectionReport:
     """Choose pairs by their scores. The same input gives the same bytes, with any number of threads.
 
     Args:
-        scores (`Sequence[str | Path]`): score files, and folders of them.
-        keep (`str`): the expression, as `clip >= 0.3 and basic()`: see `expression.py`.
-        output (`str | Path`): the `.npy` file of uids, for one filter at a time.
-        pool (`Sequence[str | Path]`, *optional*): tars and folders of tars with the pictures that the report shows;
-            where not given those that the score files name.
-        report (`str | Path`, *optional*): folder of the report; beside the output where not given.
-        memory_limit (`str`, *optional*, defaults to `4GB`): of the process. What is larger goes through the disk of
-            the output.
-        threads (`int`, *optional*): of DuckDB; one per core where not given.
-        seed (`int`, *optional*, defaults to 42): which of equal scores at a `top` threshold stay.
-        deduplicate (`str`, *optional*): `"exact"` or `"near"`: of the chosen pairs with equal images one stays.
-        near_distance (`int`, *optional*, defaults to 3): most bits in which the hashes of near duplicates differ.
+        options ([`FilterOptions`]): what is filtered, and how.
 
     Returns:
         [`SelectionReport`]: counts of pairs kept and dropped.
 
     Raises:
-        ValueError: for an expression or a file of another form, a score that no file has, or an option out of range.
+        ValueError: for an expression or a file of another form, or a score that no file has.
         OSError: if a file cannot be read or written.
     """
-    output = Path(output)
-    folder = Path(report) if report is not None else output.with_name(f"{output.stem}_report")
-    term = parse_expression(keep)
-    _check_options(scores, output, folder, threads, deduplicate, near_distance)
-    tars = find_shards(pool) if pool else None
+    output, folder = Path(options.output), options.report_folder
+    term = parse_expression(options.keep)
+    tars = find_shards(options.pool) if options.pool else None
     output.parent.mkdir(parents=True, exist_ok=True)
     remove_temporaries([output, folder / DECISIONS_NAME, folder / PAGE_NAME])
     work = output.with_name(f"{output.name}.work")
-    with open_database(work, memory_limit, threads) as connection, tqdm(total=4, unit=" steps") as bar:
+    with open_database(work, options.memory_limit, options.threads) as connection, tqdm(total=4, unit=" steps") as bar:
         bar.set_description("reading scores")
-        found = find_scores(connection, scores)
+        found = find_scores(connection, options.scores)
         columns = _columns(term, found)
         unscored = make_pairs(connection, found, columns)
         _advance(bar, "deciding")
         cuts = find_cuts(connection, term, columns)
-        selection = Selection(connection, term, found, columns, cuts, seed, deduplicate)
-        without_hash = _decide(selection, near_distance)
+        selection = Selection(connection, term, found, columns, cuts, options.seed, options.deduplicate)
+        without_hash = _decide(selection, options.near_distance)
         figures = measure(selection, unscored, without_hash)
         _advance(bar, "writing decisions")
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,28 +79,6 @@ def select_pairs(
         _advance(bar, "filtered")
     write_uids(output, uids)
     return figures
-
-
-def _check_options(
-    scores: Sequence[str | Path],
-    output: Path,
-    folder: Path,
-    threads: int | None,
-    deduplicate: str | None,
-    near_distance: int,
-) -> None:
-    if threads is not None and threads < 1:
-        raise ValueError(f"--threads must be at least 1, got {threads}")
-    if deduplicate not in (None, *DUPLICATE_REASONS):
-        raise ValueError(f"--deduplicate {deduplicate}: there are {' and '.join(DUPLICATE_REASONS)}")
-    if not 0 <= near_distance <= MAX_DISTANCE:
-        raise ValueError(f"--near-distance must be from 0 to {MAX_DISTANCE} of 64 bits, got {near_distance}")
-    if output.suffix != ".npy":
-        raise ValueError(f"--output {output}: a file of uids is called .npy")
-    for path in scores:
-        # A rerun would take the report's parquet for scores.
-        if Path(path).resolve() in folder.resolve().parents or Path(path).resolve() == folder.resolve():
-            raise ValueError(f"{folder}: the report would lie among the scores in {path}; choose another --report")
 
 
 def _advance(bar: tqdm, description: str) -> None:

@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from ...files import content_hash, describe_shard, remove_temporaries, write_jso
 from ..engine.engine import ShardTask, process_rank, run_tasks
 from ..storage.tars import find_shards
 from ..storage.uids import read_uids, write_uids
+from .options import ReshardOptions
 from .pool_index import Layout, PoolIndexer, read_figures, write_layout
 from .tar_writing import TarWriter, index_name
 
@@ -69,55 +69,38 @@ class ReshardReport:
         return "\n".join(f"{name:<11}{value}" for name, value in lines.items())
 
 
-def reshard(
-    pool: Sequence[str | Path],
-    subset: str | Path,
-    output: str | Path,
-    *,
-    samples_per_shard: int = 10_000,
-    shuffle_seed: int | None = None,
-    num_workers: int | None = None,
-    engine: str = "local",
-) -> ReshardReport:
+def reshard(options: ReshardOptions) -> ReshardReport:
     """Copy the samples of a subset into new tars. The same input gives the same bytes, with any number of workers.
 
     Args:
-        pool (`Sequence[str | Path]`): tars, and folders of tars. Of samples with one uid the first is taken.
-        subset (`str | Path`): `.npy` file of uids, as [`read_uids`] reads it.
-        output (`str | Path`): folder of the new tars, for one run at a time. What a killed run has finished is kept.
-        samples_per_shard (`int`, *optional*, defaults to 10000): of each tar but the last.
-        shuffle_seed (`int`, *optional*): shuffle with it, as [`Layout`] says; in the order of the pool without.
-        num_workers (`int`, *optional*): processes; where not given one per core.
-        engine (`str`, *optional*, defaults to `"local"`): `"local"` or `"ray"`.
+        options ([`ReshardOptions`]): what is resharded, and how.
 
     Returns:
         [`ReshardReport`].
 
     Raises:
-        ValueError: for an option out of range, files of another form, a folder with other tars in it, or if no
-            sample of the pool is in the subset.
+        ValueError: for files of another form, a folder with other tars in it, or if no sample of the pool is in the
+            subset.
         OSError: if a file cannot be read or written.
     """
-    if samples_per_shard < 1:
-        raise ValueError(f"samples_per_shard must be at least 1, got {samples_per_shard}")
     if process_rank()[1] > 1:
         raise ValueError("reshard is one command that starts its own workers: run it without accelerate launch")
-    tars, folder = find_shards(pool), Path(output).resolve()
+    tars, folder = find_shards(options.pool), Path(options.output).resolve()
     if any(tar.resolve().parent == folder for tar in tars):
-        raise ValueError(f"{output}: the pool has tars in this folder; choose another output")
+        raise ValueError(f"{options.output}: the pool has tars in this folder; choose another output")
     recipe = {
         "format_version": FORMAT_VERSION,
-        "subset": _describe_subset(subset),
-        "samples_per_shard": samples_per_shard,
-        "shuffle_seed": shuffle_seed,
+        "subset": _describe_subset(options.subset),
+        "samples_per_shard": options.samples_per_shard,
+        "shuffle_seed": options.seed if options.shuffle else None,
         "shards": [describe_shard(tar, folder) for tar in tars],
     }
     work = folder / _WORK
     _claim(folder, recipe)
     finished = _finished_report(folder)
     if finished is None:
-        engine_options = {"engine": engine, "num_workers": num_workers}
-        finished = _make(folder, work, Path(subset).resolve(), tars, recipe, engine_options)
+        engine_options = {"engine": options.engine, "num_workers": options.num_workers}
+        finished = _make(folder, work, Path(options.subset).resolve(), tars, recipe, engine_options)
     shutil.rmtree(work, ignore_errors=True)
     return finished
 

@@ -10,7 +10,8 @@ scoring.py walks a tar for any of the first three, pairs.py reads it, with threa
 from ...lazy_names import lazy_names
 
 _MODULES = {
-    "SCORERS": ".kinds",
+    "SCORERS": ".options",
+    "ScoreOptions": ".options",
     "find_score_files": ".score_files",
     "read_score_metadata": ".score_files",
     "score_pool": ".kinds",

@@ -1,0 +1,39 @@
+"""Options of the command `convert`."""
+
+from dataclasses import dataclass
+
+from ..options import option
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What is converted, and how: the options of `open-qwen2vl convert`.
+
+    Raises:
+        ValueError: for options that do not go together.
+    """
+
+    source: str = option(
+        help="holds config.json and checkpoints/latest-checkpoint.pt", positional=True, metavar="ORIGINAL_DIR"
+    )
+    output: str = option(help="folder to make", positional=True, metavar="OUT_DIR")
+    text_model: str | None = option(
+        None,
+        help="hub id or folder of the language model's config and tokenizer, as Qwen/Qwen2.5-1.5B-Instruct",
+        metavar="ID_OR_DIR",
+    )
+    vision_weights: str | None = option(
+        None,
+        help="SigLIP with timm's names (default: the checkpoint's own, or else hf-hub:timm/ViT-SO400M-14-SigLIP-384)",
+        metavar="FILE_OR_TIMM_ID",
+    )
+    vision_heads: int | None = option(None, help="attention heads of a vision tower of unusual width", metavar="N")
+    to_original: bool = option(
+        False, help="the other way: ORIGINAL_DIR is a model's folder, OUT_DIR gets the original's layout"
+    )
+
+    def __post_init__(self):
+        if self.to_original and (self.text_model or self.vision_heads):
+            raise ValueError("--to-original takes no --text-model and no --vision-heads: the model's folder has both")
+        if not self.to_original and not self.text_model:
+            raise ValueError("--text-model is required (a hub id or folder, as Qwen/Qwen2.5-1.5B-Instruct)")

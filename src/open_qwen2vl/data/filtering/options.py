@@ -1,0 +1,66 @@
+"""Options of the step `filter`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ...options import option
+
+MAX_DISTANCE = 8  # bits in which the hashes of near duplicates may differ
+
+
+@dataclass(frozen=True)
+class FilterOptions:
+    """What is filtered, and how: the options of `open-qwen2vl filter`.
+
+    Raises:
+        ValueError: for an option out of its range.
+    """
+
+    scores: tuple[str, ...] = option(help="score files, or folders of them", positional=True, metavar="SCORES")
+    keep: str = option(help="which pairs stay, see below", metavar="EXPR")
+    output: str = option(
+        help="the uids of the pairs that stay, sorted; a rerun makes it anew, and only one filter at a time does",
+        metavar="FILE.npy",
+    )
+    pool: tuple[str, ...] = option(
+        (),
+        help="tars, or folders of them, with the report's pictures (default: those that the score files name)",
+        metavar="TAR",
+    )
+    report: str | None = option(
+        None,
+        help="folder of decisions.parquet and index.html (default: beside the output, NAME_report)",
+        metavar="DIR",
+    )
+    memory_limit: str = option("4GB", help="of the process; more goes to the output's disk", metavar="SIZE")
+    threads: int | None = option(None, help="default: one per core", metavar="N")
+    seed: int = option(42, help="which of equal scores at a top() threshold stay", metavar="N")
+    deduplicate: Literal["exact", "near"] | None = option(
+        None,
+        help="of chosen pairs with equal image files, or similar pictures, keep the smallest uid; needs scores of "
+        "image-hash",
+    )
+    near_distance: int = option(3, help="most bits of the hash's 64 in which similar pictures differ", metavar="N")
+
+    def __post_init__(self):
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"--threads must be at least 1, got {self.threads}")
+        if self.deduplicate not in (None, "exact", "near"):
+            raise ValueError(f"--deduplicate {self.deduplicate}: there are exact and near")
+        if not 0 <= self.near_distance <= MAX_DISTANCE:
+            raise ValueError(f"--near-distance must be from 0 to {MAX_DISTANCE} of 64 bits, got {self.near_distance}")
+        if Path(self.output).suffix != ".npy":
+            raise ValueError(f"--output {self.output}: a file of uids is called .npy")
+        for path in self.scores:
+            # A rerun would take the report's parquet for scores.
+            if Path(path).resolve() in (self.report_folder.resolve(), *self.report_folder.resolve().parents):
+                raise ValueError(
+                    f"{self.report_folder}: the report would lie among the scores in {path}; choose another --report"
+                )
+
+    @property
+    def report_folder(self) -> Path:
+        """Where the report goes."""
+        output = Path(self.output)
+        return output.with_name(f"{output.stem}_report") if self.report is None else Path(self.report)
