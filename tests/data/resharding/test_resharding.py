@@ -220,7 +220,7 @@ def test_a_users_mistakes(pool, subset, tmp_path, capsys, monkeypatch):
         return capsys.readouterr().err
 
     out = ("--subset", subset, "--output", tmp_path / "out")
-    assert "samples_per_shard must be at least 1, got 0" in error_of(pool, *out, "--samples-per-shard", 0)
+    assert "--samples-per-shard must be at least 1, got 0" in error_of(pool, *out, "--samples-per-shard", 0)
     assert "the pool has tars in this folder" in error_of(pool, "--subset", subset, "--output", pool)
     assert "no such file" in error_of(pool / "9.tar", *out).lower()
     np.save(tmp_path / "floats.npy", np.zeros(3))
