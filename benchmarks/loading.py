@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from mfu import SIZES, make_config
 from photo_packs import make_packs, make_processor, photograph
+from qwen_vl_step import image_rows
 from report import describe_machine, write_result
 from torch.utils.data import DataLoader
 
@@ -148,6 +149,8 @@ def main() -> None:
         "What a step asks for, from its FLOPs (captions of 176 positions, frozen vision tower):",
         "",
         *demand(0.5),
+        "",
+        *image_rows([(640, 480), (1024, 768), (2048, 1536)]),
     ]
     write_result("loading", table, describe_machine(shlex.join(["python", *sys.argv])))
 

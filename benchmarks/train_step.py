@@ -4,8 +4,9 @@
 
 The sizes are those at which the original's own code was measured on a CPU (22.0 user CPU seconds and 9.3 GB on one
 thread in fp32): a 12-block ViT of width 192 on 384 px images, frozen; 144 tokens an image; a 6-layer Qwen2 of width
-512 with 151,936 rows; 20 captions, 3,525 positions. Every variant runs in a process of its own, so that its peak
-memory is its own. Prints a Markdown table and writes it to benchmarks/results/train_step.md.
+512 with 151,936 rows; 20 captions, 3,525 positions. Qwen2-VL has a 6-block ViT and the same language model, all of
+which trains, and the same 20 texts with images of nine sizes. Every variant runs in a process of its own, so that its
+peak memory is its own. Prints a Markdown table and writes it to benchmarks/results/train_step.md.
 """
 
 import argparse
@@ -16,9 +17,10 @@ import subprocess
 import sys
 import time
 
+import qwen_vl_step
 import torch
 from report import describe_machine, write_result
-from transformers import Qwen2Config, SiglipVisionConfig
+from transformers import PreTrainedModel, Qwen2Config, SiglipVisionConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from open_qwen2vl import OpenQwen2VLConfig, OpenQwen2VLForConditionalGeneration, PackingCollator
@@ -35,11 +37,15 @@ VARIANTS = {
     "deep": "packed, 24 blocks instead of 6",
     "deep_every_second": "the same, activation checkpointing of every second block",
     "deep_every": "the same, activation checkpointing of every block",
+    "qwen2_vl": "Qwen2-VL, images of nine sizes: packed, loss at labelled positions",
+    "qwen2_vl_stock": "Qwen2-VL, the same captions: stock forward, a caption a row, padded, full logits",
 }
 CHECKPOINTED = {"deep_every_second": 2, "deep_every": 1}
 
 
-def make_model(variant: str) -> OpenQwen2VLForConditionalGeneration:
+def make_model(variant: str) -> PreTrainedModel:
+    if variant.startswith("qwen2_vl"):
+        return qwen_vl_step.make_model(packed=variant == "qwen2_vl")
     vision = SiglipVisionConfig(
         hidden_size=192,
         intermediate_size=768,
@@ -90,6 +96,9 @@ def make_item(lengths: list[int], config: OpenQwen2VLConfig) -> dict:
 
 
 def make_batch(variant: str, config: OpenQwen2VLConfig) -> dict:
+    if variant.startswith("qwen2_vl"):
+        documents = qwen_vl_step.make_documents(TEXT_LENGTHS)
+        return (qwen_vl_step.packed_batch if variant == "qwen2_vl" else qwen_vl_step.padded_batch)(documents)
     torch.manual_seed(1)
     if variant == "padded":
         batch = PackingCollator(cross_document_attention=True)([make_item([n], config) for n in TEXT_LENGTHS])
@@ -101,7 +110,7 @@ def make_batch(variant: str, config: OpenQwen2VLConfig) -> dict:
     return batch
 
 
-def step(model: OpenQwen2VLForConditionalGeneration, batch: dict, variant: str) -> float:
+def step(model: PreTrainedModel, batch: dict, variant: str) -> float:
     if variant in ("reference", "packed_full_logits"):
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         logits = model(**inputs).logits

@@ -12,6 +12,7 @@ from open_qwen2vl.processing.sample_error import SampleError
 from tests.qwen_vl import make_processor
 
 RELEASED = ImageSizes(14, 2, 56 * 56, 12_845_056)
+STOCK = Qwen2VLImageProcessor()
 sides = st.one_of(st.integers(1, 120), st.integers(1, 8000))
 
 
@@ -24,9 +25,9 @@ sides = st.one_of(st.integers(1, 120), st.integers(1, 8000))
 def test_counts_are_the_stock_processors(width, height, patch, least, most):
     area = (2 * patch) ** 2
     sizes = ImageSizes(patch, 2, least * area, most * area)
-    stock = Qwen2VLImageProcessor(patch_size=patch, size={"shortest_edge": least * area, "longest_edge": most * area})
+    limits = {"patch_size": patch, "min_pixels": least * area, "max_pixels": most * area}
     try:
-        expected = stock.get_number_of_image_patches(height, width, {})
+        expected = STOCK.get_number_of_image_patches(height, width, limits)
     except ValueError:
         assert max(width, height) > 200 * min(width, height)
         with pytest.raises(SampleError) as error:

@@ -38,7 +38,7 @@ def templates(request, qwen_vl_tokenizer) -> tuple[str, str]:
     return processor.chat_template, training_template(processor)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(messages=conversations, prompt=st.booleans(), numbered=st.booleans())
 def test_a_conversation_renders_as_published(templates, messages, prompt, numbered):
     published, ours = templates
