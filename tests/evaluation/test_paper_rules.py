@@ -7,7 +7,7 @@ from PIL import Image
 
 from open_qwen2vl import OpenQwen2VLProcessor
 from open_qwen2vl.evaluation.prompts import PromptBuilder, user_turn
-from open_qwen2vl.evaluation.tasks import mathvista, paper
+from open_qwen2vl.evaluation.tasks import answers, mathvista, paper
 
 LETTER = "Answer with the option's letter from the given choices directly.\nAnswer:"
 WORD = "Answer the question using a single word or phrase.\nAnswer:"
@@ -169,7 +169,7 @@ CHOICES = ["a cat", "a dog", "Yes", "3/11"]
     ],
 )
 def test_mathvista_reads_an_option(response, choice):
-    assert mathvista.read_choice(response, CHOICES) == choice
+    assert answers.read_choice(response, CHOICES) == choice
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_mathvista_reads_an_option(response, choice):
     ],
 )
 def test_mathvista_reads_a_number(response, number):
-    assert mathvista.read_number(response) == number
+    assert answers.read_number(response) == number
 
 
 def test_mathvista_compares_numbers_at_the_rows_precision():
@@ -220,7 +220,7 @@ def test_mathvista_reads_every_integer_back(number, form):
 
 @given(st.lists(st.text(max_size=8), min_size=2, max_size=6), st.text(max_size=30))
 def test_mathvista_reads_an_option_that_exists_or_none(choices, response):
-    assert mathvista.read_choice(response, choices) in [*choices, None]
+    assert answers.read_choice(response, choices) in [*choices, None]
 
 
 @given(st.text(max_size=30), st.sampled_from(["integer", "float", "list"]))
