@@ -97,9 +97,7 @@ def main() -> None:
         task, requests = make_requests(Path(folder), args.samples, args.new_tokens)
         models = {}
         for batch_size in (1, 8):
-            models["plugin", batch_size] = TransformersModel(
-                model, processor, batch_size=batch_size, image_separator=""
-            )
+            models["plugin", batch_size] = TransformersModel(model, processor, batch_size=batch_size)
             models[BUILT_IN, batch_size] = BuiltIn(model, processor, batch_size)
         runs: dict[tuple[str, int], list] = {key: [] for key in models}
         for _ in range(args.repeats):

@@ -166,6 +166,96 @@ def test_it_listens_to_this_machine_only_and_forbids_what_is_remote(served):
         assert other.connect_ex(("127.0.0.2", port)) != 0
 
 
+def test_many_examples_are_shown_from_the_first(talker, processor, tmp_path, browser):
+    for number in range(60):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number:02}.png")
+        (tmp_path / f"{number:02}.txt").write_text(f"question {number}")
+    page = Demo(talker, processor, NAME).build(None, 8, find_examples(str(tmp_path)))
+    start(page, "127.0.0.1", None)
+    shown = browser.new_page(viewport={"width": 1280, "height": 900})
+    shown.goto(page.local_url)
+    shown.get_by_text("question 59", exact=True).wait_for()
+    shown.wait_for_timeout(500)
+    assert shown.get_by_text("question 0", exact=True).bounding_box()["y"] > 0
+    shown.close()
+    page.close(verbose=False)
+
+
+def test_pages_of_other_sites_are_refused(served):
+    port = served.local_url.rsplit(":", 1)[1].strip("/")
+    for headers, status in (
+        ({"Host": f"localhost:{port}"}, 200),
+        ({"Host": f"[::1]:{port}", "Origin": f"http://localhost:{port}"}, 200),
+        ({"Host": f"evil.example:{port}"}, 403),
+        ({"Host": "127.0.0.1.evil.example"}, 403),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://[evil"}, 403),
+    ):
+        assert httpx.get(served.local_url, headers=headers).status_code == status, headers
+        assert httpx.post(f"{served.local_url}gradio_api/queue/join", json={}, headers=headers).status_code != 200
+
+
+def test_nothing_is_taken_from_the_browser_but_text_uploads_and_settings(served):
+    """A chat as an input would open any file that a browser says was in it, and so would an example's path."""
+    kinds = {block["id"]: block["type"] for block in served.config["components"]}
+    inputs = {kinds[number] for call in served.config["dependencies"] for number in call["inputs"]}
+    assert inputs == {"multimodaltextbox", "dropdown", "slider"}
+    assert served._queue.max_size == 128
+
+
+class Request:
+    """A page's request as gradio hands it over."""
+
+    def __init__(self, session_hash: str):
+        self.session_hash = session_hash
+
+
+def ask(demo: Demo, session: str, text: str, *files) -> None:
+    demo.take({"text": text, "files": [str(file) for file in files]}, Request(session))
+    list(demo.answer(None, 2, 0.0, Request(session)))
+
+
+@pytest.fixture
+def demo(talker, processor, images) -> Demo:
+    demo = Demo(talker, processor, NAME)
+    demo.build(None, 2, find_examples(str(images)))
+    return demo
+
+
+def test_an_example_is_known_by_its_number(demo):
+    class Event:
+        index = 1
+        value = {"text": "?", "files": [{"path": "/etc/passwd"}]}
+
+    example = demo.take_example(Event())
+    assert example["text"] == "two dogs?" and Path(example["files"][0]).name == "dogs.png"
+
+
+def test_conversations_keep_small_images_and_are_few(demo, images, monkeypatch):
+    Image.linear_gradient("L").resize((4000, 2000)).save(images / "large.png")
+    ask(demo, "a", "what is shown?", images / "large.png")
+    (image,) = [part["image"] for part in demo._talks["a"].conversation.messages[0]["content"] if "image" in part]
+    assert image.size == (1536, 768)
+    monkeypatch.setattr("open_qwen2vl.chat.demo.MOST_TALKS", 3)
+    for session in "bcde":
+        ask(demo, session, "two dogs")
+    assert list(demo._talks) == ["c", "d", "e"]
+    demo._talks["c"].used -= 4000
+    ask(demo, "d", "two dogs")
+    assert list(demo._talks) == ["d", "e"]
+
+
+def test_few_questions_wait(demo, monkeypatch):
+    monkeypatch.setattr("open_qwen2vl.chat.demo.MOST_WAITING", 2)
+    for session in "ab":
+        demo.take({"text": "two dogs", "files": []}, Request(session))
+    kept, _, said = demo.take({"text": "two dogs", "files": []}, Request("c"))
+    assert "Too many questions wait" in said.value and demo._talks["c"].stop is None and not demo._talks["c"].shown
+    list(demo.answer(None, 2, 0.0, Request("a")))
+    assert demo.take({"text": "two dogs", "files": []}, Request("c"))[1]
+
+
 def test_examples_are_images_with_their_questions(images, tmp_path):
     assert [(example["text"], Path(example["files"][0]).name) for example in find_examples(str(images))] == [
         ("What is shown in the image?", "cat.png"),
@@ -188,6 +278,6 @@ def test_a_wrong_option_is_one_line_before_anything_is_loaded(options, message, 
 def test_without_gradio_it_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     for name in ("demo", "demo_page"):
-        monkeypatch.delitem(sys.modules, f"open_qwen2vl.{name}")
+        monkeypatch.delitem(sys.modules, f"open_qwen2vl.chat.{name}")
     assert main(["demo", "nowhere"]) == 2
     assert 'pip install "open-qwen2vl[demo]"' in capsys.readouterr().err

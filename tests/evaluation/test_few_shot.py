@@ -63,20 +63,20 @@ def task(shots_folder):
 
 def parts(message: list[dict], kind: str) -> list:
     (turn,) = message
-    return [part["text" if kind == "text" else "url"] for part in turn["content"] if part["type"] == kind]
+    return [part[kind] for part in turn["content"] if part["type"] == kind]
 
 
 def test_each_question_has_demonstrations_of_its_own(task):
-    demonstrations = Demonstrations(task, demonstration_rows(task), "<|endofchunk|>")
+    demonstrations = Demonstrations(task, demonstration_rows(task))
     known = {row["question"]: row["answer"] for row in train_rows(12)}
     docs = list(task.eval_docs)
     eight = demonstrations.messages(8, 0, 3, docs[3])
-    assert [part["type"] for part in eight[0]["content"]] == ["image", "text"] * 9
+    assert [part["type"] for part in eight[0]["content"]] == [*["image", "text", "separator"] * 8, "image", "text"]
     *shown, question = parts(eight, "text")
     assert question == f"Question: {docs[3]['question']} Short answer:"
     for text in shown:
         asked = text.removeprefix("Question: ").split(" Short answer: ")
-        assert asked[1] == known[asked[0]] + "<|endofchunk|>"
+        assert asked[1] == known[asked[0]]
     digests = [image_digest(image) for image in parts(eight, "image")]
     assert len(set(digests)) == 9, "drawn without replacement"
 
@@ -91,7 +91,7 @@ def test_each_question_has_demonstrations_of_its_own(task):
 
 def test_a_question_never_sees_its_own_image(task):
     """In this split every image but two is that of a question, so that an unchecked draw would hit it."""
-    demonstrations = Demonstrations(task, demonstration_rows(task, "few"), "\n\n")
+    demonstrations = Demonstrations(task, demonstration_rows(task, "few"))
     for document, doc in enumerate(task.eval_docs):
         own = image_digest(task.doc_to_visual(doc)[0])
         others = sum(image_digest(task.doc_to_visual(row)[0]) != own for row in demonstration_rows(task, "few"))

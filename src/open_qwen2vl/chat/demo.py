@@ -1,10 +1,12 @@
 """A conversation in the browser: several images in a message, streamed answers, a stop that ends the generation.
 
 The page is gradio's, served from this machine alone: no analytics, no fonts or scripts from elsewhere, and a policy
-header that keeps the browser from loading any, whatever a model writes. One answer is generated at a time; others
-wait in a queue. Each open page has a `Conversation` here; what the browser holds is for the eye only.
+header that keeps the browser from loading any, whatever a model writes. One answer is generated at a time; a few
+others wait in a queue. Each open page has a `Conversation` here, with shrunk images, until it is closed or idle. What
+the browser holds is for the eye only: no message and no path of an example is ever taken from it.
 """
 
+import copy
 import html
 import logging
 import time
@@ -19,11 +21,15 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from ..processing.images import decode_image
 from ..processing.sample_error import SampleError
-from .demo_page import chat_area, find_examples, gr, notice, start, text_box
+from .demo_page import chat_area, conversation, find_examples, gr, notice, start, text_box
 from .terminal import Conversation, generation_options, load_model
 
 MOST_NEW_TOKENS = 4096
 SECONDS_BETWEEN_UPDATES = 0.1
+IMAGE_SIDE = 1536  # a kept image's longest: 7 MB of pixels at most
+MOST_TALKS = 64  # conversations that are kept
+IDLE_SECONDS = 3600
+MOST_WAITING = 8  # questions, the one that is being answered included
 logger = logging.getLogger(__name__)
 
 History = list[dict[str, Any]]  # messages as gradio's chatbot shows them
@@ -67,8 +73,9 @@ class _Talk:
 
     conversation: Conversation
     message: dict[str, Any] = field(default_factory=dict)  # as it was typed, to be given back after an error
-    shown: History = field(default_factory=list)  # before that message
-    stop: Event | None = None  # of the answer that is awaited
+    shown: History = field(default_factory=list)  # what the page shows, without the answer that is awaited
+    stop: Event | None = None  # of that answer
+    used: float = field(default_factory=time.monotonic)
 
 
 class Demo:
@@ -89,16 +96,7 @@ class Demo:
     def build(
         self, image_seq_length: int | None, max_new_tokens: int, examples: list[dict[str, Any]] | None = None
     ) -> "gr.Blocks":
-        """Lay out the page.
-
-        Args:
-            image_seq_length (`int`, *optional*): tokens per image at the start.
-            max_new_tokens (`int`): longest answer at the start.
-            examples (`list[dict]`, *optional*): from [`find_examples`].
-
-        Returns:
-            `gr.Blocks`.
-        """
+        """Lay out the page, with examples from [`find_examples`]."""
         # Uploads are deleted after a day.
         with gr.Blocks(title=self.name, analytics_enabled=False, delete_cache=(3600, 86400), fill_height=True) as page:
             gr.Markdown(
@@ -108,13 +106,15 @@ class Demo:
             )
             with gr.Row(equal_height=False):
                 with gr.Column(scale=4, min_width=320):
-                    outputs = chat_area(examples)
+                    self._examples = examples or []
+                    outputs = chat_area(copy.deepcopy(examples))  # gradio writes into them
                 with gr.Column(scale=1, min_width=280):
                     settings = self._settings(image_seq_length, max_new_tokens)
                     clear = gr.Button("New conversation", elem_id="clear")
             self._connect(*outputs, settings, clear)
             page.unload(self.leave)
-        return page
+        # Questions are bounded by `take`; this bounds whatever else a browser may send.
+        return page.queue(max_size=16 * MOST_WAITING)
 
     def _connect(
         self,
@@ -127,17 +127,18 @@ class Demo:
         """Say what each control does. Only answers wait for each other."""
         outputs = [message, chat, trouble]
         quick = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
-        taken = message.submit(self.take, [message, chat], outputs, **quick)
-        taken.then(self.answer, [chat, *settings], outputs, **{**quick, "concurrency_limit": 1})
+        # The chat is an output only: what a browser says was in it could name any file of this machine.
+        taken = message.submit(self.take, message, outputs, **quick)
+        taken.then(self.answer, settings, outputs, **{**quick, "concurrency_limit": 1})
         message.stop(self.stop, **quick)
-        chat.example_select(_take_example, None, message, **quick)
+        chat.example_select(self.take_example, None, message, **quick)
         gr.on([clear.click, chat.clear], self.clear, None, outputs, **quick)
 
     def _settings(self, image_seq_length: int | None, max_new_tokens: int) -> list["gr.components.Component"]:
         """Controls of an answer, in the order of the arguments of `answer`."""
-        side = getattr(self.model.config, "patches_per_side", None)
+        side = getattr(self.model.config, "patches_per_side", None)  # of models with a budget for each image
         budget = image_seq_length or getattr(self.processor, "image_seq_length", None)
-        longest = max(MOST_NEW_TOKENS, max_new_tokens)
+        self._longest = max(MOST_NEW_TOKENS, max_new_tokens)
         return [
             gr.Dropdown(
                 [(f"{n * n} tokens", n * n) for n in range(1, (side or 0) + 1)],
@@ -147,55 +148,40 @@ class Demo:
                 visible=side is not None,
                 elem_id="budget",
             ),
-            gr.Slider(1, longest, max_new_tokens, step=1, label="Max new tokens", elem_id="max-new-tokens"),
+            gr.Slider(1, self._longest, max_new_tokens, step=1, label="Max new tokens", elem_id="max-new-tokens"),
             gr.Slider(0, 2, 0, step=0.05, label="Temperature", elem_id="temperature"),
         ]
 
-    def take(self, message: dict[str, Any], history: History, request: gr.Request) -> tuple[Any, Any, Any]:
-        """Move a message from the text box to the conversation, if it can be sent.
+    def take(self, message: dict[str, Any], request: gr.Request) -> tuple[Any, Any, Any]:
+        """Move a message (text and paths of uploads) to the conversation, if it can be sent; else it stays unsent.
 
-        Args:
-            message (`dict`): text and paths of images.
-            history (`list[dict]`): messages shown so far.
-            request (`gr.Request`): tells the browser's page.
-
-        Returns:
-            `tuple`: text box, messages and notice.
+        Returns the text box, the messages to show and the notice.
         """
+        self._drop_idle()
         talk = self._talks.setdefault(request.session_hash, _Talk(Conversation(self.model, self.processor, None, {})))
+        talk.used = time.monotonic()
         text, files = message["text"].strip(), message["files"]
         try:
             if talk.stop is not None:
                 raise ValueError("The last answer is still being written: wait for it, or stop it.")
             if not text:
                 raise ValueError("Write a question to go with the image." if files else "Write a question.")
+            if sum(other.stop is not None for other in list(self._talks.values())) >= MOST_WAITING:
+                raise ValueError("Too many questions wait for their answers: send it again in a while.")
             talk.conversation.waiting = [_read_image(file) for file in files]
         except ValueError as error:
             return gr.skip(), gr.skip(), notice(str(error))
-        talk.message, talk.shown, talk.stop = {"text": text, "files": files}, history, Event()
+        talk.message, talk.stop = {"text": text, "files": files}, Event()
         turn = [{"role": "user", "content": content} for content in (*({"path": file} for file in files), text)]
-        return text_box(waiting=True), [*history, *turn], notice()
+        talk.shown = [*talk.shown, *turn]
+        return text_box(waiting=True), conversation(talk.shown), notice()
 
     def answer(
-        self,
-        history: History,
-        image_seq_length: int | None,
-        max_new_tokens: int,
-        temperature: float,
-        request: gr.Request,
+        self, image_seq_length: int | None, max_new_tokens: int, temperature: float, request: gr.Request
     ) -> Iterator[tuple[Any, Any, Any]]:
-        """Answer the message that was taken.
+        """Answer the message that was taken; after an error it stands in the text box again, unsent.
 
-        Args:
-            history (`list[dict]`): messages shown, the last of them the user's.
-            image_seq_length (`int`, *optional*): tokens per image.
-            max_new_tokens (`int`): longest answer.
-            temperature (`float`): of sampling.
-            request (`gr.Request`): tells the browser's page.
-
-        Yields:
-            `tuple`: text box, messages with the answer so far, and notice. After an error the message stands in the
-            text box again.
+        Yields the text box, the messages to show with the answer so far, and the notice.
         """
         talk = self._talks.get(request.session_hash)
         if talk is None or talk.stop is None:  # nothing was taken, or it was cleared while it waited
@@ -203,7 +189,8 @@ class Demo:
             return
         text, shown_at = "", 0.0
         try:
-            talk.conversation.set_options(image_seq_length, generation_options(int(max_new_tokens), temperature))
+            limit = min(int(max_new_tokens), self._longest)
+            talk.conversation.set_options(image_seq_length, generation_options(limit, temperature))
             for piece in talk.conversation.ask(talk.message["text"], talk.stop):
                 if self._talks.get(request.session_hash) is not talk:  # cleared: the page shows something else now
                     yield gr.skip(), gr.skip(), gr.skip()
@@ -211,52 +198,47 @@ class Demo:
                 text += piece
                 # Each update sends and draws all messages: one for every token would keep a browser from its buttons.
                 if time.monotonic() - shown_at >= SECONDS_BETWEEN_UPDATES:
-                    yield gr.skip(), [*history, {"role": "assistant", "content": text}], gr.skip()
+                    yield gr.skip(), [*talk.shown, {"role": "assistant", "content": text}], gr.skip()
                     shown_at = time.monotonic()
         except Exception as error:  # of the model or its libraries: the page lives on
             logger.warning("no answer", exc_info=not isinstance(error, ValueError))
-            talk.stop = None
-            yield text_box(value=talk.message), talk.shown, notice(str(error) or type(error).__name__)
+            talk.shown = talk.shown[: -len(talk.message["files"]) - 1]
+            talk.conversation.waiting = []
+            yield text_box(value=talk.message), conversation(talk.shown), notice(str(error) or type(error).__name__)
             return
-        talk.stop = None
+        finally:
+            talk.stop, talk.used = None, time.monotonic()
         if self._talks.get(request.session_hash) is talk:
-            yield text_box(), [*history, {"role": "assistant", "content": text or "(no answer)"}], gr.skip()
+            talk.shown = [*talk.shown, {"role": "assistant", "content": text or "(no answer)"}]
+            yield text_box(), talk.shown, gr.skip()
+
+    def take_example(self, event: gr.SelectData) -> dict[str, Any]:
+        """Put an example into the text box, to be sent or changed; the browser says only which."""
+        return self._examples[event.index if isinstance(event.index, int) else event.index[0]]
+
+    def _drop_idle(self) -> None:
+        """Forget conversations that nobody goes on with, the longest idle first."""
+        talks = sorted(self._talks.items(), key=lambda entry: entry[1].used)
+        surplus = len(talks) - MOST_TALKS + 1
+        for number, (session, talk) in enumerate(talks):
+            if talk.stop is None and (number < surplus or time.monotonic() - talk.used > IDLE_SECONDS):
+                self._talks.pop(session, None)
 
     def stop(self, request: gr.Request) -> None:
-        """End the answer that a page waits for.
-
-        Args:
-            request (`gr.Request`): tells the browser's page.
-        """
+        """End the answer that a page waits for."""
         talk = self._talks.get(request.session_hash)
         if talk is not None and talk.stop is not None:
             talk.stop.set()
 
     def leave(self, request: gr.Request) -> None:
-        """End the answer that a page waits for and forget its conversation.
-
-        Args:
-            request (`gr.Request`): tells the browser's page.
-        """
+        """End the answer that a page waits for and forget its conversation."""
         self.stop(request)
         self._talks.pop(request.session_hash, None)
 
-    def clear(self, request: gr.Request) -> tuple[Any, History, Any]:
-        """Begin a new conversation.
-
-        Args:
-            request (`gr.Request`): tells the browser's page.
-
-        Returns:
-            `tuple`: text box, no messages and no notice.
-        """
+    def clear(self, request: gr.Request) -> tuple[Any, Any, Any]:
+        """Begin a new conversation: text box, no messages, no notice."""
         self.leave(request)
-        return text_box(), [], notice()
-
-
-def _take_example(event: gr.SelectData) -> dict[str, Any]:
-    """Put an example into the text box, to be sent or changed."""
-    return {"text": event.value["text"], "files": [file["path"] for file in event.value["files"]]}
+        return text_box(), conversation([]), notice()
 
 
 def _parameters(model: PreTrainedModel) -> str:
@@ -266,6 +248,8 @@ def _parameters(model: PreTrainedModel) -> str:
 
 def _read_image(file: str) -> Image.Image:
     try:
-        return decode_image(Path(file).read_bytes())
-    except SampleError as error:
+        image = decode_image(Path(file).read_bytes(), min_size=(IMAGE_SIDE, IMAGE_SIDE))
+    except (SampleError, OSError) as error:
         raise ValueError(f"{Path(file).name} cannot be read as an image.") from error
+    image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
+    return image

@@ -4,8 +4,10 @@ import html
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
 
 try:
     import gradio as gr
@@ -13,6 +15,7 @@ except ImportError as error:
     raise ValueError('the demo needs gradio: pip install "open-qwen2vl[demo]"') from error
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # gradio's page has inline scripts and styles; nothing may come from, or go to, another machine.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
@@ -37,16 +40,7 @@ EMPTY = (
 
 
 def start(page: "gr.Blocks", host: str, port: int | None) -> None:
-    """Start serving a page, in threads of its own.
-
-    Args:
-        page (`gr.Blocks`): from `Demo.build`.
-        host (`str`): address to listen on.
-        port (`int`, *optional*): port; any free one where `None`.
-
-    Raises:
-        OSError: if the port is taken.
-    """
+    """Start serving a page, in threads of its own, on any free port where `port` is None; OSError if it is taken."""
     page.launch(
         server_name=host,
         server_port=port,
@@ -61,22 +55,12 @@ def start(page: "gr.Blocks", host: str, port: int | None) -> None:
             primary_hue="blue", font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
         ),
         css=STYLE,
-        app_kwargs={"middleware": [Middleware(_PolicyHeader)]},
+        app_kwargs={"middleware": [Middleware(_Guard, host=host)]},
     )
 
 
 def find_examples(folder: str) -> list[dict[str, Any]]:
-    """Images of a folder, with their questions.
-
-    Args:
-        folder (`str`): holds images, and text files of the same names with questions.
-
-    Returns:
-        `list[dict]`: examples as gradio's chatbot takes them, by name.
-
-    Raises:
-        ValueError: if there is no image.
-    """
+    """Images of a folder with their questions, as gradio's chatbot takes examples; ValueError if there is none."""
     images = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not images:
         raise ValueError(f"--examples {folder}: no image there ({', '.join(IMAGE_SUFFIXES)})")
@@ -91,14 +75,7 @@ def find_examples(folder: str) -> list[dict[str, Any]]:
 def chat_area(
     examples: list[dict[str, Any]] | None,
 ) -> tuple["gr.MultimodalTextbox", "gr.Chatbot", "gr.Markdown"]:
-    """Lay out the conversation.
-
-    Args:
-        examples (`list[dict]`, *optional*): from [`find_examples`].
-
-    Returns:
-        `tuple`: text box, messages, and the notice between them.
-    """
+    """Lay out the conversation: text box, messages, and the notice between them."""
     chat = gr.Chatbot(
         show_label=False,
         label="Conversation",
@@ -106,6 +83,7 @@ def chat_area(
         min_height=320,
         placeholder=EMPTY,
         examples=examples or None,
+        autoscroll=False,  # many examples would be shown from their end; a conversation scrolls
         # What a model writes is shown as it is: no HTML, no images that it names.
         render_markdown=False,
         buttons=["copy"],
@@ -131,16 +109,25 @@ def text_box(waiting: bool = False, value: dict[str, Any] | None = None) -> "gr.
     return gr.MultimodalTextbox(value=value, submit_btn=not waiting, stop_btn=waiting)
 
 
+def conversation(messages: list[dict[str, Any]]) -> "gr.Chatbot":
+    """The chat with other messages, which scrolls to the last of them; the examples where there are none."""
+    return gr.Chatbot(value=messages, autoscroll=bool(messages))
+
+
 def notice(text: str = "") -> "gr.Markdown":
     """What went wrong, between conversation and text box; nothing without a text."""
     return gr.Markdown(value=f'<div role="alert">{html.escape(text)}</div>', visible=bool(text))
 
 
-class _PolicyHeader:
-    """Adds the policy to every response."""
+class _Guard:
+    """Adds the policy to every response; on loopback it refuses what another site's page sends (DNS rebinding).
 
-    def __init__(self, app: Callable[..., Awaitable[None]]):
+    Such a page reaches this server under its own name, which stands in `Host` and `Origin`.
+    """
+
+    def __init__(self, app: Callable[..., Awaitable[None]], host: str):
         self.app = app
+        self.names = {*LOOPBACK, host} if host in LOOPBACK or host.startswith("127.") else None
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         async def send_with_policy(message: dict) -> None:
@@ -149,4 +136,24 @@ class _PolicyHeader:
                 message = {**message, "headers": [*message.get("headers", []), *headers]}
             await send(message)
 
+        if scope["type"] in ("http", "websocket") and not self._may(scope["headers"]):
+            if scope["type"] == "http":
+                await PlainTextResponse("a page of another site asked", 403)(scope, receive, send)
+            else:
+                await send({"type": "websocket.close", "code": 1008})
+            return
         await self.app(scope, receive, send_with_policy)
+
+    def _may(self, headers: list[tuple[bytes, bytes]]) -> bool:
+        if self.names is None:
+            return True
+        hosts = ["//" + value.decode("latin-1") for name, value in headers if name == b"host"]
+        origins = [value.decode("latin-1") for name, value in headers if name == b"origin"]
+        return bool(hosts) and all(_host_name(url) in self.names for url in (*hosts, *origins))
+
+
+def _host_name(url: str) -> str | None:
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return None

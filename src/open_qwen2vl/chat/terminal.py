@@ -6,24 +6,18 @@ classes and never runs code of the checkpoint.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 from PIL import Image
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-    TextIteratorStreamer,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TextIteratorStreamer
 
-from ..model_folders import model_folder
-from ..modeling.configuration_open_qwen2vl import pooled_grid_side
+from ..evaluation.generation import check_image_seq_length
+from ..evaluation.generation import load_model as evaluation_model
+from ..evaluation.prompts import encode_messages, image_options, user_turn
 from ..processing.images import decode_image
 
 HELP = "/image FILE adds an image to the next message, /reset starts anew, /quit or Ctrl-D ends"
@@ -49,48 +43,25 @@ def chat(
         ValueError: if an option is out of its range, or the model cannot be loaded.
     """
     options = generation_options(max_new_tokens, temperature)
+    first = [(file, _read_image(file)) for file in images or []]
     conversation = Conversation(*load_model(model, image_seq_length), image_seq_length, options)
     _note(HELP)
-    for file in images or []:
-        _add_image(conversation, file)
+    for file, image in first:
+        _add_image(conversation, file, image)
     _talk(conversation)
 
 
 def load_model(model: str, image_seq_length: int | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Load a model to talk with, on the GPU where there is one, and its processor.
-
-    Args:
-        model (`str`): hub id or folder of a model with its processor, or the `output_dir` of a training.
-        image_seq_length (`int`, *optional*): tokens per image that will be asked for.
-
-    Returns:
-        `tuple[PreTrainedModel, ProcessorMixin]`: the model in evaluation mode.
-
-    Raises:
-        ValueError: if the model cannot be loaded or has no such budget.
-    """
-    model = model_folder(model)
-    loaded = AutoModelForImageTextToText.from_pretrained(
-        model, dtype="auto", device_map="auto", trust_remote_code=False
-    ).eval()
-    if image_seq_length is not None:
-        pooled_grid_side(image_seq_length, loaded.config.patches_per_side)
-    return loaded, AutoProcessor.from_pretrained(model, trust_remote_code=False)
+    """Load a model to talk with and its processor; ValueError if it has no chat template or no such budget."""
+    loaded, processor = evaluation_model(model, "auto")
+    if not processor.chat_template:
+        raise ValueError(f"{model}: it has no chat template, as base models have none: it cannot be talked with")
+    check_image_seq_length(loaded, processor, image_seq_length)
+    return loaded, processor
 
 
 def generation_options(max_new_tokens: int, temperature: float) -> dict[str, Any]:
-    """What `generate` is called with.
-
-    Args:
-        max_new_tokens (`int`): longest answer.
-        temperature (`float`): of sampling; 0 takes the likeliest token each time.
-
-    Returns:
-        `dict[str, Any]`: arguments.
-
-    Raises:
-        ValueError: if one is out of its range.
-    """
+    """Arguments of `generate`; a temperature of 0 takes the likeliest token. ValueError for one out of its range."""
     if max_new_tokens < 1 or temperature < 0:
         raise ValueError("--max-new-tokens must be at least 1 and --temperature at least 0")
     options = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
@@ -114,13 +85,8 @@ class Conversation:
         self.reset()
 
     def set_options(self, image_seq_length: int | None, options: dict) -> None:
-        """Change how the next answers are made.
-
-        Args:
-            image_seq_length (`int`, *optional*): tokens per image, of earlier ones too; `None` for the processor's.
-            options (`dict`): passed to `generate`.
-        """
-        self.processor_kwargs = {} if image_seq_length is None else {"image_seq_length": image_seq_length}
+        """Change how the next answers are made: tokens per image, of earlier ones too, and options of `generate`."""
+        self.processor_kwargs = image_options(self.processor, image_seq_length)
         self.options = options
 
     def reset(self) -> None:
@@ -129,31 +95,16 @@ class Conversation:
         self.waiting: list[Image.Image] = []
 
     def ask(self, text: str, stop: Event | None = None) -> Iterator[str]:
-        """Send a message with the waiting images; what was yielded is remembered, also of an answer cut short.
+        """Send a message with the waiting images and yield pieces of the answer.
 
-        Args:
-            text (`str`): the message.
-            stop (`Event`, *optional*): ends the answer when another thread sets it.
-
-        Yields:
-            `str`: pieces of the answer.
+        What was yielded is remembered, also of an answer that is cut short, as by another thread that sets `stop`.
 
         Raises:
             ValueError: if the conversation and the longest answer exceed the model's positions. Message and images
                 then count as not sent.
         """
-        content = [{"type": "image", "image": image} for image in self.waiting]
-        # Training has a newline between an image and its text.
-        content.append({"type": "text", "text": "\n" + text if self.waiting else text})
-        messages = [*self.messages, {"role": "user", "content": content}]
-        inputs = self.processor.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs=self.processor_kwargs,
-        ).to(self.model.device)
+        messages = [*self.messages, *user_turn(self.waiting, text)]
+        inputs = encode_messages(self.processor, [messages], self.processor_kwargs).to(self.model.device)
         self._check_length(inputs["input_ids"].shape[1])
         answer = {"type": "text", "text": ""}
         self.messages = [*messages, {"role": "assistant", "content": [answer]}]
@@ -163,8 +114,9 @@ class Conversation:
             yield piece
 
     def _check_length(self, length: int) -> None:
-        most, answer = self.model.config.get_text_config().max_position_embeddings, self.options["max_new_tokens"]
-        if length + answer > most:
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        answer = self.options["max_new_tokens"]
+        if most is not None and length + answer > most:
             raise ValueError(
                 f"too long: the conversation has {length:,} tokens and the answer may have {answer:,}, the model "
                 f"takes {most:,}; start anew, or ask for a shorter answer or fewer tokens per image"
@@ -174,17 +126,7 @@ class Conversation:
 def stream(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: dict, stop: Event | None = None
 ) -> Iterator[str]:
-    """Generate in a thread and yield the text as it comes; a caller that stops reading stops the generation.
-
-    Args:
-        model (`PreTrainedModel`): generates.
-        tokenizer (`PreTrainedTokenizerBase`): decodes.
-        inputs (`dict`): all arguments of `generate`, for one prompt.
-        stop (`Event`, *optional*): ends the generation when another thread sets it.
-
-    Yields:
-        `str`: pieces of the answer, never empty.
-    """
+    """Generate for one prompt in a thread and yield pieces of text; who stops reading stops the generation."""
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     stop = stop or Event()
     with ThreadPoolExecutor(1) as executor:
@@ -201,19 +143,23 @@ def stream(
 
 
 def _talk(conversation: Conversation) -> None:
-    commands: dict[str, Callable[[str], None]] = {
-        "/image": lambda file: _add_image(conversation, file),
-        "/reset": lambda _: conversation.reset(),
-        "/help": lambda _: _note(HELP),
-    }
+    missing = ""
     for line in _lines():
         word, _, rest = line.partition(" ")
         if word == "/quit":
             return
-        if word in commands:
-            commands[word](rest.strip())
+        if word == "/image":
+            missing = _try_image(conversation, rest.strip())
+        elif word == "/reset":
+            conversation.reset()
+        elif word == "/help":
+            _note(HELP)
         elif word.startswith("/"):
             _note(f"{word}: no such command; {HELP}")
+        elif missing:
+            # An answer about an image that the model never saw would mislead.
+            _note(f"not sent, for {missing} could not be read: send it again to go without, or add another image")
+            missing = ""
         else:
             _answer(conversation, line)
 
@@ -243,12 +189,25 @@ def _answer(conversation: Conversation, text: str) -> None:
     print(flush=True)
 
 
-def _add_image(conversation: Conversation, file: str) -> None:
+def _try_image(conversation: Conversation, file: str) -> str:
+    """Add an image; what could not be read, if anything."""
     try:
-        image = decode_image(Path(file).expanduser().read_bytes())
+        _add_image(conversation, file, _read_image(file))
+    except ValueError as error:
+        _note(str(error))
+        return file or "the image"
+    return ""
+
+
+def _read_image(file: str) -> Image.Image:
+    try:
+        return decode_image(Path(file).expanduser().read_bytes())
     except (ValueError, OSError) as error:
-        _note(f"{file or '/image'}: cannot be read: {getattr(error, 'strerror', None) or error}")
-        return
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{file or '/image'}: cannot be read: {reason}") from error
+
+
+def _add_image(conversation: Conversation, file: str, image: Image.Image) -> None:
     conversation.waiting.append(image)
     _note(f"{file}: {image.width}x{image.height}, goes with the next message")
 

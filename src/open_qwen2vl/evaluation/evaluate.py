@@ -18,7 +18,6 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ..modeling.configuration_open_qwen2vl import pooled_grid_side
 from .benchmarks import BENCHMARKS
 from .few_shot import PAPER_SCORES, FewShot, few_shot_target
 from .harness import Target, find_target, make_task_manager, require_judge_key
@@ -72,8 +71,7 @@ def evaluate(
     # Without this accelerate takes processes on CPUs for strangers.
     state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available())
     loaded, processor = load_model(model, device)
-    raw = rules == "paper" or few_shot is not None
-    lm = _make_lmms(loaded, processor, raw, batch_size, image_seq_length, max_new_tokens)
+    lm = _make_lmms(loaded, processor, rules, few_shot, batch_size, image_seq_length, max_new_tokens)
     lm.fingerprint = model_fingerprint(loaded, processor)
     lm.journal = Journal(Path(output) / "journal", state.process_index)
     # No rank writes before all have read.
@@ -126,8 +124,7 @@ def evaluate_loaded(
         ValueError: as [`evaluate`].
     """
     targets, manager = find_tasks(tasks, rules, limit, False, include_path, few_shot)
-    raw = rules == "paper" or few_shot is not None
-    lm = _make_lmms(model, processor, raw, batch_size, image_seq_length, max_new_tokens)
+    lm = _make_lmms(model, processor, rules, few_shot, batch_size, image_seq_length, max_new_tokens)
     options = {"batch_size": batch_size, "limit": limit, "max_new_tokens": max_new_tokens, "judge": False}
     options |= _token_budget(processor, image_seq_length) | {"dtype": str(model.dtype).removeprefix("torch.")}
     options["device"] = model.device.type
@@ -185,19 +182,20 @@ def _find_targets(
     return [few_shot_target(name) for name in names]
 
 
-def _make_lmms(model, processor, raw, batch_size, image_seq_length, max_new_tokens):
+def _make_lmms(model, processor, rules, few_shot, batch_size, image_seq_length, max_new_tokens):
+    from .generation import check_image_seq_length
     from .lmms_model import TransformersModel
 
-    if image_seq_length is not None and hasattr(model.config, "patches_per_side"):
-        pooled_grid_side(image_seq_length, model.config.patches_per_side)
+    check_image_seq_length(model, processor, image_seq_length)
     return TransformersModel(
         model,
         processor,
         batch_size=batch_size,
-        prompt_style="raw" if raw else "chat",
+        prompt_style="chat" if rules != "paper" and few_shot is None else "raw",
         image_seq_length=image_seq_length,
         max_new_tokens=max_new_tokens,
         share_requests=True,
+        shot_separator="" if few_shot is None else few_shot.separator_of(processor),
     )
 
 

@@ -18,6 +18,7 @@ from ..processing.text_formats import END_OF_CHUNK_TOKEN
 from .benchmarks import Benchmark
 from .harness import Target
 from .journal import image_digest
+from .prompts import SEPARATOR
 
 # The paper's Table 5, in percent, by number of shots.
 PAPER_SCORES = {
@@ -55,6 +56,12 @@ class FewShot(NamedTuple):
     seeds: Sequence[int] = (0, 1, 2)
     split: str | None = None
     separator: str | None = None
+
+    def separator_of(self, processor: ProcessorMixin) -> str:
+        """What ends a demonstration for a model."""
+        if self.separator is not None:
+            return self.separator
+        return END_OF_CHUNK_TOKEN if END_OF_CHUNK_TOKEN in processor.tokenizer.get_vocab() else "\n\n"
 
     def check(self) -> None:
         """Refuse numbers that mean nothing.
@@ -119,9 +126,7 @@ def few_shot_runs(
         ValueError: for a task that has no such split.
     """
     tokenizer = processor.tokenizer
-    separator = few_shot.separator
-    if separator is None:
-        separator = END_OF_CHUNK_TOKEN if END_OF_CHUNK_TOKEN in tokenizer.get_vocab() else "\n\n"
+    separator = few_shot.separator_of(processor)
     ends = model.generation_config.eos_token_id
     ends = list(ends) if isinstance(ends, list | tuple) else [ends] * (ends is not None)
     if separator in tokenizer.all_special_tokens or separator in tokenizer.get_added_vocab():
@@ -132,7 +137,7 @@ def few_shot_runs(
         if task.OUTPUT_TYPE == "generate_until":
             task.config.generation_kwargs = dict(generation)
         rows = demonstration_rows(task, few_shot.split) if max(few_shot.shots) else []
-        demonstrations = Demonstrations(task, rows, separator)
+        demonstrations = Demonstrations(task, rows)
         for shots in few_shot.shots:
             # Without demonstrations all seeds would give the same answers.
             seeds = list(few_shot.seeds) if shots else list(few_shot.seeds)[:1]
@@ -184,36 +189,17 @@ def demonstration_rows(task: Any, split: str | None = None) -> Any:
 
 
 class Demonstrations:
-    """Prompts of one task.
+    """Prompts of one task, with demonstrations that are drawn from some rows."""
 
-    Args:
-        task (`Task`): a loaded task.
-        rows (`datasets.Dataset`): what demonstrations are drawn from.
-        separator (`str`): ends a demonstration.
-    """
-
-    def __init__(self, task: Any, rows: Any, separator: str):
-        self._task, self._rows, self._separator = task, rows, separator
+    def __init__(self, task: Any, rows: Any):
+        self._task, self._rows = task, rows
 
     def messages(self, shots: int, seed: int, document: int, doc: dict[str, Any]) -> list[dict[str, Any]]:
-        """The demonstrations and the question as one turn.
-
-        Args:
-            shots (`int`): number of demonstrations.
-            seed (`int`): draws them, together with the task and the document's number.
-            document (`int`): the question's number.
-            doc (`dict`): its row.
-
-        Returns:
-            `list[dict]`: one message with texts and images in reading order.
-
-        Raises:
-            ValueError: if there are too few rows with other images.
-        """
+        """The demonstrations and the question as one turn; ValueError if too few rows have other images."""
         images = list(self._task.doc_to_visual(doc) or [])
         content = []
         for row, shown in self._draw(shots, f"{seed} {self._task.config.task} {document}", images):
-            content += self._part(row, shown, f" {self._answer(row)}{self._separator}")
+            content += [*self._part(row, shown, f" {self._answer(row)}"), SEPARATOR]
         return [{"role": "user", "content": content + self._part(doc, images, "")}]
 
     def _draw(self, shots: int, key: str, own_images: list) -> list[tuple[dict, list]]:
@@ -236,7 +222,7 @@ class Demonstrations:
 
     def _part(self, row: dict[str, Any], images: list, answer: str) -> list[dict[str, Any]]:
         text = f"Question: {self._task.doc_to_text(row).strip()} Short answer:{answer}"
-        return [*({"type": "image", "url": image} for image in images), {"type": "text", "text": text}]
+        return [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
 
     def _answer(self, row: dict[str, Any]) -> str:
         answer = self._task.doc_to_target(row)

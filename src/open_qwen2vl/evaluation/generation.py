@@ -14,6 +14,8 @@ from transformers import (
 )
 
 from ..model_folders import model_folder
+from ..modeling.configuration_open_qwen2vl import pooled_grid_side
+from .prompts import image_options
 
 # What of a task's generation_kwargs is for `generate`; others (image_aspect_ratio, ...) are for other models.
 SAMPLING = ("temperature", "top_p", "top_k")
@@ -29,33 +31,36 @@ PASSED = (
 
 
 def load_model(name: str, device: str | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Load a model and its processor, without any code of the checkpoint.
+    """Load a model in evaluation mode and its processor, without any code of the checkpoint.
 
     Args:
         name (`str`): hub id or folder, or the `output_dir` of a training.
-        device (`str`, *optional*): as `"cuda:1"` or `"cpu"`; the process's own where not given.
+        device (`str`, *optional*): as `"cuda:1"` or `"cpu"`, or `"auto"` for all there are; the process's own where
+            not given. On a CPU the weights are fp32, elsewhere of the checkpoint's own type.
 
-    Returns:
-        `tuple[PreTrainedModel, ProcessorMixin]`: the model in evaluation mode, in fp32 on a CPU and in the
-        checkpoint's own type elsewhere.
+    Raises:
+        ValueError: if it cannot be loaded, or has no processor.
     """
     name = model_folder(name)
-    target = torch.device(device) if device else PartialState().device
-    dtype = torch.float32 if target.type == "cpu" else "auto"
-    model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=False)
-    return model.to(target).eval(), AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    placed = torch.device(device) if device not in (None, "auto") else PartialState().device
+    options = {"dtype": torch.float32 if placed.type == "cpu" else "auto"}
+    if device == "auto" and placed.type != "cpu":
+        options["device_map"] = "auto"
+    model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=False, **options)
+    processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    if not isinstance(processor, ProcessorMixin):
+        raise ValueError(f"{name}: it has no processor, only a {type(processor).__name__}")
+    return (model if "device_map" in options else model.to(placed)).eval(), processor
+
+
+def check_image_seq_length(model: PreTrainedModel, processor: ProcessorMixin, image_seq_length: int | None) -> None:
+    """Refuse a number of tokens per image that the processor does not take or the model's grid does not have."""
+    if image_options(processor, image_seq_length) and hasattr(model.config, "patches_per_side"):
+        pooled_grid_side(image_seq_length, model.config.patches_per_side)
 
 
 def generation_options(kwargs: dict[str, Any], max_new_tokens: int) -> tuple[dict[str, Any], list[str]]:
-    """Options of `generate` for a task's generation_kwargs: greedy unless the task asks for a temperature.
-
-    Args:
-        kwargs (`dict`): of the task; what is not for `generate` is passed over.
-        max_new_tokens (`int`): where the task names none.
-
-    Returns:
-        `tuple[dict, list[str]]`: the options, and the strings that end an answer.
-    """
+    """Options of `generate` for a task's generation_kwargs, greedy by default, and the strings that end an answer."""
     options = {"max_new_tokens": max_new_tokens}
     options |= {name: kwargs[name] for name in PASSED if kwargs.get(name) is not None}
     options["do_sample"] = bool(options.get("temperature"))
@@ -67,30 +72,15 @@ def generation_options(kwargs: dict[str, Any], max_new_tokens: int) -> tuple[dic
 
 
 def cut_at(text: str, until: Iterable[str]) -> str:
-    """Text before the first of some strings.
-
-    Args:
-        text (`str`): an answer.
-        until (`Iterable[str]`): strings that end it, not empty.
-
-    Returns:
-        `str`: the text without them and what follows.
-    """
+    """Text before the first of some strings."""
     ends = [position for end in until if (position := text.find(end)) >= 0]
     return text[: min(ends)] if ends else text
 
 
 def stop_at(tokenizer: PreTrainedTokenizerBase, until: list[str], prompt_length: int) -> Callable:
-    """A stopping criterion of `generate` that looks for strings in each row's answer.
+    """A stopping criterion of `generate`: ids `(batch, length)` -> `(batch,)` bool, by each row's last tokens.
 
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): decodes.
-        until (`list[str]`): strings that end an answer, at least one.
-        prompt_length (`int`): positions before the answers.
-
-    Returns:
-        `Callable`: takes ids of shape `(batch, length)`, returns `(batch,)` bool. It reads the last tokens only: no
-        token is shorter than a byte.
+    No token is shorter than a byte, so that as many tokens as the longest string has bytes are read.
     """
     window = max(len(text.encode()) for text in until) + 8
 

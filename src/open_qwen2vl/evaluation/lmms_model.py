@@ -33,11 +33,12 @@ class ScoredElsewhere(Exception):
 
 
 class _Work(NamedTuple):
-    """A prepared batch: what the journal knew, and the rest with its inputs."""
+    """A prepared batch: what the journal knew, and the rest with its inputs and the ids of given answers."""
 
     known: dict[int, tuple[Any, str]]
     waiting: list[tuple[int, str, Prompt]]
     inputs: dict
+    continuations: list[list[int]]
 
 
 class TransformersModel(lmms):
@@ -50,10 +51,10 @@ class TransformersModel(lmms):
         batch_size (`int`, *optional*, defaults to 1): prompts, or answers of one prompt, that run at a time.
         prompt_style (`str`, *optional*, defaults to `"chat"`): `"chat"` (the chat template) or `"raw"`.
         image_seq_length (`int`, *optional*): tokens per image; the processor's where not given.
-        image_separator (`str`, *optional*, defaults to a newline): between an image and its text.
         max_new_tokens (`int`, *optional*, defaults to 1024): longest answer where a task names none.
         share_requests (`bool`, *optional*, defaults to `False`): every rank gets all requests and answers its part of
             them; lmms-eval's own CLI deals them out itself.
+        shot_separator (`str`, *optional*): ends a demonstration of a raw prompt.
         max_batch_size (`int`, *optional*): not used; lmms-eval's CLI passes it.
 
     Raises:
@@ -71,9 +72,9 @@ class TransformersModel(lmms):
         batch_size: int | str = 1,
         prompt_style: str = "chat",
         image_seq_length: int | None = None,
-        image_separator: str = "\n",
         max_new_tokens: int = 1024,
         share_requests: bool = False,
+        shot_separator: str = "",
         max_batch_size: int | None = None,
     ):
         super().__init__()
@@ -83,7 +84,7 @@ class TransformersModel(lmms):
         if isinstance(pretrained, str):
             pretrained, processor = load_model(pretrained, device)
         self.model, self.processor = pretrained, processor
-        self.prompt_builder = PromptBuilder(processor, prompt_style, image_seq_length, image_separator)
+        self.prompt_builder = PromptBuilder(processor, prompt_style, image_seq_length, shot_separator)
         self.max_new_tokens = max_new_tokens
         self.state = PartialState() if share_requests else None
         # Of rank 0, after a task: the prompt of each (task, document).
@@ -211,7 +212,10 @@ class TransformersModel(lmms):
             known = {}
         waiting = [entry for entry in waiting if entry[0] not in known]
         prompts = [entry[2] for entry in waiting][: 1 if scoring else None]
-        return _Work(known, waiting, self.prompt_builder.encode(prompts) if prompts else {})
+        inputs = self.prompt_builder.encode(prompts) if prompts else {}
+        # Here, for a fast tokenizer serves one thread at a time.
+        answers = [_continuation(self, requests[i]) for i, _, _ in waiting] if scoring else []
+        return _Work(known, waiting, inputs, [self.prompt_builder.continuation_ids(prompt, one) for one in answers])
 
     def _prompt(self, request: Instance) -> Prompt:
         context, *_, document, task, split = request.args
@@ -246,8 +250,7 @@ class TransformersModel(lmms):
         return [cut_at(text, until) for text in texts]
 
     def _score(self, requests: list[Instance], work: _Work) -> list[tuple[float, bool]]:
-        prompt = work.waiting[0][2]
-        ids = [self.prompt_builder.continuation_ids(prompt, _continuation(self, request)) for request in requests]
+        ids = work.continuations
         self._check_length(work.inputs["input_ids"].shape[1] + max(map(len, ids)))
         return continuation_losses(self.model, work.inputs.to(self.device), ids, self.batch_size)
 

@@ -1,12 +1,11 @@
-r"""From a task's messages to what the model sees.
+r"""From a task's messages to prompts, and from prompts to model inputs.
 
-    chat   the processor's chat template over the conversation, ready for the assistant's turn
-    raw    bos, then images and texts as they come: for base models, and for the paper's own prompts
-
-A text that follows an image starts with a separator, a newline by default, as in training. What an image is in tokens
-is the processor's business: a prompt has one placeholder for each.
+Two styles: `chat` renders the processor's chat template; `raw` has none, only texts, images followed by a newline, and
+the first token, as the paper's evaluation and base models want it. How an image looks in tokens is the processor's
+business. Text of a task or a user never becomes a control token: transformers sanitizes it, as training does.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,17 +16,27 @@ from transformers import BatchFeature, ProcessorMixin
 from ..processing.images import decode_image
 
 STYLES = ("chat", "raw")
+SEPARATOR = {"type": "separator"}  # a content part: what ends a demonstration, as a control token where it is one
+# Private use: stand for texts to see what a chat template puts around an image.
+_BEFORE, _AFTER = "\ue000", "\ue001"
+_RAW_TEMPLATE = (
+    "{{ bos_token | default('', true) }}{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ IMAGE }}{{ '\\n' }}{% elif part['type'] == 'separator' %}{{ SEPARATOR }}"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+)
 
 
 class Prompt(NamedTuple):
-    """A prompt as text, with a placeholder for each image.
+    """A prompt.
 
     Args:
-        text (`str`): all of it, special tokens included.
-        images (`list[PIL.Image.Image]`): in the order of the placeholders.
+        text (`str`): all of it as it is shown, with one placeholder for each image.
+        messages (`list[dict]`): what it is made of, in transformers' form.
+        images (`list[PIL.Image.Image]`): in reading order.
     """
 
     text: str
+    messages: list[dict[str, Any]]
     images: list[Image.Image]
 
 
@@ -38,7 +47,7 @@ class PromptBuilder:
         processor (`ProcessorMixin`): of any image-text-to-text model.
         style (`str`, *optional*, defaults to `"chat"`): `"chat"` or `"raw"`.
         image_seq_length (`int`, *optional*): tokens per image, for processors that take it; theirs where not given.
-        image_separator (`str`, *optional*, defaults to a newline): stands between an image and what follows it.
+        separator (`str`, *optional*): what a [`SEPARATOR`] part of a raw prompt is.
 
     Raises:
         ValueError: for an unknown style, a processor without a chat template, or one that takes no `image_seq_length`.
@@ -49,143 +58,136 @@ class PromptBuilder:
         processor: ProcessorMixin,
         style: str = "chat",
         image_seq_length: int | None = None,
-        image_separator: str = "\n",
+        separator: str = "",
     ):
         if style not in STYLES:
             raise ValueError(f"prompt_style {style!r}: it is one of {', '.join(STYLES)}")
         if style == "chat" and not processor.chat_template:
             raise ValueError("the processor has no chat template: a base model is evaluated with raw prompts")
-        if image_seq_length is not None and not hasattr(processor, "image_seq_length"):
-            raise ValueError(f"image_seq_length: {type(processor).__name__} has no such option")
         self.processor = processor
         self.style = style
-        self.separator = image_separator
-        self.options = {} if image_seq_length is None else {"image_seq_length": image_seq_length}
+        self.options = image_options(processor, image_seq_length)
+        # One string, so that a tokenizer's control tokens in it are known as the template's own.
+        self.chat_template = None if style == "chat" else _raw_template(processor, separator)
 
     def build(self, messages: list[dict[str, Any]]) -> Prompt:
-        """Make one prompt.
+        """Make one prompt of `{"role", "content"}` messages.
 
-        Args:
-            messages (`list[dict]`): `{"role", "content"}`; content is text, or a list of
-                `{"type": "text", "text"}` and `{"type": "image", "url" or "image": PIL image or path}`.
-
-        Returns:
-            [`Prompt`].
+        Content is text or a list of `{"type": "text", "text"}`, `{"type": "image", "url" or "image": image or path}`
+        and [`SEPARATOR`].
 
         Raises:
-            ValueError: for content that is neither text nor image.
+            ValueError: for other content.
         """
-        turns = [(message["role"], _parts(message["content"])) for message in messages]
-        images = [part for _, parts in turns for part in parts if not isinstance(part, str)]
-        return Prompt(self._raw(turns) if self.style == "raw" else self._chat(turns), images)
-
-    def _chat(self, turns: list[tuple[str, list]]) -> str:
-        conversation = []
-        for role, parts in turns:
-            content: list[dict[str, str]] = []
-            for part in parts:
-                if not isinstance(part, str):
-                    content.append({"type": "image"})
-                elif content and content[-1]["type"] == "image":
-                    content.append({"type": "text", "text": self.separator + part.removeprefix(self.separator)})
-                else:
-                    content.append({"type": "text", "text": part})
-            conversation.append({"role": role, "content": content})
-        return self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-
-    def _raw(self, turns: list[tuple[str, list]]) -> str:
-        text, after_image = self.processor.tokenizer.bos_token or "", False
-        for _, parts in turns:
-            for part in parts:
-                if isinstance(part, str):
-                    text += part.removeprefix(self.separator) if after_image else part
-                else:
-                    text += self.processor.image_token + self.separator
-                after_image = not isinstance(part, str)
-        return text
+        turns = [{"role": message["role"], "content": _parts(message["content"])} for message in messages]
+        if self.style == "raw":
+            turns = [{**turn, "content": _newline_once(turn["content"])} for turn in turns]
+        text = self.processor.apply_chat_template(
+            turns, chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
+        )
+        return Prompt(text, turns, message_images(turns))
 
     def encode(self, prompts: Sequence[Prompt]) -> BatchFeature:
-        """Model inputs of a batch, padded on the left.
-
-        Args:
-            prompts (`Sequence[Prompt]`): at least one.
-
-        Returns:
-            `BatchFeature`: `input_ids` and `attention_mask` of shape `(prompts, longest)`, and what the processor
-            makes of the images.
-        """
-        bos = self.processor.tokenizer.bos_token
-        images = [image for prompt in prompts for image in prompt.images]
-        return self.processor(
-            text=[prompt.text for prompt in prompts],
-            images=images or None,
-            padding=True,
-            padding_side="left",
-            # As `apply_chat_template` decides it: a template that writes the first token itself has written it.
-            add_special_tokens=not (bos and prompts[0].text.startswith(bos)),
-            return_tensors="pt",
-            **self.options,
+        """Inputs of a batch: ids and mask `(prompts, longest)`, padded on the left, and what images become."""
+        return encode_messages(
+            self.processor, [prompt.messages for prompt in prompts], self.options, chat_template=self.chat_template
         )
 
     def continuation_ids(self, prompt: Prompt, continuation: str) -> list[int]:
-        """Token ids that a continuation adds to a prompt; a chat's answer does not start with a space.
-
-        Args:
-            prompt ([`Prompt`]): what it continues.
-            continuation (`str`): the text.
-
-        Returns:
-            `list[int]`: the ids.
-        """
-        tokenizer = self.processor.tokenizer
+        """Token ids that a continuation adds to a prompt; a chat's answer does not start with a space."""
         if self.style == "chat":
             continuation = continuation.lstrip()
-        before, whole = tokenizer([prompt.text, prompt.text + continuation], add_special_tokens=False)["input_ids"]
-        if whole[: len(before)] == before:
-            return whole[len(before) :]
-        # Joined to what stands before, as Qwen's ":A": then the answer's own tokens, which the paper's rules compare.
-        return tokenizer(continuation, add_special_tokens=False)["input_ids"]
+        texts = [prompt.text, prompt.text + continuation, continuation]
+        before, whole, alone = self.processor.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)[
+            "input_ids"
+        ]
+        # Where it is joined to what stands before, as Qwen's ":A": the answer's own tokens, which the paper compares.
+        return whole[len(before) :] if whole[: len(before)] == before else alone
+
+
+def encode_messages(
+    processor: ProcessorMixin,
+    conversations: Sequence[list[dict[str, Any]]],
+    options: dict[str, Any],
+    chat_template: str | None = None,
+) -> BatchFeature:
+    """Inputs of conversations up to where the model answers; special tokens' strings in them stay text."""
+    return processor.apply_chat_template(
+        list(conversations),
+        chat_template=chat_template,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        sanitize_control_tokens=True,
+        processor_kwargs={"padding": True, "padding_side": "left", **options},
+    )
+
+
+def image_options(processor: ProcessorMixin, image_seq_length: int | None) -> dict[str, int]:
+    """Options of a processor call; ValueError where the processor has no budget of tokens for each image."""
+    if image_seq_length is None:
+        return {}
+    if not hasattr(processor, "image_seq_length"):
+        raise ValueError(f"image_seq_length: {type(processor).__name__} has no such option")
+    return {"image_seq_length": image_seq_length}
 
 
 def user_turn(images: Sequence[Image.Image] | None, text: str) -> list[dict[str, Any]]:
-    """Messages of one question: its images, then its text.
-
-    Args:
-        images (`Sequence[PIL.Image.Image]`, *optional*): may be empty.
-        text (`str`): the question.
-
-    Returns:
-        `list[dict]`: one message, as [`PromptBuilder.build`] takes it.
-    """
-    content: list[dict[str, Any]] = [{"type": "image", "url": image} for image in images or []]
+    """Messages of one question: its images, then its text."""
+    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images or []]
     return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
 
 
 def message_images(messages: list[dict[str, Any]]) -> list[Image.Image]:
-    """The images of messages, in reading order.
-
-    Args:
-        messages (`list[dict]`): as [`PromptBuilder.build`] takes them.
-
-    Returns:
-        `list[PIL.Image.Image]`: the images.
-    """
+    """The images of messages, in reading order."""
     parts = [part for message in messages for part in _parts(message["content"])]
-    return [part for part in parts if not isinstance(part, str)]
+    return [part["image"] for part in parts if part["type"] == "image"]
 
 
-def _parts(content: str | list[dict[str, Any]]) -> list[str | Image.Image]:
+def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     if isinstance(content, str):
-        return [content]
+        return [{"type": "text", "text": content}]
     return [_part(part) for part in content]
 
 
-def _part(part: dict[str, Any]) -> str | Image.Image:
+def _part(part: dict[str, Any]) -> dict[str, Any]:
     if part["type"] == "text":
-        return part["text"]
+        return {"type": "text", "text": part["text"]}
+    if part == SEPARATOR:
+        return part
     image = part.get("image", part.get("url"))
     if part["type"] == "image" and isinstance(image, str):
-        return decode_image(Path(image).read_bytes())
+        image = decode_image(Path(image).read_bytes())
     if part["type"] != "image" or not isinstance(image, Image.Image):
         raise ValueError(f"a message has {part['type']} content of type {type(image).__name__}: only text and images")
-    return image
+    return {"type": "image", "image": image}
+
+
+def _newline_once(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Parts without the newline that a text after an image begins with: the raw template writes it."""
+    behind = [None, *parts[:-1]]
+    return [
+        {**part, "text": part["text"].removeprefix("\n")}
+        if part["type"] == "text" and before is not None and before["type"] == "image"
+        else part
+        for before, part in zip(behind, parts, strict=True)
+    ]
+
+
+def _raw_template(processor: ProcessorMixin, separator: str) -> str:
+    literals = {"IMAGE": _image_text(processor), "SEPARATOR": separator}
+    template = _RAW_TEMPLATE
+    for name, text in literals.items():
+        template = template.replace(f"{{{{ {name} }}}}", f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}")
+    return template
+
+
+def _image_text(processor: ProcessorMixin) -> str:
+    """What the chat template writes for an image between texts, as `<|vision_start|><|image_pad|><|vision_end|>`."""
+    if not processor.chat_template:
+        return processor.image_token
+    content = [{"type": "text", "text": _BEFORE}, {"type": "image"}, {"type": "text", "text": _AFTER}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    between = text.partition(_BEFORE)[2].partition(_AFTER)[0].strip("\n")
+    return between if processor.image_token in between else processor.image_token
