@@ -1,11 +1,25 @@
+import contextlib
 import gzip
 import hashlib
 import os
 import tarfile
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from open_qwen2vl.data.storage.tars import find_shards, index_shard, read_member, sample_uid, split_member_name
+from open_qwen2vl.data.storage import tars
+from open_qwen2vl.data.storage.open_files import read_at
+from open_qwen2vl.data.storage.tars import (
+    find_shards,
+    has_dotted_key,
+    index_shard,
+    list_files,
+    read_json,
+    read_member,
+    sample_uid,
+    split_member_name,
+)
 from open_qwen2vl.processing.sample_error import SampleError
 
 
@@ -254,3 +268,133 @@ def test_find_shards(write_tar, tmp_path):
     ):
         with pytest.raises(ValueError, match=message.replace("*", r"\*")):
             find_shards(paths)
+
+
+def test_members_that_do_not_lie_side_by_side_are_joined(write_tar):
+    members = [(f"{key}.{ext}", f"{key} {ext}".encode()) for ext in ("jpg", "txt", "json") for key in "abc"]
+    path = write_tar([*members, ("b.txt", b"once more"), ("d.jpg", b"d")])
+    index = index_shard(path)
+    assert [sample.key for sample in index.samples] == ["a", "b", "c", "d"]
+    assert index.skipped == [("b", "duplicate_key")]
+    assert read_all(path, index) == {split_member_name(name): data for name, data in [*members, ("d.jpg", b"d")]}
+    assert [len(sample.spans) for sample in index.samples] == [3, 3, 3, 1]
+
+
+def test_a_whole_second_sample_of_a_key_is_a_duplicate_even_with_more_members(write_tar):
+    path = write_tar([("a.jpg", b"1"), ("a.txt", b"1"), ("b.jpg", b"b"), ("a.jpg", b"2"), ("a.json", b"2")])
+    index = index_shard(path)
+    assert [sorted(sample.members) for sample in index.samples] == [["jpg", "txt"], ["jpg"]]
+    assert index.skipped == [("a", "duplicate_key")]
+
+
+def test_a_cut_between_the_members_of_a_sample_counts_once(write_tar, tmp_path):
+    path = write_tar([(f"{key}.{ext}", b"x" * 600) for key in "ab" for ext in ("jpg", "txt")])
+    (tmp_path / "cut.tar").write_bytes(path.read_bytes()[: 3 * 1536])
+    index = index_shard(tmp_path / "cut.tar")
+    assert [sample.key for sample in index.samples] == ["a"] and index.skipped == [("b", "truncated_tar")]
+    (tmp_path / "cut.tar").write_bytes(path.read_bytes()[: 4 * 1536])
+    index = index_shard(tmp_path / "cut.tar")
+    assert [sample.key for sample in index.samples] == ["a", "b"] and index.skipped == [("", "truncated_tar")]
+
+
+def header(name: str, kind: bytes, size: int) -> bytes:
+    entry = tarfile.TarInfo(name)
+    entry.type, entry.size = kind, size
+    return entry.tobuf(tarfile.GNU_FORMAT)
+
+
+LONG_NAME = header("././@LongLink", tarfile.GNUTYPE_LONGNAME, 300) + b"n" * 300 + bytes(212)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(
+            header("x.jpg", kind, size)
+            for size in (2**40, 2**63, 2**80)
+            for kind in (b"0", b"L", b"K", b"x", b"g", b"S")
+        ),
+        LONG_NAME * 1500,
+        header("././@PaxHeader", b"x", 20) + b"99999999999999999999 size=1\n" + bytes(484),
+        header("././@PaxHeader", b"x", 22) + b"22 GNU.sparse.major=1\n".ljust(512, b"\0"),
+    ],
+)
+def test_headers_that_claim_anything_end_the_tar_and_are_counted(write_tar, sample, damage):
+    path = write_tar(sample("a") + sample("b"))
+    whole = path.read_bytes().rstrip(b"\0")
+    whole += bytes(-len(whole) % 512)
+    path.write_bytes(whole + damage + header("c.jpg", b"0", 0) + bytes(1024))
+    index = index_shard(path)
+    assert [one.key for one in index.samples][:2] == ["a", "b"] and len(index.samples) <= 3
+    assert all(reason in tars.TAR_DAMAGE for _, reason in index.skipped) and len(index.skipped) <= 1
+    with pytest.raises(SampleError) if index.skipped else contextlib.nullcontext():
+        list(list_files(path))
+
+
+def test_zeros_and_holes_are_passed_over_in_large_steps(write_tar, sample, monkeypatch):
+    path = write_tar(sample("a"))
+    size = path.stat().st_size
+    with open(path, "r+b") as file:
+        file.truncate(size + (8 << 30))
+        file.seek(size + (4 << 30))
+        file.write(write_tar(sample("b"), name="b.tar").read_bytes())
+    reads = []
+    monkeypatch.setattr(tars, "read_at", lambda *args: (reads.append(args), read_at(*args))[1])
+    index = index_shard(path)
+    assert [one.key for one in index.samples] == ["a", "b"] and index.skipped == []
+    assert len(reads) < 20
+
+
+def test_members_larger_than_their_kind_may_be_are_not_read(write_tar, monkeypatch):
+    monkeypatch.setattr(tars, "_LIMITS", {"txt": (10, "text_too_large"), "json": (20, "record_too_large")})
+    monkeypatch.setattr(tars, "MAX_IMAGE_BYTES", 30)
+    path = write_tar([(f"a.{ext}", b"x" * 31) for ext in ("txt", "json", "png")])
+    (found,) = index_shard(path).samples
+    with open(path, "rb") as file:
+        for ext, reason in (("txt", "text_too_large"), ("json", "record_too_large"), ("png", "image_too_large")):
+            with pytest.raises(SampleError) as error:
+                read_member(file.fileno(), f"a.{ext}", *found.members[ext])
+            assert error.value.reason == reason
+            assert read_member(file.fileno(), ["b.png", f"a.{ext}"], *found.members[ext], limit=9) == b"x" * 9
+        assert read_json(file.fileno(), found) is None
+
+
+def test_dots_in_keys_are_told_apart_from_missing_images(write_tar):
+    found = index_shard(
+        write_tar([("a.b.jpg", b"x"), ("a.b.txt", b"x"), ("c.txt", b"x"), ("d.seg.npy", b"x")])
+    ).samples
+    assert [has_dotted_key(one) for one in found] == [True, False, False]
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "a.tar")
+    for paths in ([tmp_path / "a.tar"], [tmp_path]):
+        with pytest.raises(ValueError, match="a.tar: no regular file"):
+            find_shards(paths)
+
+
+def test_an_error_of_reading_names_the_file(tmp_path):
+    folder = os.open(tmp_path, os.O_RDONLY)
+    with pytest.raises(OSError, match=str(tmp_path)):
+        read_at(folder, 1, 0)
+    os.close(folder)
+
+
+@settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1 << 20), st.integers(0, 255)), max_size=6),
+    st.integers(0, 1 << 20),
+)
+def test_any_damage_leaves_members_inside_of_the_file(write_tar, flips, cut):
+    path = write_tar([(f"{'k' * 120 if n == 1 else n}.{ext}", b"x" * 700) for n in range(3) for ext in ("jpg", "txt")])
+    data = bytearray(path.read_bytes())
+    for in_header, place, value in flips:
+        place = place % (len(data) // 512) * 512 + place % 160 if in_header else place % len(data)
+        data[place] = value
+    path.write_bytes(data[: len(data) - cut % len(data)])
+    index = index_shard(path)
+    assert len({one.key for one in index.samples}) == len(index.samples)
+    for one in index.samples:
+        assert all(offset + size <= path.stat().st_size for offset, size in one.members.values())

@@ -23,12 +23,11 @@ import numpy as np
 from ...files import describe_shard, shard_path
 from ...processing.sample_error import SampleError
 from .open_files import Newest
-from .tars import list_files, read_member
+from .tars import MAX_IMAGE_BYTES, list_files, read_member
 from .zips import list_members, read_zip_member
 
 logger = logging.getLogger(__name__)
 
-MAX_IMAGE_BYTES = 256 << 20
 INDEX_NAME = "image-index"
 _SORTED_AT_ONCE = 1 << 16
 _PLACE = np.dtype([("root", "<i4"), ("offset", "<i8"), ("size", "<i8")])

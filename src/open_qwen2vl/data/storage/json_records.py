@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ...processing.sample_error import SampleError
+from .open_files import read_at
 
 MAX_RECORD_BYTES = 8 << 20  # a larger record is skipped unread; no context is as long
 _BLOCK = 1 << 20
@@ -82,7 +83,7 @@ def read_record(file: int, offset: int, size: int, max_bytes: int | None = None)
     if size > (MAX_RECORD_BYTES if max_bytes is None else max_bytes):
         raise SampleError("record_too_large", f"the record at byte {offset} has {size:,} bytes")
     try:
-        text = os.pread(file, size, offset).decode("utf-8-sig" if offset == 0 else "utf-8")
+        text = read_at(file, size, offset).decode("utf-8-sig" if offset == 0 else "utf-8")
         return json.loads(text) if text.strip() else None
     except (ValueError, RecursionError) as error:
         raise SampleError("invalid_json", f"the record at byte {offset}: {error}") from error
@@ -102,7 +103,7 @@ def _span_blocks(path: str | os.PathLike, start: int, stop: int) -> Iterator[np.
 
 def _blocks(file: int, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
     for offset in range(start, stop, _BLOCK):
-        yield offset, np.frombuffer(os.pread(file, min(_BLOCK, stop - offset), offset), np.uint8)
+        yield offset, np.frombuffer(read_at(file, min(_BLOCK, stop - offset), offset), np.uint8)
 
 
 def _lines(file: int, start: int, stop: int) -> Iterator[np.ndarray]:

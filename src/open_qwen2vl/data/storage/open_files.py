@@ -1,5 +1,7 @@
-"""What the readers of a plan share: files that stay open, and pixels from an image file."""
+"""What the readers of a plan share: files that stay open and are read at a place, and pixels from an image file."""
 
+import contextlib
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,16 @@ class Newest:
         if len(self._files) > OPEN_FILES:
             self._files.pop(next(iter(self._files))).close()
         return file
+
+
+def read_at(file: int, size: int, offset: int) -> bytes:
+    """Bytes of an open file from a place, fewer at its end; an error names the file."""
+    try:
+        return os.pread(file, size, offset)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            error.filename = os.readlink(f"/proc/self/fd/{file}")
+        raise
 
 
 def read_pixels(data: bytes, processor: Any) -> "torch.Tensor":

@@ -1,11 +1,13 @@
 """An index of a WebDataset tar: which samples it holds and where their bytes are, without reading the bytes.
 
-A sample is a run of members with the same key: the path up to the first dot of its last part. What follows the dot is
-the member's extension (`0001.jpg`, `0001.txt`). The headers are read here and not by `TarFile`, which ends silently at
+A sample is the members with the same key: the path up to the first dot of its last part. What follows the dot is the
+member's extension (`0001.jpg`, `0001.txt`). The headers are read here and not by `TarFile`, which ends silently at
 a damaged header and is four times slower; it still parses whatever a plain header cannot say (long names, pax).
 """
 
+import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -13,15 +15,26 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from ...processing.sample_error import SampleError
+from .open_files import read_at
 
 TAR_DAMAGE = ("truncated_tar", "corrupt_tar")
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+# Of a sample's members the first of these is its image.
+IMAGE_EXTENSIONS = (
+    *("jpg", "jpeg", "png", "webp", "gif", "bmp", "avif", "tif", "tiff"),
+    *("jp2", "j2k", "jpe", "jfif", "mpo", "ppm", "pgm", "ico", "tga"),
+)
+MAX_IMAGE_BYTES = 256 << 20
+MAX_TEXT_BYTES = 1 << 20  # some 250,000 tokens
+MAX_JSON_BYTES = 64 << 20  # which may hold its images
+_LIMITS = {"txt": (MAX_TEXT_BYTES, "text_too_large"), "json": (MAX_JSON_BYTES, "record_too_large")}
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
 _WINDOW = 8 * _BLOCK
+_EXTENDED = (32 * _BLOCK, 2048 * _BLOCK)
+_ZERO_CHUNK = 1 << 20
 _UID = re.compile("[0-9a-fA-F]{32}")
 _UNSAFE_KEY = re.compile(r"^/|(^|/)\.\.(/|$)|[\ud800-\udfff]")  # absolute, climbing up, not UTF-8
 
@@ -47,9 +60,9 @@ class ShardIndex:
     """What a tar holds.
 
     Attributes:
-        samples (`list[Sample]`): in the order of the tar, each key once.
+        samples (`list[Sample]`): in the order in which they begin, each key once.
         skipped (`list[tuple[str, str]]`): key and reason of what is no sample: `duplicate_key`, `unsafe_name`,
-            `truncated_tar` (the key is empty if the cut falls between members) or `corrupt_tar`.
+            `truncated_tar` (the key is empty if no sample was cut) or `corrupt_tar`.
         ignored_members (`int`): directories, links, devices and names without a key or an extension.
     """
 
@@ -96,7 +109,7 @@ def find_shards(paths: Iterable[str | Path]) -> list[Path]:
     seen = set()
     for shard in shards:
         if not shard.is_file():
-            raise ValueError(f"{shard}: no such file")
+            raise ValueError(f"{shard}: {'no regular file' if shard.exists() else 'no such file'}")
         if shard.resolve() in seen:
             raise ValueError(f"{shard}: given twice")
         seen.add(shard.resolve())
@@ -104,23 +117,14 @@ def find_shards(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def index_shard(path: str | Path) -> ShardIndex:
-    """Index a tar by its headers.
+    """Index an uncompressed tar (ustar, GNU or pax) by its headers.
 
-    Of two samples with the same key the first wins. A tar that ends too early or is damaged keeps all samples that are
-    whole before the place; the loss stands in `skipped` once, whatever its extent.
-
-    Args:
-        path (`str | Path`): an uncompressed tar (ustar, GNU or pax).
-
-    Returns:
-        [`ShardIndex`].
-
-    Raises:
-        OSError: if the file cannot be read.
+    Members of one key that do not lie side by side are joined; where the key has such a member already, the first wins
+    and the others are a duplicate. A tar that ends too early or is damaged keeps all samples that are whole before the
+    place; the loss stands in `skipped` once, whatever its extent.
     """
-    index = ShardIndex()
-    seen: set[str] = set()
-    current = None
+    index, known = ShardIndex(), {}
+    run = Sample("")  # members of one key that follow each other
     try:
         for member in _scan(path):
             named = split_member_name(member.name)
@@ -128,26 +132,45 @@ def index_shard(path: str | Path) -> ShardIndex:
                 index.ignored_members += 1
                 continue
             key, extension = named
-            if current is None or key != current.key or extension in current.members:
-                current = Sample(key)
-                if _UNSAFE_KEY.search(key):
-                    index.skipped.append((_loggable(key), "unsafe_name"))
-                elif key in seen:
-                    index.skipped.append((key, "duplicate_key"))
-                else:
-                    index.samples.append(current)
-                seen.add(key)
+            if key != run.key or extension in run.members:
+                _join(index, known, run)
+                run = Sample(key)
             if member.is_file:
-                current.members[extension] = (member.offset, member.size)
-                _append_span(current.spans, member.start, padded_end(member.offset, member.size))
+                run.members[extension] = (member.offset, member.size)
+                _append_span(run.spans, member.start, padded_end(member.offset, member.size))
             else:
                 index.ignored_members += 1
     except _DamagedTar as damage:
-        last = index.samples[-1] if index.samples else None
-        if last is current is not None and last.key == damage.key and damage.extension not in last.members:
-            index.samples.pop()  # the cut goes through it
+        is_cut = damage.key == run.key and damage.extension not in run.members
+        if not damage.key and run.key not in known and index.samples:
+            is_cut = run.members.keys() < index.samples[-1].members.keys()  # between two of its members
+            damage.key = run.key if is_cut else ""
+        if not is_cut:
+            _join(index, known, run)
         index.skipped.append((_loggable(damage.key), damage.reason))
+    else:
+        _join(index, known, run)
     return index
+
+
+def _join(index: ShardIndex, known: dict[str, Sample], run: Sample) -> None:
+    """Add members that follow each other to the samples, as one more or to that of their key."""
+    if not run.key:
+        return
+    sample = known.setdefault(run.key, run)
+    if _UNSAFE_KEY.search(run.key):
+        index.skipped.append((_loggable(run.key), "unsafe_name"))
+    elif sample is run:
+        index.samples.append(run)
+    elif _kinds(sample) & _kinds(run) or not run.members:
+        index.skipped.append((run.key, "duplicate_key"))
+    else:
+        sample.members |= run.members
+        sample.spans += run.spans
+
+
+def _kinds(sample: Sample) -> set[str]:
+    return {"image" if ext in IMAGE_EXTENSIONS else ext for ext in sample.members}
 
 
 def list_files(path: str | Path) -> Iterator[tuple[str, int, int]]:
@@ -184,24 +207,31 @@ def split_member_name(name: str) -> tuple[str, str] | None:
     return (folder + slash + stem, extension.lower()) if stem and extension else None
 
 
-def read_member(file: int, name: str, offset: int, size: int) -> bytes:
-    """Read a member's data and make sure that it is still this member's.
+def read_member(file: int, name: str | Iterable[str], offset: int, size: int, limit: int | None = None) -> bytes:
+    """Read a member's data, or its first `limit` bytes, and make sure that it is still this member's.
 
     Args:
         file (`int`): descriptor of the open tar.
-        name (`str`): the member's name; upper and lower case are not told apart.
+        name (`str` or `Iterable[str]`): the member's name, or those that it may have; case is not told apart.
         offset (`int`): first byte of its data, which its header block precedes.
         size (`int`): bytes of its data.
+        limit (`int`, *optional*): most bytes that are read.
 
     Returns:
         `bytes`: the data.
 
     Raises:
-        SampleError: `moved_member` if another header or nothing stands there.
+        SampleError: `moved_member` if another header or nothing stands there; `text_too_large`, `record_too_large` or
+            `image_too_large` if it is larger than its kind may be, which is found out unread.
     """
-    block = os.pread(file, _BLOCK + size, offset - _BLOCK)
-    if len(block) != _BLOCK + size or not _is_header_of(block[:_BLOCK], name, size):
-        raise SampleError("moved_member", f"{name} is not at byte {offset} of the tar any more")
+    names = [name] if isinstance(name, str) else list(name)
+    wanted = size if limit is None else min(size, limit)
+    most, reason = _LIMITS.get(names[0].rpartition(".")[2].lower(), (MAX_IMAGE_BYTES, "image_too_large"))
+    if wanted > most:
+        raise SampleError(reason, f"{names[0]} has {size:,} bytes, more than {most:,}")
+    block = read_at(file, _BLOCK + wanted, max(0, offset - _BLOCK))
+    if len(block) != _BLOCK + wanted or not any(_is_header_of(block[:_BLOCK], one, size) for one in names):
+        raise SampleError("moved_member", f"{' or '.join(names)} is not at byte {offset} of the tar any more")
     return block[_BLOCK:]
 
 
@@ -213,6 +243,11 @@ def read_json(file: int, sample: Sample) -> Any:
         return json.loads(read_member(file, f"{sample.key}.json", *sample.members["json"]))
     except (ValueError, RecursionError):
         return None
+
+
+def has_dotted_key(sample: Sample) -> bool:
+    """Whether a sample lacks an image because of dots in the names: of `a.b.jpg` the key is `a`."""
+    return any("." in ext and ext.rpartition(".")[2] in IMAGE_EXTENSIONS for ext in sample.members)
 
 
 def sample_uid(metadata: Any, tar_name: str, key: str) -> str:
@@ -267,17 +302,18 @@ def _append_span(spans: list[tuple[int, int]], start: int, end: int) -> None:
 
 def _scan(path: str | Path) -> Iterator[_Member]:
     """Members in order; raises _DamagedTar where the tar cannot be followed any further."""
-    with open(path, "rb", buffering=0) as file:
-        length = os.fstat(file.fileno()).st_size
+    with open(path, "rb", buffering=0) as raw:
+        file = raw.fileno()
+        length = os.fstat(file).st_size
         offset, ended = 0, False
         window, start = b"", 0  # a text, its json and the headers around them are one read
         while offset < length:
             if offset + _BLOCK > start + len(window):
-                window, start = os.pread(file.fileno(), _WINDOW, offset), offset
+                window, start = read_at(file, _WINDOW, offset), offset
             header = window[offset - start : offset - start + _BLOCK]
             if header == _ZEROS:
                 # Not the last word: tars that were joined with `cat` go on behind their end marks.
-                offset, ended = offset + _BLOCK, True
+                offset, ended = _behind_zeros(file, offset, length), True
                 continue
             if len(header) < _BLOCK or not _has_valid_checksum(header):
                 if ended:
@@ -292,6 +328,22 @@ def _scan(path: str | Path) -> Iterator[_Member]:
             raise _DamagedTar("truncated_tar")
 
 
+def _behind_zeros(file: int, offset: int, length: int) -> int:
+    """The next block that is not zero, or the end; holes of a sparse file are not read."""
+    while offset < length:
+        try:
+            offset = max(offset, os.lseek(file, offset, os.SEEK_DATA) // _BLOCK * _BLOCK)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole
+                return length
+        chunk = read_at(file, _ZERO_CHUNK, offset)
+        rest = len(chunk.lstrip(b"\0"))
+        if rest or not chunk:
+            return offset + (len(chunk) - rest) // _BLOCK * _BLOCK
+        offset += len(chunk)
+    return length
+
+
 def _has_valid_checksum(header: bytes) -> bool:
     try:
         found = int(header[148:156].strip(b"\0 "), 8)
@@ -301,7 +353,7 @@ def _has_valid_checksum(header: bytes) -> bool:
         return False
 
 
-def _parse(file: BinaryIO, header: bytes, offset: int) -> tuple[_Member, int]:
+def _parse(file: int, header: bytes, offset: int) -> tuple[_Member, int]:
     """The member whose header block is given, and the offset of the next header."""
     has_prefix = header[345] and header[257:263] == b"ustar\0"
     if header[156:157] in (b"0", b"\0") and not has_prefix:
@@ -311,16 +363,20 @@ def _parse(file: BinaryIO, header: bytes, offset: int) -> tuple[_Member, int]:
                 return _Member(name, True, offset, offset + _BLOCK, size), padded_end(offset + _BLOCK, size)
         except ValueError:  # sizes above 8 GB are not octal, old names not UTF-8
             pass
-    file.seek(offset)
-    try:
-        tar = tarfile.TarFile(fileobj=file, encoding="utf-8")  # starts at the file's position, joins extended headers
-        info = tar.next()
-    except (tarfile.TarError, ValueError):
-        info = None
-    if info is None or info.size < 0 or tar.offset <= offset:
-        raise _DamagedTar("truncated_tar")
-    name = info.name + "/" if info.isdir() else info.name
-    return _Member(name, info.isreg() and not info.issparse(), offset, info.offset_data, info.size), tar.offset
+    # Extended headers claim any size: no more than so much is read of them.
+    for most in _EXTENDED:
+        try:
+            tar = tarfile.TarFile(fileobj=io.BytesIO(read_at(file, most, offset)), encoding="utf-8")
+            info = tar.next()
+        except OSError:
+            raise
+        except Exception:  # tarfile raises many kinds on damaged headers, RecursionError and OverflowError among them
+            continue
+        if info is not None and info.size >= 0 and tar.offset > 0:
+            name = info.name + "/" if info.isdir() else info.name
+            member = _Member(name, info.isreg() and not info.issparse(), offset, offset + info.offset_data, info.size)
+            return member, offset + tar.offset
+    raise _DamagedTar("truncated_tar")
 
 
 def _loggable(key: str) -> str:
