@@ -21,6 +21,7 @@ _MODULES = {
     "PackedTrainer": ".trainer.packed_trainer",
     "PackedTrainingArguments": ".trainer.arguments",
     "PackingCollator": ".processing.collator",
+    "prepare_for_packing": ".families.qwen_vl.model",
 }
 
 __all__ = list(_MODULES)

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText, Trainer
 
-from open_qwen2vl.families.qwen_vl.model import prepare_for_packing
+from open_qwen2vl import prepare_for_packing
 from open_qwen2vl.families.qwen_vl.processing import QwenVLDocuments
 from tests.families.qwen_vl.packs import make_document, mixed_documents, pack
 from tests.qwen_vl import FAMILIES, make_model, make_processor
