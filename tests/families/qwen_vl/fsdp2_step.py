@@ -17,9 +17,9 @@ from tests.families.qwen_vl.packs import make_document, mixed_documents, pack
 from tests.qwen_vl import FAMILIES, make_model, make_processor
 
 
-def shard(model, family: str) -> None:
+def shard(model) -> None:
     """Block by block, then the rest: each changes the class of its module once more."""
-    wrapped = [module for module in model.modules() if type(module).__name__ in QwenVL(family).block_classes]
+    wrapped = [module for module in model.modules() if type(module).__name__ in QwenVL.block_classes]
     assert len(wrapped) == 4, wrapped
     for module in wrapped:
         fully_shard(module)
@@ -42,7 +42,7 @@ def main(folder: str) -> None:
 
         model = prepare_for_packing(make_model(family, tokenizer), processor).train()
         model.activation_checkpointing_enable()
-        shard(model, family)
+        shard(model)
         assert prepare_for_packing(model, processor) is model
         loss = model(**batches[rank], num_items_in_batch=20).loss
         loss.backward()

@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from open_qwen2vl.families.interface import Media
 from open_qwen2vl import prepare_for_packing
+from open_qwen2vl.families.interface import Media
 from open_qwen2vl.families.qwen_vl.processing import QwenVLDocuments
 from open_qwen2vl.processing.sample_error import SampleError
 from tests.families.qwen_vl.packs import SIZES, picture

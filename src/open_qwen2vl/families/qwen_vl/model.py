@@ -19,11 +19,7 @@ from .vision_attention import Segments, packed_vision_attention
 
 # Of the released checkpoints, where no processor says it.
 _PIXELS = {"qwen3_vl": ([0.5] * 3, [0.5] * 3)}
-_BLOCKS = {
-    "qwen2_vl": ("Qwen2VLDecoderLayer", "Qwen2VLVisionBlock"),
-    "qwen2_5_vl": ("Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"),
-    "qwen3_vl": ("Qwen3VLTextDecoderLayer", "Qwen3VLVisionBlock"),
-}
+_MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 class QwenVLPackedForward(PackedForward):
@@ -91,9 +87,7 @@ def prepare_for_packing(model: PreTrainedModel, processor: Any = None) -> PreTra
             positions of another shape: each would let documents see each other in silence.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if base.config.model_type not in _BLOCKS:
-        raise ValueError(f"{base.config.model_type}: not a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model")
-    QwenVL(base.config.model_type).prepare(base, processor)
+    QwenVL().prepare(base, processor)
     return model
 
 
@@ -104,12 +98,17 @@ class QwenVL:
         "projector": ("model.visual.merger.", "model.visual.deepstack_merger_list."),
         "vision_tower": "model.visual.",
     }
-
-    def __init__(self, model_type: str = "qwen2_vl"):
-        self.block_classes = _BLOCKS[model_type]
+    # Of all three; a model has two of them.
+    block_classes = (
+        *("Qwen2VLDecoderLayer", "Qwen2VLVisionBlock"),
+        *("Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"),
+        *("Qwen3VLTextDecoderLayer", "Qwen3VLVisionBlock"),
+    )
 
     def prepare(self, model: PreTrainedModel, processor: Any = None) -> PreTrainedModel:
         """Give a stock model the packed forward, with the pixels' statistics of its processor."""
+        if model.config.model_type not in _MODEL_TYPES:
+            raise ValueError(f"{model.config.model_type}: not a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model")
         if "sliding_attention" in (getattr(model.config.text_config, "layer_types", None) or []):
             raise ValueError("use_sliding_window: packed documents need full attention in every layer")
         if not isinstance(model, PackedForward):
@@ -146,8 +145,12 @@ class QwenVL:
 
         projector_passes = 3 if trained.get("projector") else 2 if trained.get("vision_tower") else 1
         projector = 2 * projector_passes * projector_parameters(config.vision_config) * work.vision.tokens
-        vision_passes = 3 if trained.get("vision_tower") else 1
-        return language + projector + vision_passes * _vision_forward(config.vision_config, work)
+        vision, patches = config.vision_config, work.vision.patches
+        blocks = 2 * vision_parameters(vision) * patches + _vision_attention(vision, work)
+        # Pixels need no gradient.
+        embedding = 2 * patch_embedding_parameters(vision) * patches
+        tower = 3 * blocks + 2 * embedding if trained.get("vision_tower") else blocks + embedding
+        return language + projector + tower
 
 
 def language_parameters(text: PreTrainedConfig) -> int:
@@ -166,12 +169,16 @@ def projector_parameters(vision: PreTrainedConfig) -> int:
 
 
 def vision_parameters(vision: PreTrainedConfig) -> int:
-    """Weights of the tower's matrices: patch embedding and blocks."""
+    """Weights of the matrices of the tower's blocks."""
     width = vision_width(vision)
     inner = getattr(vision, "intermediate_size", None) or width * vision.mlp_ratio
     matrices = 3 if vision.model_type.startswith("qwen2_5") else 2  # its MLP is gated
-    embedding = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * width
-    return embedding + vision.depth * (4 * width**2 + matrices * width * inner)
+    return vision.depth * (4 * width**2 + matrices * width * inner)
+
+
+def patch_embedding_parameters(vision: PreTrainedConfig) -> int:
+    """Weights of the convolution over patches of two frames."""
+    return vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * vision_width(vision)
 
 
 def vision_width(vision: PreTrainedConfig) -> int:
@@ -179,14 +186,13 @@ def vision_width(vision: PreTrainedConfig) -> int:
     return getattr(vision, "embed_dim", None) or vision.hidden_size
 
 
-def _vision_forward(vision: PreTrainedConfig, work: StepWork) -> int:
-    full = vision.depth
-    squared_windows = 0
+def _vision_attention(vision: PreTrainedConfig, work: StepWork) -> int:
+    """Forward FLOPs of scores and values over the tower's segments."""
+    full, in_windows = vision.depth, 0
     if hasattr(vision, "fullatt_block_indexes"):
         full = len(vision.fullatt_block_indexes)
-        squared_windows = (vision.depth - full) * work.vision.patches * (vision.window_size // vision.patch_size) ** 2
-    attention = 4 * vision_width(vision) * (full * work.vision.squared + squared_windows)
-    return 2 * vision_parameters(vision) * work.vision.patches + attention
+        in_windows = (vision.depth - full) * work.vision.patches * (vision.window_size // vision.patch_size) ** 2
+    return 4 * vision_width(vision) * (full * work.vision.squared + in_windows)
 
 
 def _head_dim(text: PreTrainedConfig) -> int:

@@ -1,0 +1,91 @@
+"""What a step costs: counted by torch on the stock models, computed here from the config."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from open_qwen2vl.families.interface import Media, StepWork
+from open_qwen2vl.families.qwen_vl.model import QwenVL
+from open_qwen2vl.families.qwen_vl.processing import QwenVLDocuments
+from tests.families.qwen_vl.packs import make_document
+from tests.qwen_vl import FAMILIES, make_model, make_processor
+
+PARTS = ("vision_tower", "projector", "language_model")
+SIDE = {"qwen2_vl": 112, "qwen2_5_vl": 112, "qwen3_vl": 128}  # 8 x 8 patches: four whole windows of 2.5
+
+
+def part_of(name: str) -> str:
+    return next((part for part, prefix in QwenVL.parts.items() if name.startswith(prefix)), "language_model")
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(family, qwen_vl_tokenizer):
+    return make_model(family, qwen_vl_tokenizer, "eager", tie_word_embeddings=False)
+
+
+def step(family: str, tokenizer) -> tuple[dict, StepWork]:
+    """The stock arguments of one document with an image, and its work."""
+    side = SIDE[family]
+    layout = QwenVLDocuments(make_processor(family, tokenizer))
+    document = make_document(layout, [(side, side), "a few words"])
+    ids = document["input_ids"][None]
+    inputs = {
+        "input_ids": ids,
+        "image_grid_thw": document["image_grid_thw"],
+        "pixel_values": torch.randn(64, 6 * layout.sizes.patch_size**2),
+        "mm_token_type_ids": (ids == layout.image_token_id).int(),
+        "use_cache": False,
+    }
+    work = layout.vision_work(Media("image", side, side))
+    assert work.patches == 64
+    return inputs, StepWork(ids.shape[1], ids.shape[1] ** 2, 1, work)
+
+
+def test_every_parameter_belongs_to_its_part(model):
+    owners = {}
+    for name, _ in model.named_parameters():
+        owners.setdefault(part_of(name), []).append(name)
+    assert set(owners) == set(PARTS)
+    assert all("merger" in name and "visual" in name for name in owners["projector"])
+    assert all("merger" not in name and "visual" in name for name in owners["vision_tower"])
+    assert not any("visual" in name for name in owners["language_model"])
+    names = {type(module).__name__ for module in model.modules()}
+    assert len(names & set(QwenVL.block_classes)) == 2
+
+
+def test_a_forward_costs_what_torch_counts(model, family, qwen_vl_tokenizer):
+    inputs, work = step(family, qwen_vl_tokenizer)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs)
+    # The stock eager attention computes the half above the diagonal as well.
+    text = model.config.text_config
+    above = 2 * text.num_hidden_layers * text.hidden_size * work.squared_lengths
+    assert QwenVL().step_flops(model.config, work, {}) + above == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    "trained", [{"language_model"}, {"projector"}, {"projector", "language_model"}, set(PARTS)], ids="+".join
+)
+def test_a_step_costs_what_torch_counts(model, family, qwen_vl_tokenizer, trained):
+    """But for a gradient or two at the edges: of the first layer's input where only the head asks for it."""
+    inputs, work = step(family, qwen_vl_tokenizer)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) in trained)
+    with FlopCounterMode(display=False) as counter:
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    counts = {part: 1 for part in trained}
+    text = model.config.text_config
+    above = 3 * 2 * text.num_hidden_layers * text.hidden_size * work.squared_lengths
+    computed = QwenVL().step_flops(model.config, work, counts) + above
+    assert computed == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_adapters_cost_what_they_have(model, family, qwen_vl_tokenizer):
+    _, work = step(family, qwen_vl_tokenizer)
+    flops = [QwenVL().step_flops(model.config, work, {"adapter": number}) for number in (1000, 3000)]
+    assert flops[1] - flops[0] == 6 * 2000 * work.tokens
