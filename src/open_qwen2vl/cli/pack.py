@@ -1,6 +1,7 @@
 """`open-qwen2vl pack`: a plan of packs from captions, interleaved documents or conversations."""
 
 from ..data.packing.options import PackOptions as OPTIONS
+from ..output_lock import only_writer
 
 SUMMARY = "plan which captions, documents or conversations share a pack (reads texts and headers, no images)"
 
@@ -20,18 +21,19 @@ def run(options: OPTIONS) -> None:
         )
     except (ValueError, OSError) as error:
         raise ValueError(f"--tokenizer {options.tokenizer}: {error}") from error
-    report = plan_packs(
-        shards,
-        options.output,
-        tokenizer,
-        image_seq_length=options.image_seq_length,
-        max_length=options.max_length,
-        max_images=options.max_images,
-        shards_per_group=options.shards_per_group,
-        images=options.images,
-        records_per_group=options.records_per_group,
-        caption_column=options.caption_column,
-        rules=options.rules,
-        num_workers=options.num_workers,
-    )
+    with only_writer(options.output):
+        report = plan_packs(
+            shards,
+            options.output,
+            tokenizer,
+            image_seq_length=options.image_seq_length,
+            max_length=options.max_length,
+            max_images=options.max_images,
+            shards_per_group=options.shards_per_group,
+            images=options.images,
+            records_per_group=options.records_per_group,
+            caption_column=options.caption_column,
+            rules=options.rules,
+            num_workers=options.num_workers,
+        )
     print(report)

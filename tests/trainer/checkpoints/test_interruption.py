@@ -9,8 +9,7 @@ import pytest
 from open_qwen2vl.trainer.checkpoints import interruption
 from open_qwen2vl.trainer.checkpoints.interruption import StopRequest, only_run_in
 
-# The module alone, which needs nothing but Python: the package would import torch for each process.
-LOAD = f"import runpy, sys, time\nmodule = runpy.run_path({interruption.__file__!r})\n"
+LOAD = "import sys, time\nfrom open_qwen2vl.trainer.checkpoints import interruption\nmodule = vars(interruption)\n"
 HOLD = """
 with module["only_run_in"](sys.argv[1], True):
     print("held", flush=True)

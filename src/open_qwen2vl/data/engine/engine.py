@@ -13,12 +13,14 @@ import gc
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -264,15 +266,37 @@ def _in_processes(
     context = multiprocessing.get_context("forkserver")
     module = getattr(make_worker, "func", make_worker).__module__
     context.set_forkserver_preload([module])  # imported once instead of by each worker
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(make_worker,)) as pool:
-        futures = {pool.submit(_work, task): task for task in tasks}
+        with deaf_to_ctrl_c():
+            futures = {pool.submit(_work, task): task for task in tasks}
         try:
             yield from ((futures[future], future.result()) for future in as_completed(futures))
         except BrokenProcessPool as error:
             message = "a worker process was killed, perhaps for want of memory: try fewer workers"
             raise ChildProcessError(message) from error
+        except BaseException as error:
+            if not isinstance(error, Exception):  # Ctrl-C, or nobody wants the rest: no task is waited for
+                for worker in set(multiprocessing.active_children()) - others:
+                    worker.kill()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def deaf_to_ctrl_c() -> Iterator[None]:
+    """Processes that are started in here do not hear Ctrl-C, which is for the one that ends them.
+
+    A terminal sends it to all, and each would print where it was. The signal is blocked and not ignored: here it comes
+    when the block ends.
+    """
+    resource_tracker.ensure_running()  # when it starts it unblocks the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _worker: Callable[[Any], Any] | None = None  # of this process, if it is one of a pool

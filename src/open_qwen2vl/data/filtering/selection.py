@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from ...files import remove_temporaries, renamed_when_whole, write_text
+from ...output_lock import only_writer
 from ..storage.tars import find_shards
 from ..storage.uids import UID_DTYPE, write_uids
 from .decisions import Selection, find_cuts
@@ -57,10 +58,20 @@ def select_pairs(options: FilterOptions) -> SelectionReport:
     output, folder = Path(options.output), options.report_folder
     term = parse_expression(options.keep)
     tars = find_shards(options.pool) if options.pool else None
-    output.parent.mkdir(parents=True, exist_ok=True)
+    with only_writer(output, is_file=True):
+        return _select(options, output, folder, term, tars)
+
+
+def _select(
+    options: FilterOptions, output: Path, folder: Path, term: Term, tars: list[Path] | None
+) -> SelectionReport:
+    """All steps, by the one process that writes the output."""
     remove_temporaries([output, folder / DECISIONS_NAME, folder / PAGE_NAME])
     work = output.with_name(f"{output.name}.work")
-    with open_database(work, options.memory_limit, options.threads) as connection, tqdm(total=4, unit=" steps") as bar:
+    with (
+        open_database(work, options.memory_limit, options.threads) as connection,
+        tqdm(total=4, unit=" steps") as bar,
+    ):
         bar.set_description("reading scores")
         found = find_scores(connection, options.scores)
         columns = _columns(term, found)

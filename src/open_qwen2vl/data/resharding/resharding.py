@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files import content_hash, describe_shard, remove_temporaries, write_json
+from ...output_lock import only_writer
 from ..engine.engine import ShardTask, process_rank, run_tasks
 from ..storage.tars import find_shards
 from ..storage.uids import read_uids, write_uids
@@ -95,13 +96,14 @@ def reshard(options: ReshardOptions) -> ReshardReport:
         "shuffle_seed": options.seed if options.shuffle else None,
         "shards": [describe_shard(tar, folder) for tar in tars],
     }
-    work = folder / _WORK
-    _claim(folder, recipe)
-    finished = _finished_report(folder)
-    if finished is None:
-        engine_options = {"engine": options.engine, "num_workers": options.num_workers}
-        finished = _make(folder, work, Path(options.subset).resolve(), tars, recipe, engine_options)
-    shutil.rmtree(work, ignore_errors=True)
+    with only_writer(folder):
+        work = folder / _WORK
+        _claim(folder, recipe)
+        finished = _finished_report(folder)
+        if finished is None:
+            engine_options = {"engine": options.engine, "num_workers": options.num_workers}
+            finished = _make(folder, work, Path(options.subset).resolve(), tars, recipe, engine_options)
+        shutil.rmtree(work, ignore_errors=True)
     return finished
 
 

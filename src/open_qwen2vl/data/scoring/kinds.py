@@ -8,7 +8,8 @@ from typing import Any
 
 from ...files import describe_shard
 from ...options import flag
-from ..engine.engine import Outcome, ShardTask, StepReport, run_tasks
+from ...output_lock import only_writer
+from ..engine.engine import Outcome, ShardTask, StepReport, process_rank, run_tasks
 from ..storage.tars import find_shards
 from .options import WITH_MODEL, ScoreOptions
 from .score_files import read_score_metadata
@@ -42,9 +43,16 @@ def score_pool(options: ScoreOptions) -> StepReport:
     if scorer in WITH_MODEL:
         workers, gpus, threads = _share(options)
     make_worker = _make_worker(scorer, given, name, recipe, threads)
-    return run_tasks(
-        tasks, make_worker, engine=options.engine, num_workers=workers, num_gpus=gpus, description=f"scoring {name}"
-    )
+    rank, ranks = process_rank()
+    with only_writer(folder, rank=rank, ranks=ranks):
+        return run_tasks(
+            tasks,
+            make_worker,
+            engine=options.engine,
+            num_workers=workers,
+            num_gpus=gpus,
+            description=f"scoring {name}",
+        )
 
 
 def _share(options: ScoreOptions) -> tuple[int | None, float, int]:

@@ -4,27 +4,20 @@ A training that is asked to leave finishes its step, saves a checkpoint and ends
 expects. A run that is started again while the old process is still writing waits for it.
 """
 
-import fcntl
-import logging
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
 
-logger = logging.getLogger(__name__)
+from ...output_lock import FolderInUse, only_writer
+
+__all__ = ["EXIT_CODE", "FolderInUse", "StopRequest", "only_run_in"]
 
 EXIT_CODE = 128 + signal.SIGTERM
-LOCK_NAME = ".lock"
 LOCK_SECONDS = 120  # longer than a step and a checkpoint take, mostly
 # Set by `accelerate launch` and torchrun: without them the parent is a shell, which may well end before the training.
 LAUNCHER_VARIABLES = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
-
-
-class FolderInUse(ValueError):
-    """Another process trains in the folder."""
 
 
 class StopRequest:
@@ -65,41 +58,6 @@ class StopRequest:
 
 @contextmanager
 def only_run_in(output_dir: str | os.PathLike, writes: bool) -> Iterator[None]:
-    """Hold the lock of a run's folder; it is free again as soon as the process is gone, however it went.
-
-    Args:
-        output_dir (`str` or `os.PathLike`): the folder; it is made.
-        writes (`bool`): whether this rank is the one that writes checkpoints; the others take no lock.
-
-    Raises:
-        FolderInUse: if another process still holds it after two minutes.
-    """
-    if not writes:
+    """Hold the lock of a run's folder, on the rank that writes checkpoints; `FolderInUse` if it stays taken."""
+    with only_writer(output_dir, "training in", patience=LOCK_SECONDS) if writes else nullcontext():
         yield
-        return
-    path = Path(output_dir) / LOCK_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:
-        _wait_for(file, path)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-
-
-def _wait_for(file, path: Path) -> None:
-    give_up = time.monotonic() + LOCK_SECONDS
-    told = False
-    while True:
-        try:
-            # POSIX locks belong to the process alone: the loader's forked workers do not keep them.
-            return fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            holder = file.read() or "unknown"
-            if time.monotonic() > give_up:
-                raise FolderInUse(f"process {holder} is training in {path.parent}: wait for it or stop it") from None
-            if not told:
-                logger.warning("waiting for process %s, which still writes to %s", holder, path.parent)
-                told = True
-            time.sleep(0.2)

@@ -1,0 +1,87 @@
+"""One process at a time writes an output: a lock file, which is free again as soon as its process is gone."""
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+logger = logging.getLogger(__name__)
+
+LOCK_NAME = ".lock"
+_HELD = (errno.EACCES, errno.EAGAIN)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system
+
+
+class FolderInUse(ValueError):
+    """Another process writes there."""
+
+
+@contextlib.contextmanager
+def only_writer(
+    output: str | os.PathLike,
+    doing: str = "writing",
+    *,
+    is_file: bool = False,
+    patience: float = 1,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Iterator[None]:
+    """Hold the lock of an output; `FolderInUse`, which names its process, if another holds it for `patience` seconds.
+
+    The lock of a folder lies in it, that of a file beside it. Of several ranks each holds a part, so that they work
+    side by side, but not beside another run.
+    """
+    output = Path(output)
+    path = output.with_name(f".{output.name}{LOCK_NAME}") if is_file else output / LOCK_NAME
+    made = not path.parent.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Bytes of the file stand for ranks; one process alone takes all that there could be.
+    length = 1 if ranks > 1 else 0
+    file = _wait_for(path, f"is {doing} {output}", patience, rank, length)
+    try:
+        if rank == 0:
+            os.ftruncate(file.fileno(), 0)
+            os.pwrite(file.fileno(), str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        if ranks == 1:
+            path.unlink(missing_ok=True)
+        file.close()
+        if made:
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()  # nothing was written
+
+
+def _wait_for(path: Path, what: str, patience: float, rank: int, length: int) -> BinaryIO:
+    give_up, told = time.monotonic() + patience, False
+    while True:
+        file = open(path, "a+b", buffering=0)
+        try:
+            # POSIX locks belong to the process alone: workers that it forks do not keep them.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, rank)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().decode(errors="replace") or "unknown"
+            if error.errno in _NO_LOCKS:
+                logger.warning("%s: no locks here (%s); run one process at a time", path.parent, error.strerror)
+                return file
+            file.close()
+            if error.errno not in _HELD:
+                raise
+            if time.monotonic() > give_up:
+                raise FolderInUse(f"process {holder} {what}: wait for it or stop it") from None
+            if not told:
+                logger.warning("waiting for process %s, which %s", holder, what)
+                told = True
+            time.sleep(0.1)
+            continue
+        # The last holder removes the file: one that is opened before that and locked after it locks nothing.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        file.close()
