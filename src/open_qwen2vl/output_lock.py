@@ -49,8 +49,9 @@ def only_writer(
             os.pwrite(file.fileno(), str(os.getpid()).encode(), 0)
         yield
     finally:
-        if ranks == 1:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # other ranks are still at work
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
         file.close()
         if made:
             with contextlib.suppress(OSError):

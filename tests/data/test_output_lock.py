@@ -55,6 +55,10 @@ def test_ranks_work_side_by_side_but_not_beside_another_run(tmp_path):
         for rank, ranks in ((1, 2), (0, 1)):
             with pytest.raises(FolderInUse), only_writer(tmp_path, patience=0, rank=rank, ranks=ranks):
                 pass
+        assert (tmp_path / ".lock").exists()
+    with only_writer(tmp_path, rank=1, ranks=2):
+        pass
+    assert not (tmp_path / ".lock").exists()
 
 
 @pytest.mark.parametrize("step", ["pack", "filter", "reshard", "score"])
