@@ -16,10 +16,17 @@ On a CPU say how many threads to use: `accelerate launch` gives a single process
 traceback after it.
 """
 
+import logging
+import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+# Before the imports that take ten seconds.
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
+    print("INFO importing torch, transformers and open_qwen2vl", file=sys.stderr, flush=True)
+
+from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from open_qwen2vl import (
     OpenQwen2VLForConditionalGeneration,
@@ -30,11 +37,14 @@ from open_qwen2vl import (
 from open_qwen2vl.data.packing.mixture import PackMixture, parse_sources
 from open_qwen2vl.data.packing.plan_files import read_plan
 from open_qwen2vl.trainer import parse_arguments, run_recipe
+from open_qwen2vl.trainer.model_loading import load_pretrained, tokens_per_image
+
+logger = logging.getLogger("pretrain")
 
 
 @dataclass
 class ModelArguments:
-    """The model to train: two backbones, or a checkpoint of this architecture."""
+    """The model to train: Open-Qwen2VL from two backbones, or a checkpoint of any family that packs."""
 
     vision_model: str | None = field(
         default=None, metadata={"help": "Hub id or folder of a SigLIP model, for a new model."}
@@ -43,11 +53,16 @@ class ModelArguments:
         default=None, metadata={"help": "Hub id or folder of a Qwen2 model, for a new model."}
     )
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of a checkpoint to go on from, instead of two backbones."}
+        default=None,
+        metadata={
+            "help": "Hub id or folder of a checkpoint, or of a training, to go on from instead of two backbones."
+        },
     )
     image_seq_length: int | None = field(
         default=None,
-        metadata={"help": "Tokens per image; must be that of the (last) plan, which is taken where none is given."},
+        metadata={
+            "help": "Tokens per image of Open-Qwen2VL: that of the (last) plan, which is taken where none is given."
+        },
     )
     attn_implementation: str = field(
         default="packed_varlen", metadata={"help": "Attention: packed_varlen, sdpa, eager or flash_attention_2."}
@@ -77,30 +92,32 @@ class DataArguments:
     )
 
 
+def load_model(args: ModelArguments, budget: int | None) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A checkpoint, or a new model from two backbones; `budget` is the packs' number of tokens per image."""
+    if args.model_name_or_path is not None:
+        model, processor = load_pretrained(args.model_name_or_path, args.dtype, args.attn_implementation)
+        if budget is not None:
+            model.config.image_seq_length = processor.image_seq_length = budget
+        return model, processor
+    backbones = (args.vision_model, args.text_model)
+    logger.info("building a new model from %s and %s (%s)", *backbones, args.dtype)
+    options = {"dtype": args.dtype, "attn_implementation": args.attn_implementation}
+    model = OpenQwen2VLForConditionalGeneration.from_vision_text_pretrained(*backbones, budget, **options)
+    return model, OpenQwen2VLProcessor.from_vision_text_pretrained(*backbones, budget)
+
+
 def build_trainer(
     model_args: ModelArguments, data_args: DataArguments, args: PackedTrainingArguments
 ) -> PackedTrainer:
     """Model, processor and packs, put together."""
-    sources = parse_sources(data_args.train_packs)
-    # The plan says how many tokens an image takes: it reserved the places. Where it changes, the last is the model's.
-    budget = read_plan(Path(sources[-1].path))["image_seq_length"]
-    if model_args.image_seq_length not in (None, budget):
-        raise ValueError(
-            f"image_seq_length is {model_args.image_seq_length}, but {sources[-1].path} was planned for {budget}"
-        )
     if bool(data_args.eval_packs) == (args.eval_strategy == "no"):
         raise ValueError("eval_packs and eval_strategy (steps or epoch) go together")
-
+    sources = parse_sources(data_args.train_packs)
+    logger.info("reading the plan of %s", ", ".join(source.path for source in sources))
+    plans = {source.path: read_plan(Path(source.path)) for source in sources}
+    budget = tokens_per_image(model_args.image_seq_length, plans)
     set_seed(args.seed)
-    options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
-    if model_args.model_name_or_path is not None:
-        model = AutoModelForImageTextToText.from_pretrained(model_args.model_name_or_path, **options)
-        processor = AutoProcessor.from_pretrained(model_args.model_name_or_path)
-        model.config.image_seq_length = processor.image_seq_length = budget
-    else:
-        backbones = (model_args.vision_model, model_args.text_model)
-        model = OpenQwen2VLForConditionalGeneration.from_vision_text_pretrained(*backbones, budget, **options)
-        processor = OpenQwen2VLProcessor.from_vision_text_pretrained(*backbones, budget)
+    model, processor = load_model(model_args, budget)
     return PackedTrainer(
         model=model,
         args=args,
@@ -113,7 +130,8 @@ def build_trainer(
 def main() -> None:
     """Train, save, plot, sum up."""
     model_args, data_args, args = parse_arguments(
-        (ModelArguments, DataArguments, PackedTrainingArguments), "Pre-train Open-Qwen2VL on packs."
+        (ModelArguments, DataArguments, PackedTrainingArguments),
+        "Train a vision-language model on packs of image-text pairs and documents.",
     )
     run_recipe("pretrain.py", lambda: build_trainer(model_args, data_args, args), args)
 

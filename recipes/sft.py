@@ -10,20 +10,22 @@ a run holds here too: the same command goes on from the newest checkpoint, and `
 adapter's folder with `use_peft`), `loss.png` and `train_results.json`. docs/sft.md tells more.
 """
 
+import logging
+import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+# Before the imports that take ten seconds.
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
+    print("INFO importing torch, transformers, TRL and open_qwen2vl", file=sys.stderr, flush=True)
+
 import datasets
 import torch
+from datasets.exceptions import DatasetsError
 from peft import LoraConfig
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    ProcessorMixin,
-    set_seed,
-)
+from pyarrow import ArrowException
+from transformers import BitsAndBytesConfig, PreTrainedModel, ProcessorMixin, set_seed
 
 from open_qwen2vl import PackedSFTConfig, PackedSFTTrainer
 from open_qwen2vl.data.packing.mixture import PackMixture, parse_sources
@@ -31,6 +33,9 @@ from open_qwen2vl.data.packing.plan_files import read_plan
 from open_qwen2vl.data.packing.unpacked_dataset import UnpackedConversations
 from open_qwen2vl.trainer import parse_arguments, run_recipe
 from open_qwen2vl.trainer.lora import ATTENTION_MODULES, MLP_MODULES, UNQUANTISED_MODULES, lora_config
+from open_qwen2vl.trainer.model_loading import load_pretrained, tokens_per_image
+
+logger = logging.getLogger("sft")
 
 FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -39,7 +44,9 @@ FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 class ModelArguments:
     """The model to fine-tune, and its adapter; names and defaults as in TRL's `ModelConfig`."""
 
-    model_name_or_path: str = field(metadata={"help": "Hub id or folder of a pre-trained or converted model."})
+    model_name_or_path: str = field(
+        metadata={"help": "Hub id or folder of a model of any family that packs, or of a training."}
+    )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
     dtype: str = field(
         default="float32",
@@ -97,7 +104,7 @@ class DataArguments:
     image_seq_length: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens per image. Packs have the plan's; else all patches of the vision tower by default (729)."
+            "help": "Tokens per image of Open-Qwen2VL. Packs have the plan's; else all patches of the tower (729)."
         },
     )
 
@@ -112,8 +119,9 @@ def load_model(
     model_args: ModelArguments, args: PackedSFTConfig
 ) -> tuple[PreTrainedModel, ProcessorMixin, LoraConfig | None]:
     """Model, processor, and the adapter to train, if any."""
-    source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
-    options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+    if args.model_init_kwargs:
+        raise ValueError("model_init_kwargs is not supported: give dtype, attn_implementation and model_revision")
+    options = {}
     if model_args.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -121,7 +129,13 @@ def load_model(
             bnb_4bit_compute_dtype=torch.bfloat16 if args.bf16 else torch.float32,
             llm_int8_skip_modules=UNQUANTISED_MODULES,
         )
-    model = AutoModelForImageTextToText.from_pretrained(model_args.model_name_or_path, **source, **options)
+    model, processor = load_pretrained(
+        model_args.model_name_or_path,
+        model_args.dtype,
+        model_args.attn_implementation,
+        model_args.model_revision,
+        **options,
+    )
     adapter = lora_config(
         model_args.lora_r,
         model_args.lora_alpha,
@@ -131,7 +145,6 @@ def load_model(
         use_rslora=model_args.use_rslora,
         use_dora=model_args.use_dora,
     )
-    processor = AutoProcessor.from_pretrained(model_args.model_name_or_path, **source)
     return model, processor, adapter if model_args.use_peft else None
 
 
@@ -150,7 +163,10 @@ def load_rows(data_args: DataArguments, args: PackedSFTConfig, processor: Proces
 
     def load(split: str) -> UnpackedConversations:
         rows = read_split(path, data_args.dataset_config, split)
-        return UnpackedConversations(rows, processor, args.max_length, processor.image_seq_length, folder)
+        if not len(rows):
+            raise ValueError(f"{path}: no rows in its split {split!r}")
+        budget = getattr(processor, "image_seq_length", None)
+        return UnpackedConversations(rows, processor, args.max_length, budget, folder)
 
     evaluated = args.eval_strategy != "no"
     return load(data_args.dataset_train_split), load(data_args.dataset_test_split) if evaluated else None
@@ -158,7 +174,17 @@ def load_rows(data_args: DataArguments, args: PackedSFTConfig, processor: Proces
 
 def read_split(path: Path, config: str | None, split: str) -> datasets.Dataset:
     """A split of a data set in a file, in a folder of `save_to_disk`, or on the Hub."""
+    try:
+        return _read_split(path, config, split)
+    except (DatasetsError, ArrowException) as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"cannot read {path}: {type(cause).__name__}: {cause}"[:500]) from error
+
+
+def _read_split(path: Path, config: str | None, split: str) -> datasets.Dataset:
     if path.suffix in FILES:
+        if path.is_file() and not path.stat().st_size:
+            raise ValueError(f"{path} is empty")
         return datasets.load_dataset(FILES[path.suffix], data_files=str(path), split=split)
     if not path.is_dir():
         return datasets.load_dataset(str(path), config, split=split)
@@ -173,16 +199,16 @@ def build_trainer(model_args: ModelArguments, data_args: DataArguments, args: Pa
     """Model, processor and conversations, put together."""
     budget = data_args.image_seq_length
     if data_args.train_packs:
-        # The plan reserved the places of an image. Where their number changes, the last is the model's.
-        last = parse_sources(data_args.train_packs)[-1].path
-        planned = read_plan(Path(last))["image_seq_length"]
-        if budget not in (None, planned):
-            raise ValueError(f"image_seq_length is {budget}, but {last} was planned for {planned}")
-        budget = planned
+        sources = parse_sources(data_args.train_packs)
+        logger.info("reading the plan of %s", ", ".join(source.path for source in sources))
+        budget = tokens_per_image(budget, {source.path: read_plan(Path(source.path)) for source in sources})
     set_seed(args.seed)
     model, processor, adapter = load_model(model_args, args)
-    budget = model.config.patches_per_side**2 if budget is None else budget
-    model.config.image_seq_length = processor.image_seq_length = budget
+    if hasattr(model.config, "patches_per_side"):
+        budget = model.config.patches_per_side**2 if budget is None else budget
+        model.config.image_seq_length = processor.image_seq_length = budget
+    elif budget is not None:
+        raise ValueError("remove image_seq_length: it is Open-Qwen2VL's; here an image's size decides")
     load = load_packs if data_args.train_packs else load_rows
     train_dataset, eval_dataset = load(data_args, args, processor)
     return PackedSFTTrainer(model, args, train_dataset, eval_dataset, processor, adapter)
@@ -191,7 +217,7 @@ def build_trainer(model_args: ModelArguments, data_args: DataArguments, args: Pa
 def main() -> None:
     """Train, save, plot, sum up."""
     model_args, data_args, args = parse_arguments(
-        (ModelArguments, DataArguments, PackedSFTConfig), "Fine-tune Open-Qwen2VL on conversations."
+        (ModelArguments, DataArguments, PackedSFTConfig), "Fine-tune a vision-language model on conversations."
     )
     run_recipe("sft.py", lambda: build_trainer(model_args, data_args, args), args)
 

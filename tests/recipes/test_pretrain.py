@@ -18,7 +18,9 @@ import yaml
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from open_qwen2vl import cli
+from open_qwen2vl import PackedTrainingArguments, cli
+from open_qwen2vl.trainer import parse_arguments
+from open_qwen2vl.trainer.run import asked_checkpoint
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -93,6 +95,7 @@ def launched(config) -> tuple[Path, subprocess.CompletedProcess]:
 def test_accelerate_launch_trains_and_saves_all(launched, backbones):
     output_dir, done = launched
     assert {path.name for path in output_dir.iterdir()} == {
+        "README.md",
         "model",
         "loss.png",
         "train_results.json",
@@ -111,6 +114,14 @@ def test_accelerate_launch_trains_and_saves_all(launched, backbones):
     assert f"{results['tokens']:,}" in done.stdout and "tokens/s" in done.stdout
     assert "tok/s" in done.stderr and "30/30" in done.stderr and "eval loss" in done.stderr
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr, done.stderr
+    # What it does, from the first second.
+    told = [line for line in done.stderr.splitlines() if line.startswith("INFO ")]
+    assert told[0] == "INFO importing torch, transformers and open_qwen2vl"
+    order = ["reading the plan of", "building a new model from", "training ", " packs, 2 a step, 1 devices"]
+    assert [next(i for i, line in enumerate(told) if text in line) for text in order] == list(range(1, 5)), told
+    card = (output_dir / "README.md").read_text()
+    assert card == (output_dir / "model" / "README.md").read_text()
+    assert "| Steps | 30 |" in card and "| Samples read | 80 |" in card and "| learning_rate | 0.002 |" in card
 
     model = AutoModelForImageTextToText.from_pretrained(output_dir / "model")
     processor = AutoProcessor.from_pretrained(output_dir / "model")
@@ -150,10 +161,31 @@ def test_a_killed_run_goes_on_with_the_very_same_losses(launched, config, monkey
     assert f"{found['tokens']:,}" in capsys.readouterr().out
 
 
+def test_the_first_line_comes_before_torch():
+    """Without any library to be found, so before any is looked for."""
+    done = subprocess.run([sys.executable, "-S", str(RECIPES / "pretrain.py")], capture_output=True, text=True)
+    first, *rest = done.stderr.splitlines()
+    assert first.startswith("INFO importing torch") and rest[-1].startswith("ModuleNotFoundError")
+
+
+@pytest.mark.parametrize("value", ["true", "{newest}", "{run}"])
+def test_resuming_by_name(launched, config, tmp_path, value):
+    """True is the newest checkpoint, as nothing is; a folder is a checkpoint or a run."""
+    run = launched[0]
+    value = value.format(newest=run / "checkpoint-30", run=run)
+    args = PackedTrainingArguments(str(run), use_cpu=True, resume_from_checkpoint=value)
+    assert asked_checkpoint(args) == str(run / "checkpoint-30")
+    args.resume_from_checkpoint, fresh = "false", PackedTrainingArguments(str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match="is false, but .*checkpoint-30 is there"):
+        asked_checkpoint(args)
+    fresh.resume_from_checkpoint = "true"
+    assert asked_checkpoint(fresh) is None
+
+
 def test_a_checkpoint_trains_on(launched, tmp_path, config, monkeypatch, backbones):
     options = yaml.safe_load(config.read_text())
     del options["vision_model"], options["text_model"]
-    options |= {"model_name_or_path": str(launched[0] / "model"), "dataloader_num_workers": 0, "max_steps": 2}
+    options |= {"model_name_or_path": str(launched[0]), "dataloader_num_workers": 0, "max_steps": 2}
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(options))
     run_here(monkeypatch, path, "--output_dir", tmp_path / "run", "--eval_strategy", "no", "--eval_packs=")
@@ -169,10 +201,16 @@ def test_a_checkpoint_trains_on(launched, tmp_path, config, monkeypatch, backbon
         (["--eval_strategy", "no"], "eval_packs and eval_strategy"),
         (["--vision_model", "/nowhere"], "/nowhere"),
         (["--learning_rat", "1"], "did you mean 'learning_rate'"),
+        (["--resume_from_checkpoint", "nowhere"], "resume_from_checkpoint: nowhere is no complete checkpoint"),
+        (["--output_dir", "{config}"], "config.yaml is a file"),
+        (["--ignore_data_skip"], "ignore_data_skip is not supported: a resumed run would read packs again"),
+        (["--train_sampling_strategy", "sequential"], "train_sampling_strategy is not supported"),
+        (["--report_to", "clearml"], "report_to: clearml is not installed"),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_line(config, tmp_path, monkeypatch, capsys, options, message):
     with pytest.raises(SystemExit) as stop:
+        options = [option.format(config=config) for option in options]
         run_here(monkeypatch, config, "--output_dir", tmp_path / "run", *options)
     error = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2
@@ -189,9 +227,6 @@ def test_help_lists_options_and_defaults(monkeypatch, capsys):
 
 
 def test_the_full_size_config_is_valid(tmp_path):
-    from open_qwen2vl import PackedTrainingArguments
-    from open_qwen2vl.trainer import parse_arguments
-
     recipe = runpy.run_path(str(RECIPES / "pretrain.py"))
     classes = (recipe["ModelArguments"], recipe["DataArguments"], PackedTrainingArguments)
     path = str(RECIPES / "pretrain_2b.yaml")

@@ -159,7 +159,13 @@ def test_an_adapter_from_the_command_line(config, model_folder, tmp_path, monkey
     image = tmp_path / "red.png"
     Image.new("RGB", (50, 30), "red").save(image)
     monkeypatch.setattr(sys, "stdin", io.StringIO("a photo\n"))
-    assert cli.main(["chat", str(tmp_path / "model"), "--image", str(image), "--max-new-tokens", "3"]) == 0
+    assert cli.main(["chat", str(tmp_path), "--image", str(image), "--max-new-tokens", "3"]) == 0
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert card == (tmp_path / "README.md").read_text()
+    assert f"LoRA adapter of `{model_folder}`" in card and "| Steps | 3 |" in card and "TRL" not in card
+    # The run's folder is a model to train on: merged into its base.
+    run_here(monkeypatch, config, "--model_name_or_path", tmp_path, "--output_dir", tmp_path / "on", "--max_steps", 1)
+    assert (tmp_path / "on" / "model" / "config.json").exists()
 
 
 def test_qlora_from_the_command_line(config, tmp_path, monkeypatch):
@@ -224,9 +230,24 @@ def test_unpacked(config, rows, model_folder, tmp_path, monkeypatch):
         (["--use_peft", "--train_vision_tower"], "train_vision_tower does not go with an adapter"),
         (["--packing"], "packing is not supported: it is TRL's"),
         (["--lora_rank", "8"], "unknown option"),
+        (
+            ["--trust_remote_code"],
+            "trust_remote_code is not supported: code that comes with a checkpoint is never run",
+        ),
+        (["--model_init_kwargs", '{"revision": "x"}'], "model_init_kwargs is not supported"),
+        (["--train_packs=", "--dataset_name", "{empty}"], "empty.jsonl is empty"),
+        (["--train_packs=", "--dataset_name", "{broken}"], "cannot read {broken}: "),
+        (["--train_packs=", "--dataset_name", "{lines}"], "lines.jsonl"),
+        (["--train_packs=", "--dataset_name", "{words}"], "no column messages or conversations among text"),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_line(config, tmp_path, monkeypatch, capsys, options, message):
+    files = {"empty": "", "broken": '{"messages": [{"role"\n', "lines": "\n\n", "words": '{"text": "a"}\n'}
+    places = {name: str(tmp_path / f"{name}.jsonl") for name in files}
+    for name, text in files.items():
+        Path(places[name]).write_text(text)
+    options = options if "{" in options[-1][:1] and '"' in options[-1] else [o.format(**places) for o in options]
+    message = message.format(**places)
     with pytest.raises(SystemExit) as stop:
         run_here(monkeypatch, config, "--output_dir", tmp_path / "run", *options)
     error = capsys.readouterr().err.splitlines()[-1]

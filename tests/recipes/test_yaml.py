@@ -132,6 +132,10 @@ def test_low_to_high_goes_from_few_tokens_an_image_to_many(recipe, plans, backbo
         "--save_strategy",
         "no",
     )
+    arguments[0].image_seq_length = 4
+    with pytest.raises(ValueError, match="remove image_seq_length: the packs have 4, then 16 tokens an image"):
+        recipe["build_trainer"](*arguments)
+    arguments[0].image_seq_length = None
     trainer = recipe["build_trainer"](*arguments)
     budgets = [batch["image_seq_length"] for batch in trainer.get_train_dataloader()]
     assert set(budgets) == {4, 16} and budgets == sorted(budgets)

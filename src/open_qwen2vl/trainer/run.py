@@ -1,11 +1,13 @@
 """A training from built trainer to finished folder: what the recipes share."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import transformers
+from transformers.trainer import TRAINER_STATE_NAME
 
 from .arguments import PackedArguments
 from .checkpoints.folders import CheckpointError, newest_complete_checkpoint, save_final_model
@@ -34,8 +36,8 @@ def run_recipe(program: str, build_trainer: Callable[[], PackedTraining], args: 
     level = logging.INFO if args.process_index == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s %(message)s")
     try:
+        checkpoint = asked_checkpoint(args)
         trainer = build_trainer()
-        checkpoint = args.resume_from_checkpoint or newest_complete_checkpoint(args.output_dir)
         if checkpoint is not None:
             check_same_run(checkpoint, trainer.run_record())
     except (ValueError, OSError) as error:
@@ -58,6 +60,30 @@ def run_recipe(program: str, build_trainer: Callable[[], PackedTraining], args: 
     _finish(trainer, Path(args.output_dir))
 
 
+def asked_checkpoint(args: PackedArguments) -> str | None:
+    """The checkpoint to go on from: the one that was named, else the newest in `output_dir`, if there is any."""
+    asked, output_dir = args.resume_from_checkpoint, Path(args.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"output_dir: {output_dir} is a file")
+    existing = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"output_dir: {existing} cannot be written to")
+    newest = newest_complete_checkpoint(output_dir)
+    if asked in (None, "") or str(asked).lower() == "true":
+        return newest
+    if str(asked).lower() == "false":
+        if newest is not None:
+            raise ValueError(f"resume_from_checkpoint is false, but {newest} is there: give a new output_dir")
+        return None
+    # A checkpoint's folder, or that of a run.
+    if (Path(asked) / TRAINER_STATE_NAME).exists():
+        return str(asked)
+    newest = newest_complete_checkpoint(asked)
+    if newest is None:
+        raise ValueError(f"resume_from_checkpoint: {asked} is no complete checkpoint")
+    return newest
+
+
 def _fail(program: str, error: Exception, args: PackedArguments, code: int) -> None:
     # A loss is judged by all ranks alike, and anything else is told by the rank that met it.
     if args.process_index == 0 or isinstance(error, CheckpointError):
@@ -69,9 +95,13 @@ def _announce(trainer: PackedTraining, checkpoint: str | None) -> None:
     parameters = [p.numel() for p in trainer.model.parameters()]
     trained = [p.numel() for p in trainer.model.parameters() if p.requires_grad]
     logger.info("training %s of %s parameters", f"{sum(trained):,}", f"{sum(parameters):,}")
-    logger.info("%s packs, %s devices", f"{len(trainer.train_dataset):,}", trainer.args.world_size)
+    args = trainer.args
+    step = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    logger.info("%s packs, %s a step, %s devices", f"{len(trainer.train_dataset):,}", step, args.world_size)
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)
+    if args.torch_compile:
+        logger.info("the first steps compile the model, which takes minutes")
 
 
 def _finish(trainer: PackedTraining, output_dir: Path) -> None:

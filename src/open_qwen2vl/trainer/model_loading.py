@@ -1,0 +1,70 @@
+"""The model that a recipe starts from: of any family, all weights or an adapter; no code that comes with it is run."""
+
+import logging
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+import open_qwen2vl  # noqa: F401 (the Auto classes find its model)
+
+from ..model_folders import is_adapter, model_folder
+
+logger = logging.getLogger(__name__)
+
+PACKED = "packed_varlen"
+
+
+def load_pretrained(
+    name: str, dtype: str, attn_implementation: str, revision: str = "main", **options: Any
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load a model to train on, and its processor.
+
+    Args:
+        name (`str`): hub id, folder of a model, or of a training. An adapter is merged into its base model.
+        dtype (`str`): of the weights.
+        attn_implementation (`str`): of the language model.
+        revision (`str`): of a model on the Hub.
+        options: passed to `from_pretrained`.
+
+    Raises:
+        ValueError: where there is no model, or for an adapter on a base that would be quantised.
+    """
+    folder = model_folder(name)
+    logger.info("loading the model from %s (%s)", folder, dtype)
+    processor = AutoProcessor.from_pretrained(folder, revision=revision, trust_remote_code=False)
+    options = {"dtype": dtype, **options}
+    if is_adapter(folder):
+        if "quantization_config" in options:
+            raise ValueError(f"{folder} is an adapter: merge it and save the model before training in 4 bits")
+        from .lora import merged_model  # PEFT takes seconds to import
+
+        logger.info("its adapter is merged into the base model")
+        return merged_model(folder, **options), processor
+    config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=False)
+    if config.model_type == "open_qwen2vl" or attn_implementation != PACKED:
+        # Other families get the packed attention when they are prepared for packing.
+        options["attn_implementation"] = attn_implementation
+    model = AutoModelForImageTextToText.from_pretrained(folder, revision=revision, trust_remote_code=False, **options)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(f"{name} is an adapter: download it and name its folder, or merge it into its base model")
+    return model, processor
+
+
+def tokens_per_image(given: int | None, plans: dict[str, dict[str, Any]]) -> int | None:
+    """Tokens per image of the model that packs make, from their plans by path, in the order of training.
+
+    The last plan's: where the number changes, training ends with it. None for families whose images differ in size.
+
+    Raises:
+        ValueError: for a given number that is not the plans'.
+    """
+    budgets = {path: plan.get("vision", plan).get("image_seq_length") for path, plan in plans.items()}
+    path, last = list(budgets.items())[-1]
+    if given in (None, last):
+        return last
+    if last is None:
+        raise ValueError(f"remove image_seq_length: it is Open-Qwen2VL's, and {path} was planned for another family")
+    if len(set(budgets.values())) > 1:
+        numbers = ", then ".join(str(budget) for budget in dict.fromkeys(budgets.values()))
+        raise ValueError(f"remove image_seq_length: the packs have {numbers} tokens an image, one after the other")
+    raise ValueError(f"image_seq_length is {given}, but {path} was planned for {last}: remove image_seq_length")
