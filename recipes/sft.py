@@ -179,6 +179,8 @@ def read_split(path: Path, config: str | None, split: str) -> datasets.Dataset:
     except (DatasetsError, ArrowException) as error:
         cause = error.__cause__ or error
         raise ValueError(f"cannot read {path}: {type(cause).__name__}: {cause}"[:500]) from error
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
 
 
 def _read_split(path: Path, config: str | None, split: str) -> datasets.Dataset:

@@ -89,7 +89,8 @@ def test_commands_for_elsewhere_have_known_options():
     for command in elsewhere:
         if command[0] == "sbatch":
             assert command[:3] == ["sbatch", "--nodes", "4"] and (ROOT / command[3]).exists()
-            words = command[4:]
+            assert (ROOT / command[4]).exists()
+            words = command[5:]
         else:
             args = launch_command_parser().parse_args(command[2:])
             assert (ROOT / args.config_file).exists() and (ROOT / args.training_script).exists()

@@ -19,7 +19,7 @@ from tests.tars import write_caption_tar
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 CONFIGS = sorted(path.stem for path in (RECIPES / "accelerate").glob("*.yaml"))
-SBATCH = RECIPES / "slurm" / "pretrain.sbatch"
+SBATCH = RECIPES / "slurm" / "train.sbatch"
 ENVIRONMENT = {
     **os.environ,
     "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
@@ -128,15 +128,13 @@ case "$1" in show) echo 127.0.0.1;; requeue) echo "$2" > "$REQUEUED";; esac
 
 @pytest.mark.slow
 def test_the_slurm_script_stops_and_requeues(config, tmp_path):
-    for name, content in (("srun", SRUN), ("scontrol", SCONTROL)):
-        (tmp_path / name).write_text(content)
-        (tmp_path / name).chmod(0o755)
+    write_programs(tmp_path, srun=SRUN, scontrol=SCONTROL)
     job = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_NODELIST": "node[0-1]"}
     job |= {"SLURM_JOB_ID": str(os.getpid()), "REQUEUED": str(tmp_path / "requeued")}
     job |= {"ACCELERATE_CONFIG": "recipes/accelerate/two_cpu_processes.yaml"}
     output_dir = tmp_path / "run"
     script = subprocess.Popen(
-        ["bash", str(SBATCH), str(config), "--output_dir", str(output_dir)],
+        ["bash", str(SBATCH), "recipes/pretrain.py", str(config), "--output_dir", str(output_dir)],
         env={**ENVIRONMENT, **job, "PATH": os.pathsep.join([str(tmp_path), ENVIRONMENT["PATH"]])},
         cwd=RECIPES.parent,
         stderr=subprocess.PIPE,
@@ -155,5 +153,30 @@ def test_the_slurm_script_stops_and_requeues(config, tmp_path):
     assert "pretrain.py: stopped on request; the same command goes on" in errors
 
 
-def test_the_slurm_script_is_bash():
-    subprocess.run(["bash", "-n", str(SBATCH)], check=True)
+def write_programs(folder: Path, **programs: str) -> None:
+    for name, content in programs.items():
+        (folder / name).write_text(content)
+        (folder / name).chmod(0o755)
+
+
+@pytest.mark.parametrize("variables", [{}, {"PROCESSES_PER_NODE": "2", "OMP_NUM_THREADS": "3"}])
+def test_the_slurm_script_launches_any_recipe(tmp_path, variables):
+    """Each machine's launcher, with the environment activated, its share of CPUs, and all arguments as they are."""
+    launcher = '#!/bin/bash\necho "$(printf "%s|" "$ACTIVATED" "$OMP_NUM_THREADS" "$@")"\n'
+    write_programs(tmp_path, srun=SRUN, scontrol=SCONTROL, accelerate=launcher)
+    (tmp_path / "activate").write_text("export ACTIVATED=$NOT_SET+yes\n")
+    job = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_JOB_ID": "30007"}
+    job |= {"SLURM_CPUS_PER_TASK": "30", "ACTIVATE": str(tmp_path / "activate"), "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    arguments = ["recipes/sft.py", "my config.yaml", "--output_dir", "runs/a b"]
+    done = subprocess.run(
+        ["bash", str(SBATCH), *arguments], env=job | variables, capture_output=True, text=True, cwd=RECIPES.parent
+    )
+    assert done.returncode == 0, done.stderr
+    processes, threads = ("4", "3") if variables else ("8", "7")
+    expected = [
+        f"+yes|{threads}|launch|--config_file|recipes/accelerate/fsdp2_multinode.yaml|--num_machines|2|--num_processes|"
+        f"{processes}|--machine_rank|{node}|--main_process_ip|127.0.0.1|--main_process_port|20007|"
+        + "".join(f"{argument}|" for argument in arguments)
+        for node in (0, 1)
+    ]
+    assert sorted(done.stdout.splitlines()) == expected

@@ -228,7 +228,7 @@ def test_unpacked(config, rows, model_folder, tmp_path, monkeypatch):
         (["--load_in_4bit"], "load_in_4bit needs use_peft"),
         (["--use_peft", "--lora_target_modules", "qproj"], "choose from q_proj"),
         (["--use_peft", "--train_vision_tower"], "train_vision_tower does not go with an adapter"),
-        (["--packing"], "packing is not supported: it is TRL's"),
+        (["--packing"], "packing is not supported: it prepares TRL's"),
         (["--lora_rank", "8"], "unknown option"),
         (
             ["--trust_remote_code"],
