@@ -5,8 +5,6 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-import open_qwen2vl  # noqa: F401 (the Auto classes find its model)
-
 from ..model_folders import is_adapter, model_folder
 
 logger = logging.getLogger(__name__)
