@@ -9,8 +9,10 @@ import yaml
 from open_qwen2vl import OpenQwen2VLConfig
 from open_qwen2vl.cli import main
 from open_qwen2vl.data import plan_packs
-from open_qwen2vl.estimate.estimate import PRICES, estimate_run
+from open_qwen2vl.estimate.estimate import PRICES, estimate_run, find_gpu
+from open_qwen2vl.estimate.figures import duration
 from open_qwen2vl.estimate.inputs import DEFAULTS, assumed_work, planned_work, read_recipe, read_training
+from open_qwen2vl.estimate.options import EstimateOptions
 from open_qwen2vl.trainer.figures.flops import GPUS, step_flops
 from tests.tars import write_caption_tar
 
@@ -55,7 +57,8 @@ def test_the_papers_run_on_its_gpus():
     They were counted for whole-pack attention and 27 vision blocks: 7.11e19 FLOPs, where isolation needs 6.48e19.
     """
     work = assumed_work(28.4e6, 176, 1, 144)
-    figures = estimate_run(RECIPE_2B, OpenQwen2VLConfig(), work, "a100-40gb", 8, mfu=0.288).as_dict()
+    options = EstimateOptions("", "a100-40gb", 8, mfu=0.288)
+    figures = estimate_run(RECIPE_2B, OpenQwen2VLConfig(), work, options).as_dict()
     assert (figures["packs_per_step"], figures["steps"]) == (256, 4767)
     assert figures["tokens"] == pytest.approx(5e9, rel=1e-3) and figures["images"] == 28.4e6
     assert figures["flops"] == pytest.approx(6.48e19, rel=1e-3)
@@ -69,7 +72,8 @@ def test_figures_follow_from_the_flops_and_the_peak(plans):
     config, (work,) = OpenQwen2VLConfig(), planned_work(str(plans / "small"))
     totals = json.loads((plans / "small" / "plan.json").read_text())["totals"]
     assert (work.packs, work.tokens, work.images) == (totals["packs"], totals["tokens"], 24)
-    result = estimate_run({**options, "max_steps": 5}, config, [work], "h100", 2, mfu=0.4, price_per_hour=3)
+    on = EstimateOptions("", "h100", 2, mfu=0.4, price_per_hour=3)
+    result = estimate_run({**options, "max_steps": 5}, config, [work], on)
     # The five packs are filled up to one step of twelve; five steps read them five times.
     flops = 5 * step_flops(config, work.tokens, totals["tokens"] ** 2 / 24, 24, 4)
     assert (work.packs, result.steps, result.packs_per_step) == (5, 5, 12)
@@ -77,7 +81,7 @@ def test_figures_follow_from_the_flops_and_the_peak(plans):
     assert result.hours * 3600 == pytest.approx(flops / (2 * 0.4 * GPUS["h100"].peak_flops))
     assert result.tokens_per_second * result.hours * 3600 == pytest.approx(5 * work.tokens)
     assert result.as_dict()["cost"] == pytest.approx(result.hours * 2 * 3)
-    result = estimate_run({**options, "num_train_epochs": 2.5}, config, [work], "h100")
+    result = estimate_run({**options, "num_train_epochs": 2.5}, config, [work], EstimateOptions("", "h100"))
     assert result.steps == 3 and result.images == 24 * 2.5
 
 
@@ -95,9 +99,29 @@ def test_the_command_prints_a_table(recipe, capsys):
     lines = capsys.readouterr().out.splitlines()
     by_name = {line.split()[0]: line for line in lines if line}
     assert by_name["vision"].endswith("frozen") and by_name["projector"].endswith("trains")
-    assert by_name["GiB"].split()[-2:] == ["DDP", "FSDP2"] and by_name["of"].split()[1:] == ["23.5", "fits", "fits"]
+    assert by_name["MiB"].split()[-2:] == ["DDP", "FSDP2"]
+    assert by_name["of"].split()[1:] == ["24,064.0", "fits", "fits"]
     assert "no price is known" in by_name["cost"] and "MFU 50% (--mfu)" in by_name["assumed"]
     assert len({len(line) for line in lines if line.endswith(("DDP     FSDP2", "fits      fits"))}) == 1
+
+
+def test_small_figures_are_told_in_small_units(recipe, capsys):
+    assert main(["estimate", recipe(), "--gpu", "rtx4090"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    by_name = {line.split()[0]: line.split() for line in lines if line}
+    assert by_name["MiB"] == ["MiB", "on", "each", "GPU", "one", "GPU"] and by_name["of"] == ["of", "24,064.0", "fits"]
+    assert 0 < float(by_name["weights"][1].replace(",", "")) and by_name["time"][2] == "s,"
+    times = {0.0: "0.0 s", 1e-6: "0.0036 s", 0.02: "72.0 s", 0.5: "30.0 min", 1.99: "119.4 min", 2.5: "2.5 h"}
+    assert {hours: duration(hours) for hours in times} == times
+
+
+def test_a_gpu_is_found_by_any_way_to_write_it_and_may_be_of_any_kind():
+    ways = {"3090": "rtx3090", "RTX 5090": "rtx5090", "NVIDIA H100 PCIe": "h100-pcie", "MI300X": "mi300x"}
+    assert {way: find_gpu(EstimateOptions("", way))[0] for way in ways} == ways
+    assert {"a6000", "a10", "a40", "l4", "l40s", "rtx4090", "v100-32gb", "h200", "b200"} <= {*GPUS}
+    name, gpu = find_gpu(EstimateOptions("", "Abacus 1", tflops=3, memory=0.5))
+    assert name == "Abacus 1" and (gpu.peak_flops, gpu.memory) == (3e12, 0.5)
+    assert find_gpu(EstimateOptions("", "h100", tflops=700))[1][1:] == (700e12, 79)
 
 
 def test_the_command_prints_json(recipe, capsys):
@@ -130,7 +154,10 @@ def test_the_recipes_can_be_estimated(path):
 @pytest.mark.parametrize(
     ("options", "arguments", "message"),
     [
-        ({}, ["--gpu", "h1000"], "--gpu h1000 is not known; known are gb200, b200"),
+        ({}, ["--gpu", "h1000"], "--gpu h1000 is not known; near it are h100"),
+        ({}, ["--gpu", "a100"], "--gpu a100 is not known; near it are a100-40gb, a100-80gb; or give"),
+        ({}, ["--gpu", "abacus", "--tflops", "3"], "--gpu abacus is not known; known are gb200, b200"),
+        ({}, ["--memory", "-1"], "--memory must be above 0"),
         ({}, ["--mfu", "38"], "--mfu within 0 and 1"),
         ({}, ["--num-gpus", "0"], "--num-gpus must be at least 1"),
         ({}, ["--pairs", "1e6", "--tokens-per-pair", "4"], "--tokens-per-pair 4 leaves no room for text"),

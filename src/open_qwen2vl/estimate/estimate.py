@@ -1,20 +1,23 @@
 """What a run will need, before it starts: memory, speed, hours and cost of a recipe on a kind of GPU.
 
     inputs.py ─►          options, config ─► parameters, memory of a step (memory.py)
-                       └► tokens, images ─► FLOPs (flops.py, as for the MFU) ─► hours ─► cost
+                       └► tokens, images ─► FLOPs (flops.py, as for the MFU) ─► hours ─► cost (figures.py)
 
 The MFU and the price are assumptions, and printed as such.
 """
 
+import difflib
 import math
+import re
 from collections import Counter
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..modeling.configuration_open_qwen2vl import OpenQwen2VLConfig
-from ..trainer.figures.flops import GPUS, step_flops
-from .inputs import PARTS, Work, number_of, read_training
-from .memory import GIB, MicroBatch, Training, parameters_by_part, step_memory
+from ..trainer.figures.flops import GPUS, Gpu, step_flops
+from .figures import GIB, Estimate
+from .inputs import PARTS, Work, assumed_work, number_of, planned_work, read_config, read_recipe, read_training
+from .memory import MicroBatch, Training, parameters_by_part, step_memory
+from .options import EstimateOptions
 
 # Dollars per GPU-hour on demand, by the vendors' public lists on this day. No list has all kinds.
 PRICES = {
@@ -25,155 +28,76 @@ PRICES = {
     "l40s": (1.95, "Modal"),
 }
 PRICES_OF = "2026-05-07"
+_VENDORS = re.compile(r"nvidia|amd|geforce|instinct|tesla|rtx|[^a-z0-9]")
 
 
-@dataclass
-class Estimate:
-    """Figures of a run; bytes, seconds and dollars are of all GPUs together unless it says per GPU.
-
-    Attributes:
-        gpu (`str`): kind of GPU.
-        num_gpus (`int`): their number.
-        mfu (`float`): assumed, 0 to 1.
-        parameters (`dict[str, int]`): by part of the model.
-        trained (`list[str]`): the parts that train.
-        gpu_memory (`float`): bytes of a GPU.
-        memory (`dict[str, dict[str, float]]`): bytes on each GPU, as [`step_memory`] gives them, by `one_gpu`, or
-            `ddp` and `fsdp2`.
-        packs_per_step (`int`): packs of an optimizer step.
-        steps (`int`): optimizer steps of the run.
-        tokens (`float`): real positions of the run.
-        images (`float`): images of the run.
-        flops (`float`): of the run.
-        tokens_per_second (`float`): all GPUs together.
-        images_per_second (`float`): likewise.
-        hours (`float`): of the run, without evaluation, checkpoints and restarts.
-        price_per_hour (`float`, *optional*): dollars for a GPU-hour.
-        price_source (`str`): where the price is from.
-    """
-
-    gpu: str
-    num_gpus: int
-    mfu: float
-    parameters: dict[str, int]
-    trained: list[str]
-    gpu_memory: float
-    memory: dict[str, dict[str, float]]
-    packs_per_step: int
-    steps: int
-    tokens: float
-    images: float
-    flops: float
-    tokens_per_second: float
-    images_per_second: float
-    hours: float
-    price_per_hour: float | None
-    price_source: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """All of it, with what follows from it, for JSON."""
-        return {
-            **asdict(self),
-            "fits": {name: sum(parts.values()) <= self.gpu_memory for name, parts in self.memory.items()},
-            "flops_per_step": self.flops / self.steps,
-            "gpu_hours": self.hours * self.num_gpus,
-            "cost": None if self.price_per_hour is None else self.hours * self.num_gpus * self.price_per_hour,
-        }
-
-    def __str__(self) -> str:
-        return "\n".join([*self._model_lines(), "", *self._memory_lines(), "", *self._run_lines()])
-
-    def _model_lines(self) -> list[str]:
-        lines = [f"{'parameters':<16}{sum(self.parameters.values()):>15,}"]
-        for part, number in self.parameters.items():
-            lines.append(
-                f"  {part.replace('_', ' '):<14}{number:>15,}  {'trains' if part in self.trained else 'frozen'}"
-            )
-        return lines
-
-    def _memory_lines(self) -> list[str]:
-        titles = {"one_gpu": "one GPU", "ddp": "DDP", "fsdp2": "FSDP2"}
-        lines = [f"{'GiB on each GPU':<16}" + "".join(f"{titles[name]:>10}" for name in self.memory)]
-        for part in next(iter(self.memory.values())):
-            figures = [parts[part] / GIB for parts in self.memory.values()]
-            if any(figures):
-                lines.append(f"  {part:<14}" + "".join(f"{figure:>10.1f}" for figure in figures))
-        sums = [sum(parts.values()) for parts in self.memory.values()]
-        lines.append(f"  {'together':<14}" + "".join(f"{figure / GIB:>10.1f}" for figure in sums))
-        verdicts = ["fits" if figure <= self.gpu_memory else "too much" for figure in sums]
-        lines.append(f"  of {self.gpu_memory / GIB:<11.1f}" + "".join(f"{verdict:>10}" for verdict in verdicts))
-        return lines
-
-    def _run_lines(self) -> list[str]:
-        figures = self.as_dict()
-        lines = {
-            "steps": f"{self.steps:,} of {self.packs_per_step:,} packs",
-            "tokens": f"{self.tokens:.3g}, {self.images:.3g} images",
-            "FLOPs": f"{self.flops:.3g}, {figures['flops_per_step']:.3g} a step",
-            "speed": f"{self.tokens_per_second:,.0f} tokens/s, {self.images_per_second:,.1f} images/s "
-            f"on {self.num_gpus} x {self.gpu}",
-            "time": f"{self.hours:,.1f} h, {figures['gpu_hours']:,.1f} GPU-hours",
-            "cost": "no price is known for this kind of GPU: give --price-per-hour"
-            if self.price_per_hour is None
-            else f"${figures['cost']:,.0f}",
-            "assumed": f"MFU {self.mfu:.0%} (--mfu)"
-            + (
-                "" if self.price_per_hour is None else f", ${self.price_per_hour:.2f} a GPU-hour ({self.price_source})"
-            ),
-        }
-        return [f"{name:<11}{value}" for name, value in lines.items()]
-
-
-def estimate_run(
-    options: dict[str, Any],
-    config: OpenQwen2VLConfig,
-    work: list[Work],
-    gpu: str,
-    num_gpus: int = 1,
-    mfu: float = 0.5,
-    price_per_hour: float | None = None,
-) -> Estimate:
-    """Put it all together.
+def estimate_recipe(options: EstimateOptions) -> Estimate:
+    """Estimate a recipe.
 
     Args:
-        options (`dict`): from [`read_recipe`].
-        config ([`OpenQwen2VLConfig`]): from [`read_config`].
-        work (`list[Work]`): an epoch of the run.
-        gpu (`str`): a name in `GPUS`.
-        num_gpus (`int`, *optional*, defaults to 1): data-parallel GPUs.
-        mfu (`float`, *optional*, defaults to 0.5): model FLOPs utilisation to reckon with, 0 to 1.
-        price_per_hour (`float`, *optional*): dollars for a GPU-hour; that of a public list where not given.
+        options ([`EstimateOptions`]): what is estimated, and on what.
 
     Returns:
         [`Estimate`].
 
     Raises:
-        ValueError: for figures that cannot be.
+        ValueError: for a recipe, a config or a plan that is none, or a kind of GPU that is not known.
     """
-    if gpu not in GPUS:
-        raise ValueError(f"--gpu {gpu} is not known; known are {', '.join(GPUS)}")
-    if num_gpus < 1 or not 0 < mfu <= 1:
-        raise ValueError(f"--num-gpus must be at least 1 and --mfu within 0 and 1, got {num_gpus} and {mfu}")
-    training = read_training(options)
-    batch_size = int(number_of(options, "per_device_train_batch_size"))
+    find_gpu(options)
+    recipe = read_recipe(options.recipe)
+    config = read_config(recipe)
+    if options.pairs is None:
+        work = planned_work(recipe.get("train_packs"))
+    else:
+        work = assumed_work(options.pairs, options.tokens_per_pair, options.images_per_pair, config.image_seq_length)
+    return estimate_run(recipe, config, work, options)
+
+
+def find_gpu(options: EstimateOptions) -> tuple[str, Gpu]:
+    """The kind that `--gpu` means, by any way to write it, with the figures that are given for it."""
+    names = {_VENDORS.sub("", name): name for name in GPUS}
+    asked = _VENDORS.sub("", options.gpu.lower())
+    name = names.get(asked, options.gpu)
+    if name in GPUS:
+        gpu = GPUS[name]
+    elif options.tflops and options.memory:
+        gpu = Gpu("", 0, 0)
+    else:
+        near = [names[each] for each in difflib.get_close_matches(asked, names, n=4, cutoff=0.5)]
+        near = [known for plain, known in names.items() if asked and plain.startswith(asked)] or near
+        advice = f"near it are {', '.join(near)}" if near else f"known are {', '.join(GPUS)}"
+        raise ValueError(f"--gpu {options.gpu} is not known; {advice}; or give both --tflops and --memory")
+    return name, Gpu(
+        gpu.device_name,
+        gpu.peak_flops if options.tflops is None else options.tflops * 1e12,
+        gpu.memory if options.memory is None else options.memory,
+    )
+
+
+def estimate_run(
+    recipe: dict[str, Any], config: OpenQwen2VLConfig, work: list[Work], options: EstimateOptions
+) -> Estimate:
+    """Put it all together, for an epoch's work of a recipe's options and config."""
+    name, gpu = find_gpu(options)
+    num_gpus, training = options.num_gpus, read_training(recipe)
+    batch_size = int(number_of(recipe, "per_device_train_batch_size"))
     packs_per_step = num_gpus * batch_size * training.accumulation
-    steps, epochs = _steps(options, work, packs_per_step)
+    steps, epochs = _steps(recipe, work, packs_per_step)
     switches = {f"train_{part}": part in training.trained for part in PARTS}
     flops = epochs * sum(
         step_flops(config, each.tokens, each.squared_lengths, each.images, each.image_seq_length, **switches)
         for each in work
     )
-    tokens, images = (epochs * sum(getattr(each, name) for each in work) for name in ("tokens", "images"))
-    kind = GPUS[gpu]
-    seconds = flops / (num_gpus * kind.peak_flops * mfu)
-    price, vendor = PRICES.get(gpu, (None, None)) if price_per_hour is None else (price_per_hour, None)
+    tokens, images = (epochs * sum(getattr(each, field) for each in work) for field in ("tokens", "images"))
+    seconds = flops / (num_gpus * gpu.peak_flops * options.mfu)
+    price, source = _price(name, options.price_per_hour)
     return Estimate(
-        gpu=gpu,
+        gpu=name,
         num_gpus=num_gpus,
-        mfu=mfu,
+        mfu=options.mfu,
         parameters=parameters_by_part(config),
         trained=sorted(training.trained),
-        gpu_memory=kind.memory * GIB,
+        gpu_memory=gpu.memory * GIB,
         memory=_memory(config, training, work, batch_size, num_gpus),
         packs_per_step=packs_per_step,
         steps=steps,
@@ -184,8 +108,15 @@ def estimate_run(
         images_per_second=images / seconds,
         hours=seconds / 3600,
         price_per_hour=price,
-        price_source="--price-per-hour" if vendor is None else f"{vendor}'s list of {PRICES_OF}; --price-per-hour",
+        price_source=source,
     )
+
+
+def _price(gpu: str, given: float | None) -> tuple[float | None, str]:
+    if given is not None or gpu not in PRICES:
+        return given, "--price-per-hour"
+    price, vendor = PRICES[gpu]
+    return price, f"{vendor}'s list of {PRICES_OF}; --price-per-hour"
 
 
 def _steps(options: dict[str, Any], work: list[Work], packs_per_step: int) -> tuple[int, float]:

@@ -20,8 +20,8 @@ from ..modeling.loss import CHUNK_BYTES
 from ..modeling.modeling_open_qwen2vl import OpenQwen2VLForConditionalGeneration, OpenQwen2VLMultiModalProjector
 from ..trainer.figures.flops import language_model_parameters
 from ..trainer.optimization import PARTS, part_of
+from .figures import GIB
 
-GIB = 2**30
 # Context, kernels and libraries of CUDA; and what the allocator cannot use, as a share of the rest.
 RESERVED_BYTES, FRAGMENTATION = 1.5 * GIB, 0.05
 # Optimizer states: values of the weights' own type for each trained parameter; the 8-bit ones in bytes.

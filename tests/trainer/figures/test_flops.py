@@ -109,6 +109,15 @@ def test_every_kind_of_gpu_is_found_by_its_own_name():
         "a100-80gb": "NVIDIA A100 80GB PCIe",
         "l40s": "NVIDIA L40S",
         "rtx4090": "NVIDIA GeForce RTX 4090",
+        "rtx5090": "NVIDIA GeForce RTX 5090",
+        "rtx3090": "NVIDIA GeForce RTX 3090",
+        "v100-32gb": "Tesla V100-SXM2-32GB",
+        "v100-16gb": "Tesla V100-SXM2-16GB",
+        "mi300x": "AMD Instinct MI300X",
+        "a40": "NVIDIA A40",
+        "a10": "NVIDIA A10",
+        "l4": "NVIDIA L4",
+        "a6000": "NVIDIA RTX A6000",
     }
     for kind, name in names.items():
         assert next(other for other, gpu in GPUS.items() if re.search(gpu.device_name, name)) == kind

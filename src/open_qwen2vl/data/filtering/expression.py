@@ -9,6 +9,7 @@ Names may hold `-` and `.`; a file name with a parenthesis stands in quotes. `no
 reading (`not (a and b)` is `not a or not b`), which leaves a tree of two kinds of nodes.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from fractions import Fraction
@@ -258,6 +259,10 @@ class _Parser:
     def _number(self) -> str:
         if self._token.kind != "number":
             self._fail("expected a number")
+        text = self._token.text
+        # No score reaches an infinity, and all reach what is rounded to 0.
+        if math.isinf(float(text)) or float(text) == 0 and re.search("[1-9]", re.split("[eE]", text)[0]):
+            self._fail("expected a number that a score can have (at most about 1.8e308)")
         return self._next().text
 
 
