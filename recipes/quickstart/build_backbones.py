@@ -6,6 +6,7 @@
 
 Both are ordinary Hugging Face folders, so `recipes/pretrain.py` treats them like `google/siglip-so400m-patch14-384`
 and `Qwen/Qwen2.5-1.5B-Instruct`. Nothing in them has learned anything yet: the quickstart trains all three parts.
+Any other folder of caption tars will do as well: `--data shards --no-questions`.
 """
 
 import argparse
@@ -13,7 +14,6 @@ import json
 import tarfile
 from pathlib import Path
 
-import easy_vqa
 import torch
 import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -72,6 +72,8 @@ def read_captions(shards: list[Path]) -> list[str]:
 
 def read_questions() -> list[str]:
     """What the second half asks and answers, as often as it weighs in the tokenizer's vocabulary."""
+    import easy_vqa  # the quickstart's, and not needed for other data
+
     texts = {text for pair in zip(*easy_vqa.get_train_questions()[:2], strict=True) for text in pair}
     return [CHAT_WORDS, *sorted(texts)] * QUESTION_WEIGHT
 
@@ -140,15 +142,23 @@ def save_text(folder: Path, options: dict, tokenizer: PreTrainedTokenizerFast) -
     return model.num_parameters()
 
 
-def build(data: Path, output: Path, vision: dict | None = None, text: dict | None = None, seed: int = 0) -> dict:
+def build(
+    data: Path,
+    output: Path,
+    vision: dict | None = None,
+    text: dict | None = None,
+    seed: int = 0,
+    questions: bool = True,
+) -> dict:
     """Train the tokenizer and save both backbones; a folder that is there already is left as it is.
 
     Args:
-        data (`Path`): folder of step 1.
+        data (`Path`): folder of step 1, or of any caption tars.
         output (`Path`): gets `vision/` and `text/`; it appears whole or not at all.
         vision (`dict`, *optional*): entries that replace those of `VISION`.
         text (`dict`, *optional*): entries that replace those of `TEXT`.
         seed (`int`, *optional*, defaults to 0): of the random weights.
+        questions (`bool`, *optional*, defaults to `True`): train the tokenizer on the quickstart's questions too.
 
     Returns:
         `dict`: options, sizes and numbers of parameters, also in `backbones.json`.
@@ -163,12 +173,13 @@ def build(data: Path, output: Path, vision: dict | None = None, text: dict | Non
         if summary["options"] != options:
             raise ValueError(f"{output} was made with {summary['options']}, not {options}: delete it or name another")
         return summary
-    shards = sorted(data.glob("train-*.tar"))
+    # The quickstart has other tars beside those for training.
+    shards = sorted(data.glob("train-*.tar")) or sorted(data.glob("*.tar"))
     if not shards:
-        raise ValueError(f"{data} holds no train-*.tar: run build_data.py first")
+        raise ValueError(f"{data} holds no tars: run build_data.py first, or name another folder")
     with new_folder(output) as folder:
         torch.manual_seed(seed)
-        tokenizer = train_tokenizer(read_captions(shards) + read_questions())
+        tokenizer = train_tokenizer(read_captions(shards) + (read_questions() if questions else [CHAT_WORDS]))
         summary = {
             "options": options,
             "vocabulary": len(tokenizer),
@@ -195,11 +206,17 @@ def main() -> None:
     for part, size in (("vision", VISION), ("text", TEXT)):
         help_text = f"entries of the config that replace {size}"
         parser.add_argument(f"--{part}", type=entry, nargs="+", default=[], metavar="NAME=VALUE", help=help_text)
+    parser.add_argument(
+        "--questions",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="train the tokenizer on the quickstart's questions too",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()  # of saving two small files
     try:
-        summary = build(args.data, args.output, dict(args.vision), dict(args.text), args.seed)
+        summary = build(args.data, args.output, dict(args.vision), dict(args.text), args.seed, args.questions)
     except ValueError as error:
         parser.error(str(error))
     print(

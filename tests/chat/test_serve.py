@@ -103,7 +103,7 @@ def expected(model, processor, images: list[Path]) -> tuple[str, int]:
     return processor.decode(answer, skip_special_tokens=True), length
 
 
-def test_chat_completions_with_images(server, place, tiny_model, processor):
+def test_chat_completions_with_images(server, place, tiny_model, processor, monkeypatch, capsys):
     said = []
     for images in ([], [place / "cat.png"], [place / "dogs.png", place / "cat.png"]):
         answer = json.loads(ask(server, content(*images)))
@@ -113,6 +113,18 @@ def test_chat_completions_with_images(server, place, tiny_model, processor):
         said.append(text)
     # A server that dropped the images would pass with one answer for all.
     assert len(set(said)) == 3
+
+    # OpenAI's own client, as the document has it; what it prints is the server's answer to the same request.
+    (code,) = re.findall(
+        r"^```python\n(.*?)^```", DOCUMENT.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    capsys.readouterr()
+    exec(compile(code.replace("http://127.0.0.1:8000", server), "docs/serving.md", "exec"), {})
+    document = [*content(place / "cat.png")[:1], {"type": "text", "text": "what is shown?"}]
+    again = json.loads(ask(server, document))["choices"][0]["message"]["content"]
+    assert capsys.readouterr().out == again + "\n"
 
     lines = ask(server, content(place / "cat.png"), stream=True).decode().splitlines()
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
