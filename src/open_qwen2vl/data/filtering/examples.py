@@ -141,7 +141,7 @@ def _read_pool(
         keys.setdefault(score_file, set()).add(key)
     contents = {}
     for score_file, wanted in keys.items():
-        tar = _tar_of(score_file) if by_name is None else by_name.get(score_file.stem)
+        tar = tar_of(score_file) if by_name is None else by_name.get(score_file.stem)
         found = {} if tar is None else {sample.key: sample for sample in index_shard(tar).samples}
         for key in wanted:
             sample = found.get(key)
@@ -149,7 +149,7 @@ def _read_pool(
     return contents
 
 
-def _tar_of(score_file: Path) -> Path | None:
+def tar_of(score_file: Path) -> Path | None:
     """The tar that a score file names, if it is still there."""
     source = read_score_metadata(score_file).get("recipe", {}).get("source")
     tar = Path(shard_path(score_file.parent, source)) if source else None

@@ -33,6 +33,12 @@ class FilterOptions:
         help="folder of decisions.parquet and index.html (default: beside the output, NAME_report)",
         metavar="DIR",
     )
+    train_samples: int | None = option(
+        None,
+        help="pairs that the training will read (steps x packs of a step x pairs of a pack): the report then says how "
+        "often each kept pair is read, and warns above about 4 times",
+        metavar="N",
+    )
     memory_limit: str = option("4GB", help="of the process; more goes to the output's disk", metavar="SIZE")
     threads: int | None = option(None, help="default: one per core", metavar="N")
     seed: int = option(42, help="which of equal scores at a top() threshold stay", metavar="N")
@@ -46,6 +52,8 @@ class FilterOptions:
     def __post_init__(self):
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"--threads must be at least 1, got {self.threads}")
+        if self.train_samples is not None and self.train_samples < 1:
+            raise ValueError(f"--train-samples must be at least 1, got {self.train_samples}")
         if self.deduplicate not in (None, "exact", "near"):
             raise ValueError(f"--deduplicate {self.deduplicate}: there are exact and near")
         if not 0 <= self.near_distance <= MAX_DISTANCE:

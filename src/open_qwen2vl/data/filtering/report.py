@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from .coverage import MANY_PASSES, Coverage
 from .decisions import Selection, steps
 from .expression import Clause, Top, clauses, show
 from .tables import fetch_row
+
+SHORT_WORDS = 5  # captions with fewer are often taken for another language
 
 
 class ClauseCounts(NamedTuple):
@@ -39,6 +42,10 @@ class SelectionReport:
         no_score (`dict[str, dict[str, int]]`): by score, how many pairs do not have it, by reason.
         unscored (`dict[str, int]`): by file of an `in` clause, uids in it that no score file names.
         bad_uids (`int`): rows of score files left out, whose uid is not 32 hex digits.
+        short_foreign (`tuple[int, int]`, *optional*): pairs that `basic.english` takes for no English, and those of
+            them with fewer than `SHORT_WORDS` words; `None` where the expression does not use both scores.
+        coverage ([`Coverage`], *optional*): of the captions; `None` where they are not at hand.
+        train_samples (`int`, *optional*): pairs that the training will read.
     """
 
     expression: str
@@ -51,6 +58,14 @@ class SelectionReport:
     no_score: dict[str, dict[str, int]]
     unscored: dict[str, int]
     bad_uids: int
+    short_foreign: tuple[int, int] | None = None
+    coverage: Coverage | None = None
+    train_samples: int | None = None
+
+    @property
+    def passes(self) -> float | None:
+        """How often the training reads each kept pair."""
+        return self.train_samples / self.kept if self.train_samples and self.kept else None
 
     def __str__(self) -> str:
         lines = [("pairs", f"{self.pairs:,}")]
@@ -64,7 +79,43 @@ class SelectionReport:
         if self.bad_uids:
             lines.append(("skipped", f"{self.bad_uids:,} rows of score files: bad_uid"))
         lines.append(("kept", f"{self.kept:,} ({self.kept / max(1, self.pairs):.1%})"))
+        lines += self.training_lines()
         return "\n".join(f"{name:<12}{value}" for name, value in lines)
+
+    def training_lines(self) -> list[tuple[str, str]]:
+        """What the selection means for a training: languages, words, passes."""
+        lines = []
+        if self.short_foreign is not None and self.short_foreign[0]:
+            foreign, short = self.short_foreign
+            rule = f"fewer than {SHORT_WORDS} words, where fastText often errs"
+            lines.append(("no English", f"{foreign:,} pairs, {short:,} of them of {rule}"))
+        if self.coverage is not None:
+            found = self.coverage
+            lines.append(("words", f"{found.kept_words:,} of {found.words:,} in {_read(found)}"))
+            lines.append(("concepts", f"{found.kept_concepts:,} of {found.concepts:,}{_lost(found)}"))
+        if self.passes is not None:
+            much = f"; above about {MANY_PASSES} they teach little, and a larger selection often trains better"
+            lines.append(("passes", f"{self.passes:.1f} over each kept pair{much * (self.passes > MANY_PASSES)}"))
+        return lines
+
+
+def _read(coverage: Coverage) -> str:
+    part = f" of {coverage.tars:,} of {coverage.all_tars:,} tars" if coverage.tars < coverage.all_tars else ""
+    return f"the captions{part}"
+
+
+def _lost(coverage: Coverage) -> str:
+    lost = ", ".join(f"{word} ({count:,})" for word, count in coverage.lost)
+    return f"; lost, with their captions: {lost}" if lost else ""
+
+
+def _short_foreign(selection: Selection) -> tuple[int, int] | None:
+    numbers = selection.columns.scores
+    if not {"basic.english", "basic.words"} <= numbers.keys():
+        return None
+    english, words = (f"s{numbers[f'basic.{part}']}" for part in ("english", "words"))
+    counts = f"count(*) FILTER ({english} = 0), count(*) FILTER ({english} = 0 AND {words} < {SHORT_WORDS})"
+    return fetch_row(selection.connection, f"SELECT {counts} FROM decided")
 
 
 def measure(selection: Selection, unscored: dict[str, int], without_hash: int) -> SelectionReport:
@@ -90,6 +141,7 @@ def measure(selection: Selection, unscored: dict[str, int], without_hash: int) -
         no_score={name: _count_missing(selection, number) for name, number in selection.columns.scores.items()},
         unscored=unscored,
         bad_uids=selection.scores.bad_uids,
+        short_foreign=_short_foreign(selection),
     )
 
 

@@ -19,6 +19,7 @@ from ...files import remove_temporaries, renamed_when_whole, write_text
 from ...output_lock import only_writer
 from ..storage.tars import find_shards
 from ..storage.uids import UID_DTYPE, write_uids
+from .coverage import measure_coverage
 from .decisions import Selection, find_cuts
 from .duplicates import find_duplicates
 from .examples import find_examples
@@ -85,6 +86,7 @@ def _select(
         folder.mkdir(parents=True, exist_ok=True)
         uids = _write_decisions(selection, folder / DECISIONS_NAME, figures.kept)
         _advance(bar, "writing the report")
+        figures.coverage, figures.train_samples = measure_coverage(selection, tars), options.train_samples
         page = report_page(figures, histograms(selection), find_examples(selection, tars))
         write_text(folder / PAGE_NAME, page)
         _advance(bar, "filtered")
