@@ -101,7 +101,9 @@ def make_config(family: str, tokenizer: PreTrainedTokenizerBase, **text):
     return Qwen3VLConfig(text_config=text, vision_config=vision, **ids)
 
 
-def make_model(family: str, tokenizer: PreTrainedTokenizerBase, attention: str = "sdpa", **text) -> PreTrainedModel:
+def make_model(
+    family: str, tokenizer: PreTrainedTokenizerBase, attention: str = "sdpa", config=None, **text
+) -> PreTrainedModel:
     """The same fp32 weights each time, in evaluation mode."""
     cls = {
         "qwen2_vl": Qwen2VLForConditionalGeneration,
@@ -109,7 +111,7 @@ def make_model(family: str, tokenizer: PreTrainedTokenizerBase, attention: str =
         "qwen3_vl": Qwen3VLForConditionalGeneration,
     }[family]
     torch.manual_seed(0)
-    model = cls._from_config(make_config(family, tokenizer, **text), attn_implementation=attention)
+    model = cls._from_config(config or make_config(family, tokenizer, **text), attn_implementation=attention)
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )

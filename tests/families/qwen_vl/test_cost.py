@@ -1,14 +1,18 @@
 """What a step costs: counted by torch on the stock models, computed here from the config."""
 
+import functools
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from open_qwen2vl import prepare_for_packing
+from open_qwen2vl.families.activations import saved_bytes
 from open_qwen2vl.families.interface import Media, StepWork
 from open_qwen2vl.families.qwen_vl.model import QwenVL
 from open_qwen2vl.families.qwen_vl.processing import QwenVLDocuments
 from tests.families.qwen_vl.packs import make_document
-from tests.qwen_vl import FAMILIES, make_model, make_processor
+from tests.qwen_vl import FAMILIES, make_config, make_model, make_processor
 
 PARTS = ("vision_tower", "projector", "language_model")
 SIDE = {"qwen2_vl": 112, "qwen2_5_vl": 112, "qwen3_vl": 128}  # 8 x 8 patches: four whole windows of 2.5
@@ -89,3 +93,31 @@ def test_adapters_cost_what_they_have(model, family, qwen_vl_tokenizer):
     _, work = step(family, qwen_vl_tokenizer)
     flops = [QwenVL().step_flops(model.config, work, {"adapter": number}) for number in (1000, 3000)]
     assert flops[1] - flops[0] == 6 * 2000 * work.tokens
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param("qwen2_vl", marks=pytest.mark.slow), pytest.param("qwen2_5_vl", marks=pytest.mark.slow), "qwen3_vl"],
+)
+def test_activations_are_what_autograd_keeps(family, qwen_vl_tokenizer):
+    """One block more is counted than kept, the one that the backward pass works on; so at two blocks and at five."""
+    inputs, work = step(family, qwen_vl_tokenizer)
+    bounds = torch.tensor([0, work.tokens], dtype=torch.int32)
+    batch = {name: inputs[name] for name in ("input_ids", "image_grid_thw", "pixel_values")} | {
+        "position_ids": torch.arange(work.tokens).expand(4, 1, -1),
+        **{f"cu_seq_lens_{one}": bounds for one in "qk"},
+        **{f"max_length_{one}": work.tokens for one in "qk"},
+    }
+    kept, computed, recomputed = [], [], []
+    for blocks in (2, 5):
+        config = make_config(family, qwen_vl_tokenizer, num_hidden_layers=blocks)
+        config.vision_config.depth = blocks
+        model = prepare_for_packing(make_model(family, qwen_vl_tokenizer, config=config))
+        kept.append(saved_bytes(model, functools.partial(model, **batch, skip_logits=True), autocast=False))
+        for every, figures in ((0, computed), (1, recomputed)):
+            figures.append(QwenVL().activation_bytes(config, work, dict.fromkeys(PARTS, 1), checkpoint_every=every))
+    assert computed[1] - computed[0] == pytest.approx(kept[1] - kept[0], rel=0.15)
+    assert 0.9 * kept[0] < computed[0] < 1.8 * kept[0]
+    # Of a block that is computed again only what enters it.
+    entrances = work.tokens * config.text_config.hidden_size + work.vision.patches * 32
+    assert recomputed[1] - recomputed[0] == pytest.approx(3 * 4 * entrances)

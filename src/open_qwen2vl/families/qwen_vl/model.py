@@ -15,6 +15,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from ...modeling.attention import PACKED_VARLEN
 from ..interface import StepWork
 from ..packed_forward import PackedForward, packed_class
+from .memory import language_model_kept, projector_kept, vision_tower_kept
 from .vision_attention import Segments, packed_vision_attention
 
 # Of the released checkpoints, where no processor says it.
@@ -151,6 +152,28 @@ class QwenVL:
         embedding = 2 * patch_embedding_parameters(vision) * patches
         tower = 3 * blocks + 2 * embedding if trained.get("vision_tower") else blocks + embedding
         return language + projector + tower
+
+    def activation_bytes(
+        self,
+        config: PreTrainedConfig,
+        work: StepWork,
+        trained: dict[str, int],
+        dtype: torch.dtype = torch.float32,
+        autocast: bool = False,
+        checkpoint_every: int = 0,
+    ) -> float:
+        """Bytes that the forward pass of a micro-batch keeps for its backward pass, the loss apart.
+
+        `dtype` is that of the weights in use; `autocast` computes fp32 weights in bf16; every `checkpoint_every`-th
+        block is computed again.
+        """
+        language = language_model_kept(config, bool(trained.get("language_model")), dtype, autocast)
+        total = language.bytes(work.tokens, checkpoint_every)
+        if trained.get("vision_tower"):
+            total += vision_tower_kept(config, dtype, autocast).bytes(work.vision.patches, checkpoint_every)
+        if trained.get("vision_tower") or trained.get("projector"):
+            total += projector_kept(config, dtype, autocast).bytes(work.vision.patches)
+        return total
 
 
 def language_parameters(text: PreTrainedConfig) -> int:
