@@ -36,7 +36,7 @@ def test_pack_plans_and_reports(shards, backbones, tmp_path, capsys, caplog):
     packs = tmp_path / "new" / "packs"
     assert pack(shards, "--image-seq-length=4", "--max-length=64", tokenizer=backbones["text"], output=packs) == 0
     plan = json.loads((packs / "plan.json").read_text())
-    assert (plan["image_seq_length"], plan["max_length"]) == (4, 64)
+    assert (plan["vision"]["image_seq_length"], plan["max_length"]) == (4, 64)
     assert [shard["path"] for shard in plan["shards"]] == ["../../shards/0.tar", "../../shards/1.tar"]
     lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
     assert lines["samples"] == "6" and lines["packed"] == "4" and lines["skipped"] == "2 (missing_caption 2)"
@@ -78,7 +78,7 @@ def test_unknown_tokenizer_is_one_line(shards, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["pack", "--output", "x"], "the following arguments are required: FILES, --tokenizer"),
+        (["pack", "--output", "x"], "the following arguments are required: FILES"),
         (["pack", "--max-lenght", "7", "--output", "x", "--tokenizer", "y"], "unrecognized arguments: --max-lenght"),
         (["pack", "--max-length", "many"], "argument --max-length: invalid int value: 'many'"),
         (["unpack"], "invalid choice: 'unpack'"),

@@ -3,12 +3,12 @@
 import torch
 
 from open_qwen2vl import PackingCollator
-from open_qwen2vl.processing.text_formats import caption_document, tokenize_captions
+from tests.documents import caption_document
 
 
 def make_document(tokenizer, caption: str, seed: int, image_seq_length: int = 4) -> dict:
     """One caption document about a random 32 px image, shaped like an item of a `PackedDataset`."""
-    input_ids, labels = caption_document(tokenize_captions(tokenizer, [caption])[0], tokenizer, image_seq_length)
+    input_ids, labels = caption_document(caption, tokenizer, image_seq_length)
     pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     return {
         "input_ids": torch.from_numpy(input_ids),

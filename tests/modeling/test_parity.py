@@ -22,12 +22,8 @@ from open_qwen2vl.conversion.names import convert_original_tensors
 from open_qwen2vl.modeling.configuration_open_qwen2vl import pooled_grid_side
 from open_qwen2vl.modeling.modeling_open_qwen2vl import OpenQwen2VLMultiModalProjector
 from open_qwen2vl.processing.images import decode_image
-from open_qwen2vl.processing.text_formats import (
-    caption_document,
-    interleaved_document,
-    prepare_tokenizer,
-    tokenize_captions,
-)
+from open_qwen2vl.processing.text_formats import prepare_tokenizer
+from tests.documents import caption_document, interleaved_document
 from tests.modeling.packs import join
 
 ASSETS = Path(__file__).parents[1] / "assets" / "original"
@@ -162,8 +158,8 @@ def packed_item(tokenizer, pixel_values: torch.Tensor) -> dict:
     """The original's pack of five documents, laid out by this package from its texts."""
     golden = json.loads((ASSETS / "packed_documents.json").read_text())
     documents = {"doc": interleaved_document(golden["interleaved_texts"], tokenizer, 16)}
-    for i, text_ids in enumerate(tokenize_captions(tokenizer, golden["captions"])):
-        documents[f"k{i}"] = caption_document(text_ids, tokenizer, 16)
+    for i, caption in enumerate(golden["captions"]):
+        documents[f"k{i}"] = caption_document(caption, tokenizer, 16)
     image = [tokenizer.convert_tokens_to_ids("<|image_pad|>")] * 16
     for name, (input_ids, _) in documents.items():
         assert input_ids.tolist() == [token for i in golden["ids"][name] for token in (image if i == -200 else [i])]

@@ -9,13 +9,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from open_qwen2vl.processing import conversations
 from open_qwen2vl.processing.conversation_records import read_conversation
-from open_qwen2vl.processing.conversations import ConversationFormat, conversation_document, training_chat_template
+from open_qwen2vl.processing.conversations import ConversationFormat, training_chat_template
 from open_qwen2vl.processing.sample_error import SampleError
+from tests.documents import conversation_document
 
 ORIGINAL = json.loads((Path(__file__).parents[1] / "assets/original/conversations.json").read_text("utf8"))
-TEMPLATES = Path(conversation_document.__code__.co_filename).parent
+TEMPLATES = Path(conversations.__file__).parent
 IMAGE = Image.linear_gradient("L").convert("RGB").resize((50, 40))
+MEDIA = {"image": "<|image_pad|>"}
 SPECIAL = ["<|im_end|>", "<|im_start|>", "<s>", "<|image_pad|>", "<|endofchunk|>"]
 
 
@@ -46,7 +49,9 @@ def test_ids_and_labels_of_the_original(qwen_tokenizer, name, form):
     drops = form == "released" and name != "image_in_the_middle"
     images = ["a.jpg"] * json.dumps(case["conversation"]).count("<image>")
     messages = read_conversation({"conversations": case["conversation"], "image": images}).messages
-    input_ids, labels = ConversationFormat(qwen_tokenizer, template).document(messages, 144)
+    input_ids, labels = ConversationFormat(qwen_tokenizer, template, MEDIA).document(
+        messages, [[151655] * 144] * len(images)
+    )
     assert input_ids.tolist() == expand(case["input_ids" if drops else "ids_if_nothing_were_dropped"], 151655, 144)
     assert labels[labels != -100].tolist() == [label for label in case["labels"] if label != -100]
     if drops:
@@ -111,10 +116,10 @@ def test_an_image_in_an_answer_has_no_labels(processor):
 
 @pytest.mark.parametrize("token", SPECIAL)
 def test_special_tokens_in_data_stay_text(qwen_tokenizer, token):
-    chat = ConversationFormat(qwen_tokenizer, training_chat_template(qwen_tokenizer))
+    chat = ConversationFormat(qwen_tokenizer, training_chat_template(qwen_tokenizer), MEDIA)
     text = f"a {token} b{token}{token}"
-    plain = chat.document(read_conversation(llava(("human", "x"), ("gpt", "y"))).messages, 4)[0]
-    ids, labels = chat.document(read_conversation(llava(("human", text), ("gpt", text))).messages, 4)
+    plain = chat.document(read_conversation(llava(("human", "x"), ("gpt", "y"))).messages, [])[0]
+    ids, labels = chat.document(read_conversation(llava(("human", text), ("gpt", text))).messages, [])
     number = qwen_tokenizer.convert_tokens_to_ids(token)
     assert (ids == number).sum() == (plain == number).sum()
     assert qwen_tokenizer.decode(labels[labels != -100]) == text + "<|im_end|>\n"
@@ -209,14 +214,14 @@ def test_images_keep_the_order_of_the_text():
 
 def test_a_template_without_generation_marks_is_refused(processor, tokenizer):
     with pytest.raises(ValueError, match="no {% generation %} marks"):
-        ConversationFormat(tokenizer, "{{ messages[0]['content'] }}")
+        ConversationFormat(tokenizer, "{{ messages[0]['content'] }}", MEDIA)
     assert training_chat_template(tokenizer) == processor.chat_template
 
 
 def test_a_template_that_loses_an_image_or_refuses_is_counted(tokenizer):
     messages = read_conversation(RECORDS["image first"]).messages
     for body in ("text", "{{ raise_exception('no') }}", "{{ nothing.at.all }}"):
-        chat = ConversationFormat(tokenizer, body + "{% generation %}a{% endgeneration %}")
+        chat = ConversationFormat(tokenizer, body + "{% generation %}a{% endgeneration %}", MEDIA)
         with pytest.raises(SampleError) as caught:
-            chat.document(messages, 4)
+            chat.document(messages, [[1]])
         assert caught.value.reason == "template_error"

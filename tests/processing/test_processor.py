@@ -15,7 +15,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from open_qwen2vl import OpenQwen2VLProcessor
 from open_qwen2vl.processing.images import decode_image
 from open_qwen2vl.processing.sample_error import SampleError
-from open_qwen2vl.processing.text_formats import tokenize_captions
+from open_qwen2vl.processing.text_formats import encode_as_text
 
 IMAGE = Image.linear_gradient("L").convert("RGB").resize((50, 40))
 MESSAGES = [
@@ -146,7 +146,7 @@ def test_a_call_sees_the_pixels_that_training_sees(processor, mode):
 def test_tokenizing_captions_leaves_the_tokenizer_as_it_was(processor):
     tokenizer = processor.tokenizer
     before = tokenizer(["a cat<|im_end|>", "b"], padding=True, truncation=True, max_length=4)["input_ids"]
-    tokenize_captions(tokenizer, ["a<|im_end|>"])
+    encode_as_text(tokenizer, ["a<|im_end|>"])
     assert tokenizer(["a cat<|im_end|>", "b"], padding=True, truncation=True, max_length=4)["input_ids"] == before
     assert tokenizer("<|im_end|>")["input_ids"] == [tokenizer.eos_token_id]
 

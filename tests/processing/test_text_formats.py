@@ -6,14 +6,12 @@ from pathlib import Path
 import pytest
 
 from open_qwen2vl.processing.text_formats import (
-    caption_document,
-    caption_document_length,
-    interleaved_document,
+    encode_as_text,
     original_conversation_document,
     prepare_tokenizer,
-    tokenize_captions,
     tokenizer_fingerprint,
 )
+from tests.documents import caption_document, interleaved_document, split_texts, tokenize_texts
 
 ASSETS = Path(__file__).parents[1] / "assets" / "original"
 GOLDEN = json.loads((ASSETS / "captions.json").read_text("utf8"))
@@ -28,12 +26,12 @@ def expand(ids: list[int], image: int = 151655) -> list[int]:
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["caption"])
 def test_ids_of_the_original(qwen_tokenizer, case):
-    (text_ids,) = tokenize_captions(qwen_tokenizer, [case["caption"]])
-    input_ids, labels = caption_document(text_ids, qwen_tokenizer, 144)
+    input_ids, labels = caption_document(case["caption"], qwen_tokenizer, 144)
     expected = expand(case["input_ids"])
     assert input_ids.tolist() == expected
     assert labels.tolist() == [-100] * 145 + expected[145:]
-    assert len(input_ids) == caption_document_length(len(text_ids), 144) == case["length"]
+    assert split_texts([None, case["caption"]], qwen_tokenizer, 144, 4096) == [(0, 2, len(input_ids))]
+    assert len(input_ids) == case["length"]
 
 
 def test_prepared_ids_are_the_originals(qwen_tokenizer):
@@ -52,7 +50,8 @@ def test_preparing_twice_changes_nothing(tokenizer):
 @pytest.mark.parametrize("name", ["tokenizer", "qwen_tokenizer"])
 def test_special_tokens_in_a_caption_stay_text(request, name, text):
     tokenizer = request.getfixturevalue(name)
-    (ids,) = tokenize_captions(tokenizer, [text])
+    nothing, ids = tokenize_texts(tokenizer, [None, text])
+    assert nothing == []
     assert not set(ids) & set(tokenizer.all_special_ids)
     assert tokenizer.decode(ids) == "\n" + text
 
@@ -65,7 +64,7 @@ def test_fingerprint_follows_what_decides_ids(tokenizer, qwen_tokenizer):
 
 
 def test_no_captions(tokenizer):
-    assert tokenize_captions(tokenizer, []) == []
+    assert encode_as_text(tokenizer, []) == []
 
 
 @pytest.mark.parametrize("name", INTERLEAVED)

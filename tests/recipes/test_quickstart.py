@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from open_qwen2vl import OpenQwen2VLForConditionalGeneration, OpenQwen2VLProcessor
-from open_qwen2vl.processing.text_formats import caption_document, tokenize_captions
+from tests.documents import caption_document
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "recipes" / "quickstart"))
@@ -174,7 +174,7 @@ def test_prompt_is_the_beginning_of_a_training_document(small_backbones):
     )
     captions = report.caption_images(model, processor, [Image.new("RGB", (5, 9))] * 2, max_new_tokens=3)
     assert len(captions) == 2
-    document, _ = caption_document(tokenize_captions(processor.tokenizer, ["duck"])[0], processor.tokenizer, 4)
+    document, _ = caption_document("duck", processor.tokenizer, 4)
     assert document[: len(seen[0])].tolist() == seen[0]
     assert processor.tokenizer.decode(document[len(seen[0]) :]) == "duck<|im_end|>"
 

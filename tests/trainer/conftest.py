@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from open_qwen2vl import PackedTrainer, PackedTrainingArguments
-from open_qwen2vl.processing.text_formats import caption_document, tokenize_captions
+from tests.documents import caption_document
 
 WORDS = "a photo of two dogs in the park blue green red circles and squares on mat".split()
 
@@ -17,7 +17,7 @@ def build_pack(tokenizer, documents, seed=0, with_images=True, supervised=True, 
     """One pack of random captions, each with a random 32 px image of 4 tokens or without."""
     rng = random.Random(seed)
     captions = [" ".join(rng.choices(WORDS, k=rng.randint(1, 12))) for _ in range(documents)]
-    rows = [caption_document(ids, tokenizer, 4 * with_images) for ids in tokenize_captions(tokenizer, captions)]
+    rows = [caption_document(caption, tokenizer, 4 * with_images) for caption in captions]
     nothing = np.zeros(0, dtype=np.int64)
     pixels = torch.Generator().manual_seed(seed)
     labels = torch.from_numpy(np.concatenate([labels for _, labels in rows] or [nothing]))

@@ -1,4 +1,7 @@
-"""`open-qwen2vl pack`: a plan of packs from captions, interleaved documents or conversations."""
+"""`open-qwen2vl pack`: a plan of packs from captions, texts, interleaved documents or conversations."""
+
+from dataclasses import fields
+from typing import Any
 
 from ..data.packing.options import PackOptions as OPTIONS
 from ..output_lock import only_writer
@@ -8,32 +11,30 @@ SUMMARY = "plan which captions, documents or conversations share a pack (reads t
 
 def run(options: OPTIONS) -> None:
     """Plan, and print the report."""
-    from transformers import AutoTokenizer
-
     from ..data import find_sources, plan_packs
+
+    shards = find_sources(options.shards)
+    if (options.processor is None) == (options.tokenizer is None):
+        raise ValueError("name the model by --processor, or Open-Qwen2VL by --tokenizer")
+    processor = _load_processor(options.processor, options.tokenizer)
+    named = ("shards", "output", "processor", "tokenizer")
+    others = {each.name: getattr(options, each.name) for each in fields(OPTIONS) if each.name not in named}
+    with only_writer(options.output):
+        report = plan_packs(shards, options.output, processor, **others)
+    print(report)
+
+
+def _load_processor(processor: str | None, tokenizer: str | None) -> Any:
+    """A family's processor, or Open-Qwen2VL's tokenizer."""
+    from transformers import AutoProcessor, AutoTokenizer
+
     from ..model_folders import model_folder
     from ..processing.text_formats import prepare_tokenizer
 
-    shards = find_sources(options.shards)
+    option, name = ("--processor", processor) if processor else ("--tokenizer", tokenizer)
     try:
-        tokenizer = prepare_tokenizer(
-            AutoTokenizer.from_pretrained(model_folder(options.tokenizer), trust_remote_code=False)
-        )
+        if processor:
+            return AutoProcessor.from_pretrained(model_folder(processor), trust_remote_code=False)
+        return prepare_tokenizer(AutoTokenizer.from_pretrained(model_folder(tokenizer), trust_remote_code=False))
     except (ValueError, OSError) as error:
-        raise ValueError(f"--tokenizer {options.tokenizer}: {error}") from error
-    with only_writer(options.output):
-        report = plan_packs(
-            shards,
-            options.output,
-            tokenizer,
-            image_seq_length=options.image_seq_length,
-            max_length=options.max_length,
-            max_images=options.max_images,
-            shards_per_group=options.shards_per_group,
-            images=options.images,
-            records_per_group=options.records_per_group,
-            caption_column=options.caption_column,
-            rules=options.rules,
-            num_workers=options.num_workers,
-        )
-    print(report)
+        raise ValueError(f"{option} {name}: {error}") from error

@@ -74,7 +74,7 @@ def planned_work(train_packs: str | list[dict[str, Any]]) -> list[Work]:
                 totals["tokens"] * times,
                 totals["images"] * times,
                 totals["tokens"] ** 2 / totals["documents"] * times,
-                plan["image_seq_length"],
+                plan["vision"]["image_seq_length"],
                 plan["max_length"],
                 totals["images_per_pack"][1],
             )

@@ -1,0 +1,95 @@
+"""What a model family tells the pipeline: found by the class of a processor, or by a config's `model_type`.
+
+    interface.py      the two protocols that a family implements, and nothing else of it is special anywhere
+    open_qwen2vl.py   the first family              qwen_vl/   Qwen2-VL, Qwen2.5-VL and Qwen3-VL
+
+Families are imported when they are first asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .interface import DocumentProcessor, PackedModel
+
+_OURS, _QWEN = "open_qwen2vl.families.open_qwen2vl", "open_qwen2vl.families.qwen_vl"
+# By the processor's class and by the config's model_type: a class, or the module and the name of one.
+_DOCUMENTS: dict[str, Any] = {
+    "OpenQwen2VLProcessor": (_OURS, "OpenQwen2VLDocuments"),
+    "PreTrainedTokenizerBase": (_OURS, "OpenQwen2VLDocuments"),
+    **dict.fromkeys(
+        ("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor"), (f"{_QWEN}.processing", "QwenVLDocuments")
+    ),
+}
+_MODELS: dict[str, Any] = {
+    "open_qwen2vl": (_OURS, "OpenQwen2VL"),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), (f"{_QWEN}.model", "QwenVL")),
+}
+
+
+def document_processor(
+    processor: Any, vision: dict[str, Any] | None = None, chat_template: str | None = None, **plan_options: Any
+) -> "DocumentProcessor":
+    """The data side of the family that a processor belongs to.
+
+    Args:
+        processor (`ProcessorMixin` or `PreTrainedTokenizerBase`): a family's processor; a tokenizer is taken for
+            Open-Qwen2VL's.
+        vision (`dict`, *optional*): a plan's, whose options it follows and whose other values it must have.
+        chat_template (`str`, *optional*): name of one of the processor's templates.
+        plan_options: values of the family's `plan_options`, where there is no plan yet.
+
+    Returns:
+        [`DocumentProcessor`].
+
+    Raises:
+        ValueError: for a processor of no known family, an option that its family does not have, or one whose values
+            are not those of `vision`.
+    """
+    found = next((_DOCUMENTS[base.__name__] for base in type(processor).__mro__ if base.__name__ in _DOCUMENTS), None)
+    if found is None:
+        known = ", ".join(name for name in _DOCUMENTS if name != "PreTrainedTokenizerBase")
+        raise ValueError(f"{type(processor).__name__} belongs to no known model family; known are {known}")
+    family = _load(found)
+    chosen = {name: value for name, value in plan_options.items() if value is not None}
+    unknown = sorted(chosen.keys() - set(family.plan_options))
+    if unknown:
+        raise ValueError(f"{unknown[0]} is no option of {type(processor).__name__}")
+    if vision is not None:
+        chosen |= {name: vision[name] for name in family.plan_options if name in vision}
+    documents = family(processor, chat_template=chat_template, **chosen)
+    if vision is not None and documents.fingerprint() != vision:
+        raise ValueError(difference(vision, documents.fingerprint()))
+    return documents
+
+
+def packed_model(config: Any) -> "PackedModel":
+    """The model side of the family that a config (`PreTrainedConfig`) belongs to, by its `model_type`."""
+    model_type = config.model_type
+    if model_type not in _MODELS:
+        raise ValueError(f"{model_type} is no known model family; known are {', '.join(_MODELS)}")
+    return _load(_MODELS[model_type])()
+
+
+def register_family(processor_class: str, documents: Any, model_type: str, model: Any = None) -> None:
+    """Add a family.
+
+    Args:
+        processor_class (`str`): name of its processor's class.
+        documents (`type`): its [`DocumentProcessor`].
+        model_type (`str`): its config's `model_type`.
+        model (`type`, *optional*): its [`PackedModel`]; without it the family packs and does not train.
+    """
+    _DOCUMENTS[processor_class] = documents
+    if model is not None:
+        _MODELS[model_type] = model
+
+
+def difference(planned: dict[str, Any], found: dict[str, Any]) -> str:
+    """What two fingerprints differ in, for messages: `NAME 4, now 9`."""
+    names = [name for name in {**planned, **found} if planned.get(name) != found.get(name)]
+    return ", ".join(f"{name} {planned.get(name)}, now {found.get(name)}" for name in names)
+
+
+def _load(found: Any) -> Any:
+    return getattr(import_module(found[0]), found[1]) if isinstance(found, tuple) else found

@@ -6,12 +6,13 @@
 Two protocols, because a planner must not import a model. docs/architecture.md says how to add a family.
 """
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..processing.text_formats import TextFormat
 
 
 class Media(NamedTuple):
@@ -32,25 +33,6 @@ class Media(NamedTuple):
     fps: float = 0.0
 
 
-@dataclass(frozen=True)
-class TextFormat:
-    """What stands around texts and media in a document that is no conversation.
-
-    Attributes:
-        document_start (`tuple[int, ...]`): ids before the first entry.
-        document_end (`tuple[int, ...]`): ids behind the last entry.
-        after_media (`str`): text behind each image or video, tokenised with the text that follows it.
-        text_end (`tuple[int, ...]`): ids behind each text of a document with two or more media.
-        renames (`tuple[tuple[str, str], ...]`): literal strings of data's texts and what they become.
-    """
-
-    document_start: tuple[int, ...]
-    document_end: tuple[int, ...]
-    after_media: str = ""
-    text_end: tuple[int, ...] = ()
-    renames: tuple[tuple[str, str], ...] = ()
-
-
 class VisionWork(NamedTuple):
     """What encoding media costs; sums over media add up field by field.
 
@@ -66,24 +48,33 @@ class VisionWork(NamedTuple):
 
 
 class DocumentProcessor(Protocol):
-    """The data side of a family: wraps the processor that transformers loads.
+    """The data side of a family: wraps the processor that transformers loads; picklable, for workers.
+
+    It is made as `Class(processor, chat_template=None, **plan_options)`, where `chat_template` is the name of one of
+    the processor's templates.
 
     Attributes:
         tokenizer (`PreTrainedTokenizerBase`): a fast tokenizer.
         chat_template (`str`): with `{% generation %}` marks; renders as the processor's own.
+        media_strings (`dict[str, str]`): what the template writes for one image or video, by `Media.kind`, as
+            `{"image": "<|vision_start|><|image_pad|><|vision_end|>"}`; `placeholder_ids` stand there instead.
         text_format ([`TextFormat`]): of documents that are no conversations.
         needs_sizes (`bool`): whether [`placeholder_ids`] depends on width and height, so that a planner reads headers.
         rope_rows (`int`): rows of `position_ids`: 1, or 4 for M-RoPE (text, t, h, w).
+        plan_options (`tuple[str, ...]`): keys of the fingerprint that a plan chooses and a processor follows, as
+            `image_seq_length`; keywords of the constructor. All other differences are refused.
     """
 
     tokenizer: PreTrainedTokenizerBase
     chat_template: str
+    media_strings: dict[str, str]
     text_format: TextFormat
     needs_sizes: bool
     rope_rows: int
+    plan_options: ClassVar[tuple[str, ...]]
 
     def fingerprint(self) -> dict[str, Any]:
-        """All that decides the ids and counts of media, as JSON: a plan records it and is refused with another."""
+        """All that decides ids and counts of media, flat JSON with `"family"`: a plan records it as `vision`."""
 
     def placeholder_ids(self, media: Media) -> list[int]:
         """Ids that stand in the text for an image or video, marks included.

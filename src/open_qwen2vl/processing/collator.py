@@ -1,11 +1,13 @@
 """From packs to the tensors of one forward: rows are packs, documents are told apart by boundaries, not by a mask.
 
-items      input_ids, position_ids, labels (S_i,), pixel_values uint8 (images_i, 3, H, W)
-  │ pad every row to the longest; the padded tail is a document of its own, labels -100
+items      input_ids, labels (S_i,), position_ids (S_i,) or (rows, S_i), media by their names in the forward
+  │ pad every row to the longest; the padded tail is a document of its own, labels -100; media are joined
   ▼
-batch      input_ids, position_ids, labels (packs, S), pixel_values (images, 3, H, W), image_seq_length,
+batch      input_ids, labels (packs, S), position_ids (packs, S) or (rows, packs, S), media, options of the forward,
            cu_seq_lens_q/k (documents + 1,) int32 over the flattened batch, max_length_q/k,
            label_positions (labelled,) in the flattened batch: position t where t + 1 of the row has a label
+
+Row 0 of the positions tells documents apart: it starts at 0 in each.
 """
 
 from collections import Counter
@@ -15,6 +17,9 @@ from typing import Any
 import torch
 
 from .text_formats import IGNORE_INDEX
+
+TEXT = ("input_ids", "labels", "position_ids")
+ACCOUNTS = ("media", "vision_work", "dropped", "source", "pack")  # of an item; what else it has goes to the forward
 
 
 @dataclass
@@ -40,35 +45,36 @@ class PackingCollator:
         """Collate.
 
         Args:
-            items (`list[dict]`): each with int64 `input_ids`, `position_ids`, `labels` of shape `(S,)`, uint8
-                `pixel_values` of shape `(images, 3, H, W)` and the int `image_seq_length`.
+            items (`list[dict]`): each with int64 `input_ids` and `labels` of shape `(S,)` and `position_ids` of shape
+                `(S,)` or `(rows, S)`. Other tensors are media, joined along their first dimension; other values are
+                arguments of the forward, the same in all items, but for `media` (their number), `vision_work`
+                (patches, squared, tokens), `dropped`, `source` and `pack`.
 
         Returns:
-            `dict`: the tensors named at the head of this file, `pixel_values` only where there are images, and
-            `packing_stats` with the int counts `tokens` (no padding), `positions` (with it), `documents`, `images`,
-            `squared_lengths` (sum over documents of length squared), the dict `dropped` (documents lost at reading, by
-            reason), and for each row a dict in `rows`: `tokens`, `labels`, and `source` and `pack`, the numbers that
-            the item has (0 and -1 where it has none).
+            `dict`: the tensors named at the head of this file, media only where there are any, and `packing_stats`
+            with the int counts `tokens` (no padding), `positions` (with it), `documents`, `images` and `media` (both
+            the number of images and videos), `squared_lengths` (sum over documents of length squared), `patches`,
+            `vision_squared` and `vision_tokens` (the sums of `vision_work`), the dict `dropped` (documents lost at
+            reading, by reason), and for each row a dict in `rows`: `tokens`, `labels`, and `source` and `pack`, the
+            numbers that the item has (0 and -1 where it has none).
 
         Raises:
-            ValueError: if the items were planned for different numbers of tokens per image.
+            ValueError: if the arguments of the forward differ, as where packs were planned for different numbers of
+                tokens per image.
         """
-        budgets = {item["image_seq_length"] for item in items}
-        if len(budgets) > 1:
-            raise ValueError(f"packs of different image_seq_length in one batch: {sorted(budgets)}")
-        lengths = torch.cat([_document_lengths(item["position_ids"]) for item in items])
+        lengths = torch.cat([_document_lengths(_first_row(item["position_ids"])) for item in items])
         # At least one position, so that a batch whose documents were all dropped still runs.
         longest = max(1, *(len(item["input_ids"]) for item in items))
         longest += -longest % (self.pad_to_multiple_of or 1)
         batch: dict[str, Any] = {
             "input_ids": _pad_rows([item["input_ids"] for item in items], longest, self.pad_token_id),
             "labels": _pad_rows([item["labels"] for item in items], longest, IGNORE_INDEX),
-            "image_seq_length": budgets.pop(),
+            **_forward_options(items),
+            **_joined_media(items),
         }
-        pixel_values = torch.cat([item["pixel_values"] for item in items])
-        if len(pixel_values):
-            batch["pixel_values"] = pixel_values
         if self.cross_document_attention:
+            if items[0]["position_ids"].dim() > 1:
+                raise ValueError("cross_document_attention is for models with one row of positions")
             batch["position_ids"] = torch.arange(longest).expand(len(items), -1)
             batch["labels"] = self._labels_across_documents(batch["labels"], batch["input_ids"], items)
         else:
@@ -76,24 +82,34 @@ class PackingCollator:
         # Found here, once, on the host: on a device the model would have to wait for their number.
         labelled = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX) != IGNORE_INDEX
         batch["label_positions"] = torch.nonzero(labelled.flatten()).squeeze(1)
-        batch["packing_stats"] = {
+        batch["packing_stats"] = self._stats(items, lengths, batch["input_ids"].numel(), labelled.sum(1).tolist())
+        return batch
+
+    @staticmethod
+    def _stats(
+        items: list[dict[str, Any]], lengths: torch.Tensor, positions: int, labels: list[int]
+    ) -> dict[str, Any]:
+        media = sum(item["media"] if "media" in item else _first_length(item) for item in items)
+        work = zip(*(item.get("vision_work", (0, 0, 0)) for item in items), strict=True)
+        return {
             "tokens": int(lengths.sum()),
-            "positions": batch["input_ids"].numel(),
+            "positions": positions,
             "documents": len(lengths),
-            "images": len(pixel_values),
+            "images": media,
+            "media": media,
             "squared_lengths": int(lengths.square().sum()),
+            **dict(zip(("patches", "vision_squared", "vision_tokens"), map(sum, work), strict=True)),
             "dropped": dict(sum((Counter(item.get("dropped", {})) for item in items), Counter())),
             "rows": [
                 {
                     "source": item.get("source", 0),
                     "pack": item.get("pack", -1),
                     "tokens": len(item["input_ids"]),
-                    "labels": labels,
+                    "labels": count,
                 }
-                for item, labels in zip(items, labelled.sum(1).tolist(), strict=True)
+                for item, count in zip(items, labels, strict=True)
             ],
         }
-        return batch
 
     @staticmethod
     def _labels_across_documents(labels, input_ids, items) -> torch.Tensor:
@@ -102,6 +118,31 @@ class PackingCollator:
             starts = torch.nonzero(item["position_ids"] == 0).flatten()[1:]
             labels[row, starts] = input_ids[row, starts]
         return labels
+
+
+def _forward_options(items: list[dict[str, Any]]) -> dict[str, Any]:
+    names = [name for name, value in items[0].items()
+             if name not in (*TEXT, *ACCOUNTS) and not isinstance(value, torch.Tensor)]  # fmt: skip
+    for name in names:
+        values = {item[name] for item in items}
+        if len(values) > 1:
+            raise ValueError(f"packs of different {name} in one batch: {sorted(values)}")
+    return {name: items[0][name] for name in names}
+
+
+def _joined_media(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    names = [name for name, value in items[0].items() if name not in TEXT and isinstance(value, torch.Tensor)]
+    joined = {name: torch.cat([item[name] for item in items]) for name in names}
+    return {name: tensor for name, tensor in joined.items() if len(tensor)}
+
+
+def _first_length(item: dict[str, Any]) -> int:
+    """Images of an item that does not count them: the length of its first media tensor."""
+    return next((len(v) for name, v in item.items() if name not in TEXT and isinstance(v, torch.Tensor)), 0)
+
+
+def _first_row(position_ids: torch.Tensor) -> torch.Tensor:
+    return position_ids if position_ids.dim() == 1 else position_ids[0]
 
 
 def _document_lengths(position_ids: torch.Tensor) -> torch.Tensor:
@@ -117,10 +158,12 @@ def _pad_rows(rows: list[torch.Tensor], length: int, value: int) -> torch.Tensor
     return padded
 
 
-def _isolate_documents(rows: list[torch.Tensor], length: int) -> dict[str, Any]:
+def _isolate_documents(packs: list[torch.Tensor], length: int) -> dict[str, Any]:
     # The tail restarts at 0 like any document, so that boundaries, positions and masks all agree on it.
-    padded = torch.stack([torch.cat([row, torch.arange(length - len(row))]) for row in rows])
-    lengths = _document_lengths(padded.flatten())
+    tails = [torch.arange(length - pack.shape[-1]).expand(*pack.shape[:-1], -1) for pack in packs]
+    # (packs, S) or, with several rows of positions, (rows, packs, S)
+    padded = torch.stack([torch.cat([*pair], dim=-1) for pair in zip(packs, tails, strict=True)], dim=-2)
+    lengths = _document_lengths((padded if padded.dim() == 2 else padded[0]).flatten())
     boundaries = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     longest = int(lengths.max())
     return {

@@ -3,7 +3,7 @@ r"""From conversations to token ids and labels, through the chat template.
     messages   the normal form of conversation_records.py
       │ data's text: special tokens' strings are parted, so that they stay text
       │ chat template: text, and where in it the answers are ({% generation %})
-      │ cut at control tokens and at answers, each piece tokenised alone; an image is image_seq_length placeholders
+      │ cut at control tokens and at answers, each piece tokenised alone; an image's piece becomes its block of ids
       ▼
     input_ids, labels (S,): labels are the answers with their end of turn, nothing else
 
@@ -13,7 +13,7 @@ where an answer starts with a newline, which there melts into the prompt's last 
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,54 +24,33 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from .conversation_records import join_texts
 from .sample_error import SampleError
-from .text_formats import IGNORE_INDEX, IMAGE_TOKEN, encode_as_text
+from .text_formats import IGNORE_INDEX, encode_as_text
 
 SHORT_PIECE = 64  # characters: what the template writes itself comes again and again, a longer text is the data's
 KEPT_PIECES = 256
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MARK = "\U000f0002"  # private use
 
-
-def conversation_document(
-    messages: list[dict[str, Any]], processor: Any, image_seq_length: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Lay out a conversation as the processor's chat template does.
-
-    Args:
-        messages (`list[dict]`): in the normal form, or with text as content.
-        processor (`OpenQwen2VLProcessor`): its chat template must have `{% generation %}` marks.
-        image_seq_length (`int`): tokens of each image.
-
-    Returns:
-        `tuple[np.ndarray, np.ndarray]`: int64 `input_ids` and `labels`; labels are -100 but at answers with their end
-        of turn.
-
-    Raises:
-        ValueError: if the template has no such marks.
-        SampleError: `template_error` if the template refuses the messages or loses an image.
-    """
-    return ConversationFormat(processor.tokenizer, processor.chat_template).document(messages, image_seq_length)
+Pieces = list[tuple[str, bool]]  # control tokens, media and the texts between them, each with whether it is answered
 
 
 class ConversationFormat:
-    """How conversations become ids: a tokenizer and a chat template.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): a fast tokenizer with `<|image_pad|>`.
-        chat_template (`str`): Jinja template whose answers stand between `{% generation %}` and `{% endgeneration %}`.
-
-    Raises:
-        ValueError: if the template has no such marks.
+    """How conversations become ids: a tokenizer, a chat template whose answers have `{% generation %}` marks, and what
+    that writes for an image or video by its kind, as `{"image": "<|image_pad|>"}`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str, media_strings: Mapping[str, str]):
         if not has_generation_marks(chat_template):
             raise ValueError("the chat template has no {% generation %} marks, which say what is trained on")
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         tokens = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         tokens.sort(key=len, reverse=True)
+        self._media = frozenset(media_strings.values())
+        # A media string of several tokens is one piece: it stands before its own first token in the alternatives.
+        strings = sorted({*self._media, *tokens}, key=len, reverse=True)
         self._special = re.compile("(" + "|".join(map(re.escape, tokens)) + ")")
+        self._cuts = re.compile("(" + "|".join(map(re.escape, strings)) + ")")
         self._special_ids = dict(zip(tokens, tokenizer.convert_tokens_to_ids(tokens), strict=True))
         self._short_pieces: dict[str, list[int]] = {}
 
@@ -80,23 +59,58 @@ class ConversationFormat:
         """SHA-256 of the template, 64 hex digits."""
         return hashlib.sha256(self.chat_template.encode()).hexdigest()
 
-    def document(self, messages: list[dict[str, Any]], image_seq_length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Lay out a conversation; see [`conversation_document`]."""
-        marked = [{**message, "content": self._mark(message["content"])} for message in messages]
-        images = sum(part["type"] == "image" for message in marked for part in message["content"])
+    def document(self, messages: list[dict[str, Any]], blocks: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Int64 ids and labels `(S,)` of a conversation; blocks are the ids of its media in reading order."""
+        pieces = self.pieces(messages)
+        encoded = self.encode([pieces])
         ids: list[int] = []
         labels: list[int] = []
-        for text, is_answer in self._pieces(*self._render(marked)):
-            if text == IMAGE_TOKEN:
-                new, is_answer, images = [self._special_ids[text]] * image_seq_length, False, images - 1
-            else:
-                new = [self._special_ids[text]] if text in self._special_ids else self._encode(text)
+        following = iter(blocks)
+        for text, is_answer in pieces:
+            is_media = text in self._media
+            new = next(following) if is_media else encoded[text]
             ids += new
-            labels += new if is_answer else [IGNORE_INDEX] * len(new)
-        if images:
-            raise SampleError("template_error", f"the chat template loses or doubles {abs(images)} images")
+            labels += new if is_answer and not is_media else [IGNORE_INDEX] * len(new)
         labels[:1] = [IGNORE_INDEX]
         return np.array(ids, dtype=np.int64), np.array(labels, dtype=np.int64)
+
+    def lengths(
+        self, conversations: Sequence[Pieces], block_lengths: Sequence[Sequence[int]]
+    ) -> Iterable[tuple[int, int]]:
+        """Positions and labelled positions of many conversations, each given as its [`pieces`]."""
+        encoded = self.encode(conversations)
+        for pieces, blocks in zip(conversations, block_lengths, strict=True):
+            tokens = labels = 0
+            for number, (text, is_answer) in enumerate(pieces):
+                if text in self._media:
+                    continue
+                length = len(encoded[text])
+                tokens += length
+                labels += length if is_answer and number else max(0, length - 1) if is_answer else 0
+            yield tokens + sum(blocks), labels
+
+    def pieces(self, messages: list[dict[str, Any]]) -> Pieces:
+        """What a conversation becomes before it is tokenised; `template_error` if the template loses an image."""
+        marked = [{**message, "content": self._mark(message["content"])} for message in messages]
+        media = sum(part["type"] != "text" for message in marked for part in message["content"])
+        pieces = list(self._cut(*self._render(marked)))
+        lost = media - sum(text in self._media for text, _ in pieces)
+        if lost:
+            raise SampleError("template_error", f"the chat template loses or doubles {abs(lost)} images")
+        return pieces
+
+    def encode(self, conversations: Sequence[Pieces]) -> dict[str, list[int]]:
+        """Ids of all pieces of some conversations but media, tokenised at once."""
+        texts = {text for pieces in conversations for text, _ in pieces} - self._media
+        encoded = {text: [self._special_ids[text]] for text in texts if text in self._special_ids}
+        encoded |= {text: self._short_pieces[text] for text in texts if text in self._short_pieces}
+        missing = sorted(texts - encoded.keys())
+        ids = encode_as_text(self.tokenizer, [text.replace(_MARK, "") for text in missing])
+        for text, own in zip(missing, ids, strict=True):
+            encoded[text] = own
+            if len(text) < SHORT_PIECE and len(self._short_pieces) < KEPT_PIECES:
+                self._short_pieces[text] = own
+        return encoded
 
     def _mark(self, content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The content with each special token's string in its text parted by a mark."""
@@ -120,20 +134,13 @@ class ConversationFormat:
             raise SampleError("template_error", f"the chat template refuses it: {error}") from error
         return text, _learned(answers, messages)
 
-    def _pieces(self, text: str, answers: list[tuple[int, int]]) -> Iterable[tuple[str, bool]]:
-        """Control tokens and the texts between them, each with whether it is of an answer."""
+    def _cut(self, text: str, answers: list[tuple[int, int]]) -> Iterable[tuple[str, bool]]:
+        """Control tokens, media and the texts between them, each with whether it is of an answer."""
         start = 0
         bounds = [bound for first, stop in answers for bound in ((first, False), (stop, True))]
         for stop, is_answer in [*bounds, (len(text), False)]:
-            yield from ((piece, is_answer) for piece in self._special.split(text[start:stop]) if piece)
+            yield from ((piece, is_answer) for piece in self._cuts.split(text[start:stop]) if piece)
             start = stop
-
-    def _encode(self, text: str) -> list[int]:
-        if (ids := self._short_pieces.get(text)) is None:
-            (ids,) = encode_as_text(self.tokenizer, [text.replace(_MARK, "")])
-            if len(text) < SHORT_PIECE and len(self._short_pieces) < KEPT_PIECES:
-                self._short_pieces[text] = ids
-        return ids
 
 
 def _learned(answers: list[tuple[int, int]], messages: list[dict[str, Any]]) -> list[tuple[int, int]]:
@@ -147,29 +154,28 @@ def _learned(answers: list[tuple[int, int]], messages: list[dict[str, Any]]) -> 
 
 
 def has_generation_marks(chat_template: Any) -> bool:
-    """Whether a chat template says what of a conversation is generated.
-
-    Args:
-        chat_template (`Any`): a template, or what stands in its place (`None`, a dict of templates).
-
-    Returns:
-        `bool`.
-    """
+    """Whether a chat template, or what stands in its place (`None`, a dict of them), says what is generated."""
     return isinstance(chat_template, str) and bool(_GENERATION.search(chat_template))
 
 
-def training_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The template that a tokenizer's conversations are trained with.
+def named_chat_template(templates: str | Mapping[str, str] | None, name: str | None = None) -> str | None:
+    """One of a processor's or tokenizer's templates: its only one, or that of a name, `default` where not given."""
+    if not isinstance(templates, Mapping):
+        if name in (None, "default"):
+            return templates
+        raise ValueError(f"there is no chat template named {name!r}: there is one template, without names")
+    if name is not None and name not in templates:
+        raise ValueError(f"there is no chat template named {name!r} among {', '.join(templates)}")
+    return templates.get(name or "default")
 
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): of a processor or of a language model.
 
-    Returns:
-        `str`: its own if that has `{% generation %}` marks, else the one of new models, which
-        [`OpenQwen2VLProcessor.from_vision_text_pretrained`] would give it.
+def training_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> str:
+    """The template that conversations are trained with: the tokenizer's own if that has `{% generation %}` marks, else
+    the one of new models, which [`OpenQwen2VLProcessor.from_vision_text_pretrained`] would give it.
     """
-    if has_generation_marks(tokenizer.chat_template):
-        return tokenizer.chat_template
+    own = named_chat_template(tokenizer.chat_template, name)
+    if has_generation_marks(own) or name is not None:
+        return own
     return Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf8")
 
 

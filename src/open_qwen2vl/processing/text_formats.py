@@ -1,16 +1,18 @@
-r"""From captions, interleaved documents and conversations to token ids and labels.
+r"""From texts with media between them to token ids and labels; captions are a case, [image, caption].
 
-    caption       <s> image*N "\n" caption <|im_end|>
-    interleaved   <s> text <|endofchunk|> image*N "\n" text <|endofchunk|> ... <|im_end|>
-    conversation  <s> system, then <|im_start|>user "\n" image*N text <|im_end|>assistant "\n" answer <|im_end|> "\n"
+    texts    a text, or None where an image or video stands
+      │ text_parts: what is tokenised of each entry ── encode_as_text, many documents at once
+      ▼
+    <start> block "\n" text <text_end> block "\n" text <text_end> ... <end>     ids and labels (S,): join_document
+                                                                                lengths alone: split_document
 
-Labels: the answers of conversations; elsewhere all but images and the first token. For captions one function
-tokenises, one lays the document out, one counts: the planner needs only the count, the dataset all three.
-Text from data never becomes a control token: a special token's string inside a caption stays text.
+A block is the ids that stand for an image or video; the family has them (families/). Labels are all ids but those of
+blocks, told by their place, and the first. Text from data never becomes a control token: it stays text.
 """
 
 import hashlib
 import json
+from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +24,25 @@ IMAGE_TOKEN = "<|image_pad|>"
 IGNORE_INDEX = -100
 SYSTEM_PROMPT = "You are a helpful assistant."
 MAX_INTERLEAVED_IMAGES = 9
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """What stands around texts and media in a document that is no conversation.
+
+    Attributes:
+        document_start (`tuple[int, ...]`): ids before the first entry.
+        document_end (`tuple[int, ...]`): ids behind the last entry.
+        after_media (`str`): text behind each image or video, tokenised with the text that follows it.
+        text_end (`tuple[int, ...]`): ids behind each text of a document with two or more media.
+        renames (`tuple[tuple[str, str], ...]`): literal strings of data's texts and what they become.
+    """
+
+    document_start: tuple[int, ...]
+    document_end: tuple[int, ...]
+    after_media: str = ""
+    text_end: tuple[int, ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -51,14 +72,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 over all that decides the ids of a text.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): a fast tokenizer.
-
-    Returns:
-        `str`: 64 hex digits, independent of the padding and truncation of the last call.
-    """
+    """SHA-256, in hex, over all that decides the ids of a text; the last call's padding and truncation do not."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state.pop("padding", None)
     state.pop("truncation", None)
@@ -66,32 +80,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def tokenize_captions(tokenizer: PreTrainedTokenizerBase, captions: list[str]) -> list[list[int]]:
-    r"""Token ids of the text part of caption documents, `"\n" + caption`.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
-        captions (`list[str]`): captions as they are in the data.
-
-    Returns:
-        `list[list[int]]`: one list of ids for each caption; special tokens' strings are tokenised as text, and a
-        literal `<image>` as `<image-placeholder>` (the original's rule).
-    """
-    return encode_as_text(
-        tokenizer, ["\n" + caption.replace("<image>", "<image-placeholder>") for caption in captions]
-    )
-
-
 def encode_as_text(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of texts from data, in which special tokens' strings are text like any other.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): a fast tokenizer.
-        texts (`list[str]`): the texts, perhaps none.
-
-    Returns:
-        `list[list[int]]`: one list of ids for each.
-    """
+    """Token ids of texts from data, in which special tokens' strings are text like any other."""
     if not texts:
         return []
     # Without the offsets that `tokenizer(...)` collects this is twice as fast, and planning is mostly this.
@@ -102,131 +92,86 @@ def encode_as_text(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def caption_document_length(num_text_ids: int, image_seq_length: int) -> int:
-    """Positions that a caption document takes.
-
-    Args:
-        num_text_ids (`int`): length of its [`tokenize_captions`] ids.
-        image_seq_length (`int`): tokens of its image.
-
-    Returns:
-        `int`: text, image, `<s>` and `<|im_end|>` together.
-    """
-    return 1 + image_seq_length + num_text_ids + 1
-
-
-def caption_document(
-    text_ids: list[int], tokenizer: PreTrainedTokenizerBase, image_seq_length: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Lay out a caption document.
-
-    Args:
-        text_ids (`list[int]`): ids from [`tokenize_captions`].
-        tokenizer (`PreTrainedTokenizerBase`): a tokenizer from [`prepare_tokenizer`].
-        image_seq_length (`int`): tokens of its image.
-
-    Returns:
-        `tuple[np.ndarray, np.ndarray]`: int64 `input_ids` and `labels`; labels are -100 at the first token and at the
-        image, so that nothing before the document predicts into it.
-    """
-    bos, eos, image = (tokenizer.convert_tokens_to_ids(t) for t in (BOS_TOKEN, EOS_TOKEN, IMAGE_TOKEN))
-    input_ids = np.array([bos] + [image] * image_seq_length + text_ids + [eos], dtype=np.int64)
-    labels = input_ids.copy()
-    labels[: 1 + image_seq_length] = IGNORE_INDEX
-    return input_ids, labels
-
-
-def tokenize_interleaved(tokenizer: PreTrainedTokenizerBase, texts: list[str | None]) -> list[list[int]]:
-    r"""Token ids of the text parts of an interleaved document.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
-        texts (`list[str | None]`): the texts in reading order, None where an image stands.
-
-    Returns:
-        `list[list[int]]`: one list of ids for each entry. The newline that follows an image is at the start of the
-        text behind it, or stands alone in the image's list where no text follows. A literal `<image>` becomes
-        `<image-placeholder>`, as in [`tokenize_captions`].
-    """
-    parts = []
+def text_parts(texts: list[str | None], text_format: TextFormat) -> list[str]:
+    """What is tokenised of each entry: a text with what separates it from the media before it; "" for nothing."""
+    parts, after = [], ""
     for i, text in enumerate(texts):
         if text is None:
-            parts.append("\n" if i + 1 == len(texts) or texts[i + 1] is None else "")
+            # What follows an image melts into the text behind it, or stands alone where none follows.
+            followed = i + 1 < len(texts) and texts[i + 1] is not None
+            parts.append("" if followed else text_format.after_media)
+            after = text_format.after_media
         else:
-            newline = "\n" if i and texts[i - 1] is None else ""
-            parts.append(newline + text.replace("<image>", "<image-placeholder>"))
-    return encode_as_text(tokenizer, parts)
+            for literal, name in text_format.renames:
+                text = text.replace(literal, name)
+            parts.append(after + text)
+            after = ""
+    return parts
 
 
-def interleaved_document(
-    texts: list[str | None], tokenizer: PreTrainedTokenizerBase, image_seq_length: int
+def join_document(
+    texts: list[str | None], part_ids: list[list[int]], blocks: list[list[int]], text_format: TextFormat
 ) -> tuple[np.ndarray, np.ndarray]:
-    r"""Lay out a document of texts and images (OBELICS, MMC4), as the newer of the original's two versions does.
+    """Lay out a document: int64 ids and labels `(S,)`; `part_ids` are those of [`text_parts`], `blocks` in order.
 
-    Each image is followed by a newline; each text ends in `<|endofchunk|>` where there are two or more images.
-
-    Args:
-        texts (`list[str | None]`): the texts in reading order, None where an image stands.
-        tokenizer (`PreTrainedTokenizerBase`): a tokenizer from [`prepare_tokenizer`].
-        image_seq_length (`int`): tokens of each image.
-
-    Returns:
-        `tuple[np.ndarray, np.ndarray]`: int64 `input_ids` and `labels`; labels are -100 at the first token and at
-        images.
+    Labels are -100 at the first token, so that nothing before the document predicts into it, and at blocks.
     """
-    bos, eos, image, end_of_chunk = _special_ids(tokenizer)
-    end_of_text = [end_of_chunk] if texts.count(None) > 1 else []
-    ids = [bos]
-    for text, text_ids in zip(texts, tokenize_interleaved(tokenizer, texts), strict=True):
-        ids += [image] * image_seq_length + text_ids if text is None else text_ids + end_of_text
-    input_ids = np.array([*ids, eos], dtype=np.int64)
-    labels = np.where(input_ids == image, IGNORE_INDEX, input_ids)
-    labels[0] = IGNORE_INDEX
+    text_end = list(text_format.text_end) if len(blocks) > 1 else []
+    ids, media, following = list(text_format.document_start), [], iter(blocks)
+    for text, own in zip(texts, part_ids, strict=True):
+        if text is None:
+            block = next(following)
+            media.append(slice(len(ids), len(ids) + len(block)))
+            ids += block
+        ids += own if text is None else own + text_end
+    input_ids = np.array([*ids, *text_format.document_end], dtype=np.int64)
+    labels = input_ids.copy()
+    labels[:1] = IGNORE_INDEX
+    for place in media:
+        labels[place] = IGNORE_INDEX
     return input_ids, labels
 
 
-def split_interleaved(
+def text_document(
+    texts: list[str | None], blocks: list[list[int]], tokenizer: PreTrainedTokenizerBase, text_format: TextFormat
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokenise and lay out one document, as [`join_document`] does."""
+    return join_document(texts, encode_as_text(tokenizer, text_parts(texts, text_format)), blocks, text_format)
+
+
+def split_document(
     texts: list[str | None],
-    text_ids: list[list[int]],
-    image_seq_length: int,
+    part_lengths: list[int],
+    block_lengths: list[int],
+    text_format: TextFormat,
     max_length: int,
-    max_images: int = MAX_INTERLEAVED_IMAGES,
+    max_media: int = MAX_INTERLEAVED_IMAGES,
 ) -> list[tuple[int, int, int]]:
-    """Split a document before images into pieces that each become an [`interleaved_document`].
+    """Split a document before media into pieces that each become a document: first entry, one behind the last, length.
 
     Each piece takes as much as fits. What stands from an image to the next is never split; if that is too long by
-    itself its piece is too.
-
-    Args:
-        texts (`list[str | None]`): the texts in reading order, None where an image stands.
-        text_ids (`list[list[int]]`): their ids from [`tokenize_interleaved`].
-        image_seq_length (`int`): tokens of each image.
-        max_length (`int`): most positions of a piece.
-        max_images (`int`, *optional*, defaults to 9): most images of a piece, at least 1.
-
-    Returns:
-        `list[tuple[int, int, int]]`: of each piece its first entry, the entry behind its last, and its positions.
-        Together the pieces are the document, in order. Only the first can be without an image: the text that stands
-        before all images, where it does not fit to the first.
+    itself its piece is too. Together the pieces are the document, in order. Only the first can be without an image:
+    the text that stands before all of them, where it does not fit to the first.
     """
+    ends, text_end = len(text_format.document_start) + len(text_format.document_end), len(text_format.text_end)
+
+    def length(media: int, chunks: int, positions: int) -> int:
+        return ends + positions + (chunks * text_end if media > 1 else 0)
+
     pieces: list[tuple[int, int, int]] = []
     starts = [i for i, text in enumerate(texts) if text is None or i == 0]
-    first = images = chunks = positions = 0  # of the piece that is being filled
+    blocks = iter(block_lengths)
+    first = media = chunks = positions = 0  # of the piece that is being filled
     for start, stop in zip(starts, [*starts[1:], len(texts)], strict=True):
-        has_image = texts[start] is None
-        new_chunks = stop - start - has_image
-        new_positions = has_image * image_seq_length + sum(map(len, text_ids[start:stop]))
-        joined = _positions(images + has_image, chunks + new_chunks, positions + new_positions)
-        if start > first and (images + has_image > max_images or joined > max_length):
-            pieces.append((first, start, _positions(images, chunks, positions)))
-            first, images, chunks, positions = start, 0, 0, 0
-        images, chunks, positions = images + has_image, chunks + new_chunks, positions + new_positions
-    return [*pieces, (first, len(texts), _positions(images, chunks, positions))]
-
-
-def _positions(images: int, chunks: int, positions: int) -> int:
-    """Of a whole interleaved document: `<s>` and `<|im_end|>` are added, and the ends of the texts."""
-    return 2 + positions + (chunks if images > 1 else 0)
+        has_media = texts[start] is None
+        new_chunks = stop - start - has_media
+        new_positions = sum(part_lengths[start:stop]) + (next(blocks) if has_media else 0)
+        joined = length(media + has_media, chunks + new_chunks, positions + new_positions)
+        if start > first and (media + has_media > max_media or joined > max_length):
+            pieces.append((first, start, length(media, chunks, positions)))
+            first, media, chunks, positions = start, 0, 0, 0
+        media, chunks, positions = media + has_media, chunks + new_chunks, positions + new_positions
+    return [*pieces, (first, len(texts), length(media, chunks, positions))]
 
 
 def original_conversation_document(
@@ -248,7 +193,7 @@ def original_conversation_document(
     Raises:
         ValueError: for a turn of another speaker.
     """
-    bos, eos, _, _ = _special_ids(tokenizer)
+    bos, eos = tokenizer.convert_tokens_to_ids([BOS_TOKEN, EOS_TOKEN])
     start, newline = tokenizer.convert_tokens_to_ids("<|im_start|>"), _text_ids(tokenizer, "\n")
     ids = [bos, start, *_text_ids(tokenizer, f"system\n{SYSTEM_PROMPT}"), eos, *newline]
     labels = [IGNORE_INDEX] * len(ids)
@@ -267,14 +212,10 @@ def original_conversation_document(
 
 
 def _user_turn_ids(tokenizer: PreTrainedTokenizerBase, value: str, image_seq_length: int) -> list[int]:
-    _, eos, image, _ = _special_ids(tokenizer)
+    eos, image = tokenizer.convert_tokens_to_ids([EOS_TOKEN, IMAGE_TOKEN])
     first, *others = (_text_ids(tokenizer, text) for text in f"user\n{value}".split("<image>"))
     after_images = [token for ids in others for token in [image] * image_seq_length + ids]
     return [*first, *after_images, eos, *_text_ids(tokenizer, "assistant\n")]
-
-
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return tokenizer.convert_tokens_to_ids([BOS_TOKEN, EOS_TOKEN, IMAGE_TOKEN, END_OF_CHUNK_TOKEN])
 
 
 def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

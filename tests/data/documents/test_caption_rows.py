@@ -124,11 +124,16 @@ def test_what_cannot_be_planned_is_one_clear_error(caption_tars, encode, tmp_pat
             r"other.parquet: no column messages or conversations among image, alt, nor .*--caption-column",
         ),
         (["lists"], {}, "none of 1 samples can be packed: {'bad_caption': 1}"),
-        (["path"], {}, r"a record names the image a.png, but no folder or archive of images was given \(--images\)"),
+        (["path"], {}, "none of 1 samples can be packed: {'missing_image': 1}"),  # looked up beside the table
         (["text"], {"rules": "original"}, "rules original are for interleaved documents, not for captions"),
         (["text"], {"rules": "none"}, "rules must be standard or original, got 'none'"),
     ):
         with pytest.raises(ValueError, match=message):
-            plan([tmp_path / f"{name}.parquet" for name in sources], tmp_path / message[:6], processor, **options)
-    with pytest.raises(ValueError, match="00000.tar: --caption-column alt is for parquet and arrow files"):
+            plan(
+                [tmp_path / f"{name}.parquet" for name in sources],
+                tmp_path / f"packs of {sources[0]}",
+                processor,
+                **options,
+            )
+    with pytest.raises(ValueError, match="00000.tar: --caption-column alt is for tables, json and csv files"):
         plan(caption_tars, tmp_path / "packs", processor, caption_column="alt")

@@ -23,7 +23,7 @@ from open_qwen2vl.cli import main
 from open_qwen2vl.data import find_sources, plan_packs
 from open_qwen2vl.data.storage import json_records
 from open_qwen2vl.processing.conversation_records import read_conversation
-from open_qwen2vl.processing.conversations import conversation_document
+from tests.documents import conversation_document
 
 OPTIONS = {"image_seq_length": 4, "max_length": 256, "num_workers": 1}
 
@@ -134,7 +134,7 @@ def test_json_and_places_of_images(images, write_json, tmp_path, processor, plac
     dataset = PackedDataset(tmp_path / "packs", processor)
     assert len(dataset.plan["parts"]) == 3 and not list((tmp_path / "packs").glob("image-index*"))
     assert documents_of(dataset) == expected_documents(RECORDS, processor)
-    assert dataset.images_per_pack().sum() == 30
+    assert dataset.per_pack("images").sum() == dataset.per_pack("patches").sum() == 30
 
 
 def test_several_places_and_the_first_member_of_a_name(images, write_json, tmp_path, processor):
@@ -278,7 +278,7 @@ def test_every_bad_record_is_named(images, write_json, tmp_path, processor, monk
     offsets = [key for key, reason in skipped if reason in ("invalid_json", "not_an_object", "record_too_large")]
     assert all(key.startswith("byte ") for key in offsets) and len(offsets) == 4
     assert "../a.jsonl/m1: missing_image" in caplog.text
-    assert {row["tar"] for row in rows(tmp_path / "packs", "skipped")} == {"../a.jsonl"}
+    assert {row["file"] for row in rows(tmp_path / "packs", "skipped")} == {"../a.jsonl"}
 
 
 def test_a_broken_record_in_an_array_costs_itself_only(write_json, tmp_path, processor):
@@ -365,20 +365,24 @@ def test_the_command(images, write_json, tmp_path, backbones, capsys):
 
 def test_what_cannot_be_planned_is_one_clear_error(images, write_json, caption_tars, tmp_path, processor):
     source = write_json([record(0, 0)])
-    (tmp_path / "a.csv").touch()
+    (tmp_path / "a.tsv").touch()
     for shards, options, message in (
         ([source, caption_tars[0]], {}, "00000.tar and .*a.json are of different kinds"),
-        ([tmp_path / "a.csv"], {}, "a.csv: packs are planned from files that end in .tar, .json, "),
+        ([tmp_path / "a.tsv"], {}, "a.tsv: packs are planned from files that end in .tar, .json, "),
         (caption_tars, {"images": [images]}, "images are for conversations"),
         ([source], {"images": [tmp_path / "a.tar.gz"]}, "unpack compressed tars"),
         ([source], {"records_per_group": 0}, "records_per_group must be at least 1, got 0"),
         ([write_json([], "b.json")], {}, "b.json: not a single record in it"),
-        ([write_json([{"id": 1}], "c.json")], {}, "none of 1 samples can be packed: {'no_conversation': 1}"),
+        (
+            [write_json([{"id": 1}], "c.json")],
+            {},
+            "c.json: records of id have no form that is known: messages or conv",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             plan(shards, tmp_path / "packs", processor, **options)
-    datasets.Dataset.from_list([{"text": "a cat"}]).to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="no column messages or conversations among text"):
+    datasets.Dataset.from_list([{"prompt": "a cat"}]).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="no column messages or conversations among prompt, nor .*FineVision"):
         plan([tmp_path / "a.parquet"], tmp_path / "packs", processor)
     (tmp_path / "b.parquet").write_bytes(b"no table")
     with pytest.raises(ValueError, match="b.parquet: not a table that can be read"):

@@ -22,9 +22,11 @@ from PIL import Image
 from open_qwen2vl import PackedDataset
 from open_qwen2vl.cli import main
 from open_qwen2vl.data import PackMixture, find_sources, parse_sources, plan_packs
-from open_qwen2vl.data.documents.interleaved import InterleavedReader, interleaved_documents
-from open_qwen2vl.data.packing.plan_files import Group, describe_shard, packs_table
-from open_qwen2vl.processing.text_formats import interleaved_document, split_interleaved, tokenize_interleaved
+from open_qwen2vl.data.documents.documents import DocumentReader, Group, plan_group
+from open_qwen2vl.data.packing.plan_files import packs_table
+from open_qwen2vl.families.open_qwen2vl import OpenQwen2VLDocuments
+from open_qwen2vl.files import describe_shard
+from tests.documents import interleaved_document, split_texts
 
 OPTIONS = {"image_seq_length": 4, "max_length": 256, "num_workers": 1}
 GOLDEN = json.loads((Path(__file__).parents[2] / "assets/original/interleaved.json").read_text("utf8"))
@@ -204,11 +206,12 @@ def test_ids_of_the_original(make_tar, tmp_path, processor, qwen_tokenizer):
         members += own(f"{key}_by_name", [entry for entry in document if isinstance(entry, int)])
         ids += [[token for i in case["input_ids"] for token in ([151655] * 144 if i == -200 else [i])]] * 2
     shard = describe_shard(make_tar(tmp_path / "a.tar", members), tmp_path)
-    recipe = {"shards": [shard], "images": [], "rules": "standard", "image_seq_length": 144, "max_length": 303,
+    recipe = {"shards": [shard], "images": [], "text_format": "interleaved", "rules": "standard", "max_length": 303,
               "max_images": None}  # fmt: skip
-    planned = interleaved_documents(Group(tmp_path, range(1), recipe), qwen_tokenizer)
-    reader = InterleavedReader(tmp_path, recipe, processor)
-    found = [reader.read(document)[0].tolist() for document in as_read(planned.documents)]
+    family = OpenQwen2VLDocuments(processor, image_seq_length=144)
+    planned = plan_group(Group(tmp_path, range(1), recipe), family)
+    reader = DocumentReader(tmp_path, recipe, family)
+    found = [reader.read(document).input_ids.tolist() for document in as_read(planned.documents)]
     assert found == ids and [document.tokens for document in planned.documents] == [len(i) for i in ids]
 
 
@@ -223,7 +226,9 @@ def test_a_long_document_is_split_before_images(make_tar, tmp_path, processor):
     source = make_tar(tmp_path / "a.tar", members)
     report = plan(source, tmp_path / "packs", processor)
     assert (report.documents, report.skipped) == (3 + 2 + 2 + 1, {"too_long": 1})
-    assert rows(tmp_path / "packs", "skipped") == [{"tar": "../a.tar", "key": "3", "reason": "too_long"}]
+    (lost,) = rows(tmp_path / "packs", "skipped")
+    assert (lost["file"], lost["key"], lost["reason"]) == ("../a.tar", "3", "too_long")
+    assert lost["detail"].endswith(" tokens")
     pieces = [documents[0][:18], documents[0][18:36], documents[0][36:], documents[1][:10], documents[1][10:]]
     pieces += [documents[2][:1], documents[2][1:], documents[3][2:]]
     dataset = PackedDataset(tmp_path / "packs", processor)
@@ -257,8 +262,7 @@ def test_the_originals_rules_drop_what_is_too_long(make_tar, tmp_path, processor
     max_images=st.integers(1, 9),
 )
 def test_splitting_loses_nothing(tokenizer, entries, image_seq_length, max_length, max_images):
-    ids = tokenize_interleaved(tokenizer, entries)
-    pieces = split_interleaved(entries, ids, image_seq_length, max_length, max_images)
+    pieces = split_texts(entries, tokenizer, image_seq_length, max_length, max_images)
     assert [entry for start, stop, _ in pieces for entry in entries[start:stop]] == entries
     for number, (start, stop, tokens) in enumerate(pieces):
         piece = entries[start:stop]
@@ -270,10 +274,9 @@ def test_splitting_loses_nothing(tokenizer, entries, image_seq_length, max_lengt
 
 def test_pieces_take_as_much_as_fits(tokenizer):
     texts = [None, "a"] * 12
-    ids = tokenize_interleaved(tokenizer, texts)
     whole = len(interleaved_document(texts[:14], tokenizer, 4)[0])
-    assert [stop for _, stop, _ in split_interleaved(texts, ids, 4, whole)] == [14, 24]
-    assert [stop for _, stop, _ in split_interleaved(texts, ids, 4, whole - 1)] == [12, 24]
+    assert [stop for _, stop, _ in split_texts(texts, tokenizer, 4, whole)] == [14, 24]
+    assert [stop for _, stop, _ in split_texts(texts, tokenizer, 4, whole - 1)] == [12, 24]
 
 
 def test_planning_reads_no_bytes_of_images_in_parquet(encode, tmp_path, processor):
@@ -301,7 +304,6 @@ def test_planning_reads_no_bytes_of_images_in_parquet(encode, tmp_path, processo
 def test_every_bad_document_is_named(images, make_tar, tmp_path, processor, caplog):
     good = originals(DOCUMENTS[0], inline)
     bad = {
-        "no_image": [{"texts": ["a"], "images": [None]}, {"text_list": ["a"], "image_info": []}],
         "no_document": [{"caption": "a cat"}, {"texts": "a", "images": []}],
         "not_an_object": [[1, 2]],
         "unequal_lists": [{"texts": ["a", None], "images": ["0.png"]}],
@@ -318,13 +320,14 @@ def test_every_bad_document_is_named(images, make_tar, tmp_path, processor, capl
         "unsafe_image_path": [{"texts": [None], "images": ["../secret.png"]}],
         "too_long": [{"texts": [None, "x" * 300], "images": ["0.png", None]}],
     }  # fmt: skip
-    records = [good, *(record for group in bad.values() for record in group), good]
+    texts = [{"texts": ["a"], "images": [None]}, {"text_list": ["a"], "image_info": []}]
+    records = [good, *(record for group in bad.values() for record in group), *texts, good]
     text = "".join(json.dumps(record) + "\n" for record in records)
     (tmp_path / "a.jsonl").write_text(text + '{"texts": [oops\n')
     reasons = {reason: len(group) for reason, group in bad.items()} | {"invalid_json": 1}
     with caplog.at_level(logging.WARNING):
         report = plan(tmp_path / "a.jsonl", tmp_path / "packs", processor, images=[images])
-    assert (report.documents, report.skipped) == (2, reasons)
+    assert (report.documents, report.skipped) == (4, reasons)
     assert "../a.jsonl/byte " in caplog.text
 
     members = [(f"{i:03d}.json", json.dumps(record).encode()) for i, record in enumerate(records)]

@@ -152,7 +152,7 @@ def test_a_plan_keeps_the_bound_and_skips_what_is_above(
     assert free.images_per_pack[1] > 3
     report = plan_packs(caption_tars, tmp_path / "bounded", tokenizer, max_images=3, **options)
     assert report.images_per_pack[1] == 3 and report.packs >= 40 and report.documents == free.documents
-    assert PackedDataset(tmp_path / "bounded", processor).images_per_pack().max() == 3
+    assert PackedDataset(tmp_path / "bounded", processor).per_pack("images").max() == 3
     with pytest.raises(ValueError, match="made with max_images 3, now None"):
         plan_packs(caption_tars, tmp_path / "bounded", tokenizer, **options)
     with pytest.raises(ValueError, match="max_images must be at least 1, got 0"):

@@ -81,18 +81,17 @@ def test_items_are_those_of_the_sources(plans, processor):
         assert (item["source"], item["pack"]) == (source, index)
         assert torch.equal(item["input_ids"], wanted["input_ids"])
         assert torch.equal(item["pixel_values"], wanted["pixel_values"])
-        assert mixture.images_per_pack[index] == len(item["pixel_values"])
+        assert mixture.patches_per_pack[index] == item["media"] == len(item["pixel_values"])
         described = mixture.describe(index)
         assert (described["source"], described["pack"]) == (mixture.names[source], pack)
         documents = int((wanted["position_ids"] == 0).sum())
         assert len({key for _, key in described["documents"]}) == documents > 0
         assert all(tar.endswith(".tar") and key.isdigit() for tar, key in described["documents"])
-    assert mixture.images_per_pack.dtype == "int32" and mixture.images_per_pack.sum() == 42
+    assert mixture.patches_per_pack.dtype == "int64" and mixture.patches_per_pack.sum() == 42
 
 
 def test_behind_the_last_pack_stands_an_empty_one_of_each_source(plans, processor):
     mixture = PackMixture(parse_sources([{"path": plans["cats"]}, {"path": plans["large"]}]), processor)
-    assert mixture.image_seq_length == 4
     for source, budget in enumerate((4, 16)):
         item = mixture[len(mixture) + source]
         assert len(item["input_ids"]) == len(item["pixel_values"]) == 0

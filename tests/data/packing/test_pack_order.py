@@ -15,22 +15,24 @@ from open_qwen2vl.data import PackMixture, PackOrder, Source, parse_sources, pla
 
 
 class Packs(list):
-    """As much of a `PackedDataset` as an order looks at: the number of packs and the tokens per image."""
+    """As much of a `PackedDataset` as an order looks at: the number of packs and how media are read."""
 
-    image_seq_length = 144
+    def __init__(self, packs, budget=144):
+        super().__init__(packs)
+        self.plan = {"vision": {"family": "open_qwen2vl", "image_seq_length": budget}}
 
 
 def mixture(*sizes, weights=None, epochs=None, budgets=None, seed=0):
-    """As much of a `PackMixture` as an order looks at; packs of 10 to 23 images."""
-    datasets = [Packs(range(size)) for size in sizes]
-    for dataset, budget in zip(datasets, budgets or [], strict=False):
-        dataset.image_seq_length = budget
+    """As much of a `PackMixture` as an order looks at; packs of 10 to 23 patches."""
+    datasets = [
+        Packs(range(size), *budget) for size, *budget in zip(sizes, *([budgets] if budgets else []), strict=True)
+    ]
     sources = [
         Source(str(i), "", weight=weights[i]) if weights else Source(str(i), "", epochs=epochs[i] if epochs else 1.0)
         for i in range(len(sizes))
     ]
-    images = np.random.default_rng(seed).integers(10, 24, sum(sizes)).astype(np.int32)
-    return SimpleNamespace(sources=sources, datasets=datasets, images_per_pack=images)
+    patches = np.random.default_rng(seed).integers(10, 24, sum(sizes))
+    return SimpleNamespace(sources=sources, datasets=datasets, patches_per_pack=patches)
 
 
 def steps(order: PackOrder, epoch: int = 0) -> np.ndarray:
@@ -143,12 +145,12 @@ def test_packs_are_not_sorted_by_anything_over_the_steps():
 
 
 @pytest.mark.parametrize("split", [(8, 1, 4), (8, 2, 2), (4, 4, 2)])
-def test_ranks_of_a_micro_step_carry_about_equal_numbers_of_images(split):
+def test_ranks_of_a_micro_step_carry_about_equal_numbers_of_patches(split):
     packs = mixture(3200)
     world, batch, accumulation = split
-    images = packs.images_per_pack
-    load = images[steps(PackOrder(packs, *split, seed=0))].reshape(-1, accumulation, world, batch).sum(3)
-    unsorted = images[np.random.default_rng(0).permutation(3200)].reshape(-1, accumulation, world, batch).sum(3)
+    patches = packs.patches_per_pack
+    load = patches[steps(PackOrder(packs, *split, seed=0))].reshape(-1, accumulation, world, batch).sum(3)
+    unsorted = patches[np.random.default_rng(0).permutation(3200)].reshape(-1, accumulation, world, batch).sum(3)
     spread, spread_unsorted = (np.ptp(x, axis=2).mean() for x in (load, unsorted))
     assert spread < 0.35 * spread_unsorted
     # What the ranks wait for the fullest one.

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from open_qwen2vl.data import plan_packs
 from open_qwen2vl.data.packing.plan_files import read_part_metadata
 from open_qwen2vl.data.storage.tars import index_shard
-from open_qwen2vl.processing.text_formats import caption_document_length, tokenize_captions
 from tests.data.killed_step import OUTPUT, check_killed_step
+from tests.documents import caption_document
 
 OPTIONS = {"image_seq_length": 4, "max_length": 128, "shards_per_group": 1, "num_workers": 1}
 
@@ -50,16 +50,18 @@ def test_rows_say_where_each_document_is(caption_tars, tmp_path, tokenizer):
     assert len(contents["parts"]) == 2 and sum(part["packs"] for part in contents["parts"]) == len(packs)
     for pack in packs:
         assert pack["tokens"] == sum(document["tokens"] for document in pack["documents"]) <= 128
-        assert pack["images"] == len(pack["documents"])
+        assert pack["images"] == pack["patches"] == len(pack["documents"])
+        assert pack["labels"] == pack["tokens"] - 5 * len(pack["documents"])  # <s>, and 4 of the image
         for document in pack["documents"]:
             shard = contents["shards"][document["shard"]]
             tar = tmp_path / "packs" / shard["path"]
             assert (shard["size"], shard["mtime_ns"]) == (tar.stat().st_size, tar.stat().st_mtime_ns)
-            image, text = document["members"]
+            (image,), text = document["images"], document["record"]
+            assert image["root"] == -1 and document["entries"] == {"first": 0, "count": 2} and text["row"] is None
             data = tar.read_bytes()
             caption = data[text["offset"] : text["offset"] + text["size"]].decode()
-            assert document["tokens"] == caption_document_length(len(tokenize_captions(tokenizer, [caption])[0]), 4)
-            assert data[image["offset"] :].startswith(b"\x89PNG") and image["ext"] == "png"
+            assert document["tokens"] == len(caption_document(caption, tokenizer, 4)[0])
+            assert data[image["offset"] :].startswith(b"\x89PNG")
     # Groups are not mixed.
     groups = [{document["shard"] // 2 for document in pack["documents"]} for pack in packs]
     assert all(len(group) == 1 for group in groups)
@@ -68,7 +70,10 @@ def test_rows_say_where_each_document_is(caption_tars, tmp_path, tokenizer):
     assert (report.samples, report.documents, report.packs) == (120, 120, len(packs))
     assert report.fill == pytest.approx(sum(pack["tokens"] for pack in packs) / (128 * len(packs)))
     assert contents["totals"]["fill"] == report.fill
-    assert contents["text_format"] == "caption" and contents["image_seq_length"] == 4
+    assert contents["text_format"] == "caption" and contents["vision"] == {
+        "family": "open_qwen2vl",
+        "image_seq_length": 4,
+    }
 
 
 def test_every_bad_sample_is_named(write_tar, sample, tmp_path, tokenizer, caplog):
@@ -105,7 +110,7 @@ def test_every_bad_sample_is_named(write_tar, sample, tmp_path, tokenizer, caplo
         ("last", "truncated_tar"),
     }
     assert skipped(tmp_path / "packs") == expected
-    assert {row["tar"] for row in read_rows(tmp_path / "packs", "skipped")} == {"../00000.tar"}
+    assert {row["file"] for row in read_rows(tmp_path / "packs", "skipped")} == {"../00000.tar"}
     documents = [document["key"] for pack in read_rows(tmp_path / "packs", "part") for document in pack["documents"]]
     assert sorted(documents) == ["bad-json", "good"]
     assert report.samples == report.documents + sum(report.skipped.values()) == 12
@@ -131,7 +136,7 @@ def test_the_first_of_a_reason_and_each_damaged_tar_are_logged(write_tar, sample
 
 def test_a_document_of_exactly_the_maximum_is_packed(write_tar, sample, tmp_path, tokenizer):
     caption = "x" * 60
-    length = caption_document_length(len(tokenize_captions(tokenizer, [caption])[0]), 4)
+    length = len(caption_document(caption, tokenizer, 4)[0])
     shards = [write_tar(sample("a", caption) + sample("short", "x"))]
     plan(shards, tmp_path / "fits", tokenizer, max_length=length)
     plan(shards, tmp_path / "not", tokenizer, max_length=length - 1)
@@ -144,7 +149,7 @@ def test_special_tokens_in_captions_are_counted_as_text(write_tar, sample, tmp_p
     plan([write_tar(sample("a", caption))], tmp_path / "packs", tokenizer)
     (pack,) = read_rows(tmp_path / "packs", "part")
     specials = len(tokenizer(caption, add_special_tokens=False)["input_ids"])
-    assert pack["tokens"] > caption_document_length(specials + 1, 4)
+    assert pack["tokens"] > 1 + 4 + specials + 1 + 1
 
 
 def test_uid_of_the_json_or_of_the_name(write_tar, sample, tmp_path, tokenizer):
@@ -162,7 +167,8 @@ def test_first_image_extension_of_the_list_is_the_image(write_tar, sample, tmp_p
     path = write_tar([("a.png", b"1"), ("a.JPEG", b"22"), ("a.mask.jpg", b"333"), ("a.txt", b"x")])
     plan([path], tmp_path / "packs", tokenizer)
     (pack,) = read_rows(tmp_path / "packs", "part")
-    assert [(m["ext"], m["size"]) for m in pack["documents"][0]["members"]] == [("jpeg", 2), ("txt", 1)]
+    (document,) = pack["documents"]
+    assert (document["images"][0]["size"], document["record"]["size"]) == (2, 1)
     assert pack["images"] == 1
 
 
@@ -287,7 +293,7 @@ def test_each_sample_is_planned_once_or_named(shards, group, max_length, make_ta
                 assert "samples can be packed" in str(error)
                 report = None
         packs = read_rows(folders[0], "part")
-        lost = [(row["tar"], row["key"]) for row in read_rows(folders[0], "skipped")]
+        lost = [(row["file"], row["key"]) for row in read_rows(folders[0], "skipped")]
         planned = [
             (f"../{paths[document['shard']].name}", document["key"])
             for pack in packs

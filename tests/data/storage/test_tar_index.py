@@ -85,7 +85,7 @@ def test_image_sizes_stand_in_the_index(resharded):
 
 def test_pack_plans_the_same_by_index_and_by_headers(resharded, tmp_path, tokenizer, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr("open_qwen2vl.data.documents.captions.index_shard", None)  # whoever walks the headers fails
+        patched.setattr("open_qwen2vl.data.documents.records.index_shard", None)  # whoever walks the headers fails
         plan_packs([resharded], tmp_path / "by-index", tokenizer, **OPTIONS)
     index_path(resharded).unlink()
     plan_packs([resharded], tmp_path / "by-header", tokenizer, **OPTIONS)

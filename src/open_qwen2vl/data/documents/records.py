@@ -1,156 +1,220 @@
-"""Records one by one, whatever file they stand in, and the images that they name.
+"""Containers: whatever file records stand in, they are found to be planned and read again one by one.
 
-    json, jsonl      record ─ json_records.py  ┐
-    parquet, arrow   row ─ tables.py       ┴► find_records (to plan), RecordReader (to read one again)
+    tar                KEY.txt beside KEY.jpg; KEY.json with images beside it   ┐
+    json, jsonl, csv   a record in some bytes                                   ┼► find_records, RecordReader
+    parquet, arrow     a row, decoded through its batch                         ┘
 
-An image's reference is a path, which is looked up in folders and archives (image_files.py), or a dict that has the
-bytes of the image itself beside its path or instead of one.
+What a record means is the business of texts.py and conversations.py; where its images are, of record_images.py.
 """
 
+import json
+import logging
+import os
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ...processing.sample_error import SampleError
-from ..storage.image_files import ImageFiles, Place
+from ..storage.csv_records import csv_header, csv_spans, read_csv_record
 from ..storage.json_records import read_record, record_spans
 from ..storage.open_files import Newest
 from ..storage.tables import Columns, RowTable
+from ..storage.tar_index import read_shard_index
+from ..storage.tars import IMAGE_EXTENSIONS, Sample, index_shard, read_json, read_member, sample_uid
+from .texts import Texts, decode_caption
+
+logger = logging.getLogger(__name__)
 
 BATCHES = 8  # decoded batches of tables that one process keeps
-RECORD, ROW = "record", "row"  # what stands in place of an extension in a document's first member
+MAX_DOCUMENT_BYTES = 256 << 20  # of a json in a tar, which may hold its images
+TAR, JSON, CSV, TABLES = (".tar",), (".json", ".jsonl"), (".csv",), (".parquet", ".arrow")
+
+
+class RecordPlace(NamedTuple):
+    """Where a record is: the bytes of a file, or the row of a table."""
+
+    offset: int | None
+    size: int | None
+    row: int | None = None
+
+
+class OwnImage(NamedTuple):
+    """The image of a caption in a tar: the member `KEY.jpg`, or of another image's extension."""
+
+    offset: int = 0
+    size: int = 0
 
 
 class Found(NamedTuple):
     """A record and where it is.
 
     Attributes:
-        place (`tuple[str, int, int]`): `"record"`, byte offset and size, or `"row"`, its number and 0.
-        record (`Any`): parsed, or the [`SampleError`] that it could not be.
-        position (`str`): names a record that has no id.
+        place ([`RecordPlace`]): its place.
+        record (`Any`): parsed, in a tar of captions already [`Texts`], or the [`SampleError`] that it could not be.
+        key (`str`): its name: of a tar's sample its key, else its id, or its position where it has none.
+        position (`str`): names it within its file.
+        uid (`str`, *optional*): 32 hex digits, where they stand beside it.
     """
 
-    place: tuple[str, int, int]
+    place: RecordPlace
     record: Any
+    key: str
     position: str
-
-    @property
-    def key(self) -> str:
-        """The record's id, or its position where it has none."""
-        name = self.record.get("id") if isinstance(self.record, dict) else None
-        key = str(name) if isinstance(name, str | int) and name != "" else self.position
-        return key.encode(errors="backslashreplace").decode()
+    uid: str | None = None
 
 
-def find_records(path: str, start: int, stop: int, columns: Columns, max_bytes: int | None = None) -> Iterator[Found]:
-    """The records of a part of a file, images in rows without their bytes.
+class ShardRecords:
+    """The records of a file, or of a part of it, in its order.
 
-    Args:
-        path (`str`): a file of JSON, or a table.
-        start (`int`): the first byte, or row.
-        stop (`int`): the byte or row behind the last.
-        columns ([`Columns`]): of a table those that are read.
-        max_bytes (`int`, *optional*): largest record of JSON that is read; as [`read_record`] where not given.
-
-    Yields:
-        [`Found`].
-
-    Raises:
-        OSError: if the file cannot be read.
+    Attributes:
+        members (`dict`, *optional*): of a tar, offset and size of its files by key and extension.
+        skipped (`list[tuple[str, SampleError]]`): what of a tar is no sample, by key; complete after the records.
+        ignored_members (`int`): members of a tar that belong to no sample.
     """
-    if path.endswith((".json", ".jsonl")):
-        yield from _find_in_json(path, record_spans(path, start, stop), max_bytes)
-        return
-    table = RowTable(path, columns)
-    yield from (Found((ROW, number, 0), row, f"row {number}") for number, row in table.rows_to_plan(start, stop))
-    table.close()
 
+    def __init__(self, path: str, text_format: str, columns: Columns, max_bytes: int | None = None):
+        self._path, self._text_format, self._columns, self._max_bytes = path, text_format, columns, max_bytes
+        self.members: dict[str, dict[str, tuple[int, int]]] | None = None
+        self.skipped: list[tuple[str, SampleError]] = []
+        self.ignored_members = 0
 
-def _find_in_json(path: str, spans: Iterable[tuple[int, int]], max_bytes: int | None) -> Iterator[Found]:
-    with open(path, "rb", buffering=0) as file:
-        for offset, size in spans:
-            try:
-                record = read_record(file.fileno(), offset, size, max_bytes)
-            except SampleError as error:
-                record = error
-            if record is not None:  # a blank line is no record
-                yield Found((RECORD, offset, size), record, f"byte {offset}")
+    def find(self, start: int = 0, stop: int = 0, needs_image: bool = True, with_images: bool = False) -> Iterable:
+        """The records ([`Found`]) between two bytes or rows; of a tar all. Rows with images' bytes only on request."""
+        if self._path.endswith(TAR):
+            return self._find_in_tar(needs_image)
+        if self._path.endswith(TABLES):
+            return self._find_rows(start, stop, with_images)
+        return self._find_in_bytes(start, stop)
+
+    def _find_rows(self, start: int, stop: int, with_images: bool) -> Iterator[Found]:
+        table = RowTable(self._path, self._columns)
+        rows = table.rows(start, stop) if with_images else table.rows_to_plan(start, stop)
+        for number, row in rows:
+            position = f"row {number}"
+            yield Found(RecordPlace(None, None, number), row, _key(row, position), position)
+        table.close()
+
+    def _find_in_bytes(self, start: int, stop: int) -> Iterator[Found]:
+        spans = csv_spans if self._path.endswith(CSV) else record_spans
+        with open(self._path, "rb", buffering=0) as file:
+            read = _bytes_reader(self._path, file.fileno(), self._max_bytes)
+            for offset, size in spans(self._path, start, stop):
+                try:
+                    record = read(offset, size)
+                except SampleError as error:
+                    record = error
+                if record is not None:  # a blank line is no record
+                    position = f"byte {offset}"
+                    yield Found(RecordPlace(offset, size), record, _key(record, position), position)
+
+    def _find_in_tar(self, needs_image: bool) -> Iterable[Found]:
+        if self._text_format in ("caption", "text"):
+            indexed = read_shard_index(self._path)
+            found = list(self._find_captions(*indexed, needs_image)) if indexed else None
+            if found and any(isinstance(one.record, SampleError) and one.record.reason == "moved_member"
+                             for one in found):  # fmt: skip
+                logger.warning("%s: its index is that of another tar: not used", self._path)
+                found = None
+            return found if found is not None else self._find_captions(self._samples(), None, needs_image)
+        samples = self._samples()
+        self.members = {sample.key: sample.members for sample in samples}
+        return self._find_documents(samples)
+
+    def _samples(self) -> list[Sample]:
+        index = index_shard(self._path)
+        self.skipped = [(key, SampleError(reason, "")) for key, reason in index.skipped]
+        self.ignored_members = index.ignored_members
+        return index.samples
+
+    def _find_captions(self, samples: list[Sample], uids: list[str] | None, needs_image: bool) -> Iterator[Found]:
+        name = os.path.basename(self._path)
+        with open(self._path, "rb", buffering=0) as file:
+            tar = file.fileno()
+            for number, sample in enumerate(samples):
+                try:
+                    (*image, (_, offset, size)), caption = caption_members(tar, sample, needs_image)
+                except SampleError as error:
+                    yield Found(RecordPlace(None, None), error, sample.key, sample.key)
+                    continue
+                uid = uids[number] if uids else sample_uid(read_json(tar, sample), name, sample.key)
+                own = [OwnImage(*place) for _, *place in image]
+                record = Texts([*(None for _ in own), caption], own)
+                yield Found(RecordPlace(offset, size), record, sample.key, sample.key, uid)
+
+    def _find_documents(self, samples: list[Sample]) -> Iterator[Found]:
+        """The samples that have a json; the others are images of theirs."""
+        with open(self._path, "rb", buffering=0) as file:
+            for sample in samples:
+                if "json" not in sample.members:
+                    continue
+                place = RecordPlace(*sample.members["json"])
+                try:
+                    record = _read_tar_json(file.fileno(), sample.key, place.offset, place.size)
+                except SampleError as error:
+                    record = error
+                yield Found(place, record, sample.key, sample.key)
 
 
 class RecordReader:
-    """Records of a plan's files, for one process.
+    """The records of a plan's files, read again, for one process."""
 
-    Args:
-        paths (`list[str]`): the plan's files.
-        columns ([`Columns`]): of tables those that are read.
-        max_bytes (`int`, *optional*): as for [`find_records`].
-    """
-
-    def __init__(self, paths: list[str], columns: Columns, max_bytes: int | None = None):
-        self._max_bytes = max_bytes
-        self._files = Newest(lambda shard: open(paths[shard], "rb", buffering=0))
+    def __init__(self, paths: list[str], text_format: str, columns: Columns, max_bytes: int | None = None):
+        self._paths, self._text_format, self._max_bytes = paths, text_format, max_bytes
+        self.files = Newest(lambda shard: open(paths[shard], "rb", buffering=0))
         self._tables = Newest(lambda shard: RowTable(paths[shard], columns))
         self._batch = lru_cache(BATCHES)(lambda shard, batch: self._tables[shard].read_batch(batch))
 
     def read(self, document: dict[str, Any]) -> Any:
-        """The record of a document.
-
-        Args:
-            document (`dict`): of a row of the plan; its first member is the record's place.
-
-        Returns:
-            `Any`: the parsed record, or the row as a dict, its images with their bytes.
-
-        Raises:
-            SampleError: if it cannot be read any more.
-        """
-        member = document["members"][0]
-        if member["ext"] == ROW:
-            batch, row = self._tables[document["shard"]].find(member["offset"])
-            return self._batch(document["shard"], batch).slice(row, 1).to_pylist()[0]
-        return read_record(self._files[document["shard"]].fileno(), member["offset"], member["size"], self._max_bytes)
+        """The record of a plan's document, as [`Found`] had it; images of rows with their bytes."""
+        shard, place = document["shard"], RecordPlace(**document["record"])
+        if place.row is not None:
+            batch, row = self._tables[shard].find(place.row)
+            return self._batch(shard, batch).slice(row, 1).to_pylist()[0]
+        file = self.files[shard].fileno()
+        if not self._paths[shard].endswith(TAR):
+            return _bytes_reader(self._paths[shard], file, self._max_bytes)(place.offset, place.size)
+        if self._text_format in ("caption", "text"):
+            caption = decode_caption(read_member(file, f"{document['key']}.txt", place.offset, place.size))
+            own = [OwnImage() for _ in document["images"]]
+            return Texts([*(None for _ in own), caption], own)
+        return _read_tar_json(file, document["key"], place.offset, place.size)
 
 
-def place_image(reference: Any, images: ImageFiles) -> Place | None:
-    """Where an image is.
+def caption_members(file: int, sample: Sample, needs_image: bool = True) -> tuple[list[tuple[str, int, int]], str]:
+    """Extension, offset and size of a caption sample's image, if it has one, and of its text; and the text.
 
-    Args:
-        reference (`str | dict`): a path, or `path` and `bytes`.
-        images ([`ImageFiles`]): where paths are looked up.
-
-    Returns:
-        [`Place`] or `None` if its bytes stand in the record.
-
-    Raises:
-        SampleError, ValueError: as [`ImageFiles.find`].
+    Raises `missing_image`, `missing_caption`, `empty_image`, or as [`decode_caption`] and [`read_member`].
     """
-    if isinstance(reference, dict) and reference.get("bytes") is not None:
-        return None
-    return images.find(_name(reference))
+    image_ext = next((ext for ext in IMAGE_EXTENSIONS if ext in sample.members), None)
+    if image_ext is None and needs_image:
+        raise SampleError("missing_image", f"{sample.key} has no member {', '.join(IMAGE_EXTENSIONS)}")
+    if "txt" not in sample.members:
+        raise SampleError("missing_caption", f"{sample.key} has no member txt")
+    if image_ext and sample.members[image_ext][1] == 0:
+        raise SampleError("empty_image", f"{sample.key}.{image_ext} has no bytes")
+    caption = decode_caption(read_member(file, f"{sample.key}.txt", *sample.members["txt"]))
+    return [(ext, *sample.members[ext]) for ext in (image_ext, "txt") if ext], caption
 
 
-def read_image(reference: Any, place: dict[str, int] | None, images: ImageFiles) -> bytes:
-    """The file of an image.
-
-    Args:
-        reference (`str | dict`): as given to [`place_image`], with the bytes of the image where they are in the
-            record.
-        place (`dict`, *optional*): what it returned, from the plan.
-        images ([`ImageFiles`]): as given to it.
-
-    Returns:
-        `bytes`: the content of the image file.
-
-    Raises:
-        SampleError: `missing_image` if the record has no bytes, or as [`ImageFiles.read`].
-    """
-    if place is not None:
-        return images.read(_name(reference), (place["root"], place["offset"], place["size"]))
-    content = reference.get("bytes") if isinstance(reference, dict) else None
-    if not content:
-        raise SampleError("missing_image", "the record has no bytes of an image")
-    return content
+def _bytes_reader(path: str, file: int, max_bytes: int | None) -> Any:
+    if path.endswith(CSV):
+        header = csv_header(path)
+        return lambda offset, size: read_csv_record(file, header, offset, size)
+    return lambda offset, size: read_record(file, offset, size, max_bytes)
 
 
-def _name(reference: Any) -> str:
-    return reference["path"] if isinstance(reference, dict) else reference
+def _key(record: Any, position: str) -> str:
+    name = record.get("id") if isinstance(record, dict) else None
+    key = str(name) if isinstance(name, str | int) and name != "" else position
+    return key.encode(errors="backslashreplace").decode()
+
+
+def _read_tar_json(tar: int, key: str, offset: int, size: int) -> Any:
+    if size > MAX_DOCUMENT_BYTES:
+        raise SampleError("record_too_large", f"{key}.json has {size:,} bytes")
+    try:
+        return json.loads(read_member(tar, f"{key}.json", offset, size))
+    except SampleError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise SampleError("invalid_json", f"{key}.json: {error}") from error

@@ -1,71 +1,64 @@
-"""The kinds of files that packs are planned from: how each is recognised, cut, planned and read.
+"""The files that packs are planned from: which container they are, which form their records have, how they are cut.
 
-    .tar             captions: image and text beside each other; or interleaved documents: a json and its images.
-                     Several tars make a group
-    .json, .jsonl    conversations of LLaVA's or of TRL's form, or interleaved documents; a file has many groups
-    .parquet, .arrow rows of a Hugging Face data set: conversations, interleaved documents or captions
+    .tar             image and text beside each other; or a json with texts and images. Several tars make a group
+    .json, .jsonl, .csv, .parquet, .arrow         one file has many groups
 
-What a file's suffix leaves open its first records or its columns tell. A plan is made from one kind; a mixture joins
-plans.
+The form is that of the first records, or of a table's columns. A plan is made from one kind of files and one form; a
+mixture joins plans.
 """
 
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
-
 from ...processing.sample_error import SampleError
-from ..packing.plan_files import Group, GroupDocuments
+from ..storage.csv_records import csv_header, cut_csv
 from ..storage.hub_files import SCHEME, download_files
 from ..storage.json_records import cut_records, read_record, record_spans
-from ..storage.tables import TEXT_COLUMNS, column_names, cut_rows, find_tables
+from ..storage.tables import TEXT_COLUMNS, column_names, column_types, cut_rows, find_tables
 from ..storage.tars import find_shards, list_files, read_member, split_member_name
-from .caption_rows import CaptionRowReader, caption_row_documents, find_caption_column
-from .captions import CaptionReader, caption_documents
-from .conversations import ConversationReader, conversation_documents
-from .interleaved import MAX_DOCUMENT_BYTES, InterleavedReader, interleaved_documents
-from .interleaved_records import is_interleaved
+from .forms import TURNS, columns_of, is_turns
+from .records import CSV, JSON, MAX_DOCUMENT_BYTES, TABLES, TAR
+from .texts import IMAGE_FIELD, caption_field, is_interleaved
 
 LOOKED_AT = 64  # members of a tar, or records of a file, among which one tells what the file is
-
-_JSON, _TABLES = (".json", ".jsonl"), (".parquet", ".arrow")
+CONTAINERS = (TAR, JSON, CSV, TABLES)
+# The most telling first: a record of conversations or of documents may have a text beside them.
+TEXT_FORMATS = ("conversation", "interleaved", "caption", "text")
+KNOWN_FORMS = (
+    "messages or conversations, texts of user and assistant turns (FineVision, the Cauldron), texts and images of "
+    "documents, image and caption of pairs (--caption-column), or a text"
+)
 
 
 class SourceKind(NamedTuple):
-    """A kind of files.
+    """What some files have in common.
 
     Attributes:
-        suffixes (`tuple[str, ...]`): what its files' names end in.
-        text_format (`str`): `"caption"`, `"conversation"` or `"interleaved"`.
-        cut (`Callable`, *optional*): from a path and a number of records to the ranges of a file's groups; without it
-            a group is made of whole files.
-        plan (`Callable`): from a [`Group`] and a tokenizer to its [`GroupDocuments`].
-        reader (`Callable`): from folder, plan and processor to an object whose `read` takes a document of the plan.
-        images_elsewhere (`bool`): whether its images may be in folders and archives of their own.
+        suffixes (`tuple[str, ...]`): of their container, one of `CONTAINERS`.
+        text_format (`str`): one of `TEXT_FORMATS`.
+        caption_column (`str`, *optional*): of captions and texts outside of tars, the field that has them.
     """
 
     suffixes: tuple[str, ...]
     text_format: str
-    cut: Callable[[Path, int], list[tuple[int, int]]] | None
-    plan: Callable[[Group, PreTrainedTokenizerBase], GroupDocuments]
-    reader: Callable[[Path, dict[str, Any], Any], Any]
-    images_elsewhere: bool = True
+    caption_column: str | None = None
 
+    @property
+    def images_elsewhere(self) -> bool:
+        """Whether images may be in folders and archives of their own."""
+        return not (self.suffixes == TAR and self.text_format in ("caption", "text"))
 
-KINDS = (
-    SourceKind((".tar",), "caption", None, caption_documents, CaptionReader, images_elsewhere=False),
-    SourceKind(_TABLES, "caption", cut_rows, caption_row_documents, CaptionRowReader),
-    SourceKind(_JSON, "conversation", cut_records, conversation_documents, ConversationReader),
-    SourceKind(_TABLES, "conversation", cut_rows, conversation_documents, ConversationReader),
-    SourceKind((".tar",), "interleaved", None, interleaved_documents, InterleavedReader),
-    SourceKind(_JSON, "interleaved", cut_records, interleaved_documents, InterleavedReader),
-    SourceKind(_TABLES, "interleaved", cut_rows, interleaved_documents, InterleavedReader),
-)
+    def cut(self, path: str | os.PathLike, number: int) -> list[tuple[int, int]]:
+        """The ranges of a file's groups of `number` records; not for tars, which are whole."""
+        if self.suffixes == TABLES:
+            columns = columns_of({"text_format": self.text_format, "caption_column": self.caption_column})
+            return cut_rows(path, number, columns)
+        return (cut_csv if self.suffixes == CSV else cut_records)(path, number)
 
 
 def find_sources(paths: Iterable[str | Path]) -> list[Path]:
@@ -96,51 +89,75 @@ def find_sources(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def source_kind(paths: Sequence[str | Path], caption_column: str | None = None) -> SourceKind:
-    """The kind of some files.
-
-    Args:
-        paths (`Sequence[str | Path]`): at least one file.
-        caption_column (`str`, *optional*): the column of tables that has captions.
-
-    Returns:
-        [`SourceKind`].
-
-    Raises:
-        ValueError: for a file of no kind, or files of several.
-    """
+    """The kind of some files; a `ValueError` for a file of no kind, or files of several."""
     first, *others = (_kind(os.fspath(path), caption_column) for path in paths)
     for path, kind in zip(paths[1:], others, strict=True):
-        if kind is not first:
-            raise ValueError(f"{path} and {paths[0]} are of different kinds: plan them apart and mix the plans")
+        if kind == first:
+            continue
+        columns = (first.caption_column, kind.caption_column)
+        if kind[:2] == first[:2] and None not in columns:
+            raise ValueError(f"captions are in the columns {' and '.join(columns)} of different files: name one "
+                             f"(--caption-column), or plan {paths[0]} and {path} apart")  # fmt: skip
+        raise ValueError(f"{path} and {paths[0]} are of different kinds: plan them apart and mix the plans")
     return first
-
-
-def planned_kind(plan: dict[str, Any]) -> SourceKind:
-    """The kind of files that a plan was made from.
-
-    Args:
-        plan (`dict`): the content of `plan.json`, or a part's recipe.
-
-    Returns:
-        [`SourceKind`].
-    """
-    suffix = Path(plan["shards"][0]["path"]).suffix
-    return next(kind for kind in KINDS if kind.text_format == plan["text_format"] and suffix in kind.suffixes)
 
 
 def _kind(path: str, caption_column: str | None) -> SourceKind:
     suffix = Path(path).suffix
-    if not any(suffix in kind.suffixes for kind in KINDS):
-        raise ValueError(f"{path}: packs are planned from files that end in .tar, {', '.join(_JSON + _TABLES)}")
-    if suffix == ".tar":
-        text_format = "interleaved" if any(map(is_interleaved, _first_of_tar(path))) else "caption"
-    elif suffix in _JSON:
-        text_format = "interleaved" if any(map(is_interleaved, _first_of_json(path))) else "conversation"
-    else:
-        text_format = _format_of_table(path, caption_column)
-    if caption_column is not None and suffix not in _TABLES:
-        raise ValueError(f"{path}: --caption-column {caption_column} is for parquet and arrow files")
-    return planned_kind({"text_format": text_format, "shards": [{"path": path}]})
+    container = next((suffixes for suffixes in CONTAINERS if suffix in suffixes), None)
+    if container is None:
+        known = ", ".join(suffix for suffixes in CONTAINERS for suffix in suffixes)
+        raise ValueError(f"{path}: packs are planned from files that end in {known}")
+    if container == TAR:
+        if caption_column is not None:
+            raise ValueError(f"{path}: --caption-column {caption_column} is for tables, json and csv files")
+        return SourceKind(TAR, "interleaved" if any(map(is_interleaved, _first_of_tar(path))) else "caption")
+    if container == JSON:
+        return _kind_of_json(path, caption_column)
+    names, types = (csv_header(path), {}) if container == CSV else (column_names(path), column_types(path))
+    text_format = _format(names, caption_column, is_turns_type(types.get(TURNS)))
+    if text_format is None:
+        if caption_column is not None:
+            raise ValueError(f"{path}: no columns {IMAGE_FIELD} and {caption_column} (--caption-column) among "
+                             f"{', '.join(names)}")  # fmt: skip
+        raise ValueError(f"{path}: no column {' or '.join(TEXT_COLUMNS)} among {', '.join(names)}, nor another form "
+                         f"that is known: {KNOWN_FORMS}")  # fmt: skip
+    return SourceKind(container, text_format, _caption_column(text_format, names, caption_column))
+
+
+def _kind_of_json(path: str, caption_column: str | None) -> SourceKind:
+    records = [record for record in _first_of_json(path) if isinstance(record, Mapping)]
+    formats = [_format(record, caption_column, is_turns(record.get(TURNS))) for record in records]
+    found = [name for name in TEXT_FORMATS if name in formats]
+    if records and not found:
+        raise ValueError(f"{path}: records of {', '.join(map(str, records[0]))} have no form that is known: "
+                         f"{KNOWN_FORMS}")  # fmt: skip
+    text_format = found[0] if found else "conversation"
+    names = next((record for record, own in zip(records, formats, strict=True) if own == text_format), {})
+    return SourceKind(JSON, text_format, _caption_column(text_format, names, caption_column))
+
+
+def _format(names: Any, caption_column: str | None, has_turns: bool) -> str | None:
+    """The form of a record with these fields, or of a table with these columns; None for one that is not known."""
+    if caption_column is None:
+        if set(TEXT_COLUMNS) & set(names) or has_turns:
+            return "conversation"
+        if is_interleaved(names):
+            return "interleaved"
+    if caption_field(names, caption_column) is None:
+        return None
+    return "caption" if IMAGE_FIELD in names else "text"
+
+
+def _caption_column(text_format: str, names: Any, wanted: str | None) -> str | None:
+    return caption_field(names, wanted) if text_format in ("caption", "text") else None
+
+
+def is_turns_type(arrow_type: Any) -> bool:
+    """Whether a column of this type (`pa.DataType`, or None) holds turns of user and assistant."""
+    value = getattr(arrow_type, "value_type", None)
+    fields = [value.field(i).name for i in range(value.num_fields)] if value is not None else []
+    return {"user", "assistant"} <= set(fields)
 
 
 def _first_of_tar(path: str) -> Iterator[Any]:
@@ -158,23 +175,3 @@ def _first_of_json(path: str) -> Iterator[Any]:
         for offset, size in islice(record_spans(path, 0, os.path.getsize(path)), LOOKED_AT):
             with contextlib.suppress(SampleError):
                 yield read_record(file.fileno(), offset, size, MAX_DOCUMENT_BYTES)
-
-
-def _format_of_table(path: str, caption_column: str | None) -> str:
-    names = column_names(path)
-    if caption_column is not None:
-        if find_caption_column(names, caption_column) is None:
-            raise ValueError(
-                f"{path}: no columns image and {caption_column} (--caption-column) among {', '.join(names)}"
-            )
-        return "caption"
-    if set(TEXT_COLUMNS) & set(names):
-        return "conversation"
-    if is_interleaved(names) and "images" in names:
-        return "interleaved"
-    if find_caption_column(names):
-        return "caption"
-    raise ValueError(
-        f"{path}: no column {' or '.join(TEXT_COLUMNS)} among {', '.join(names)}, nor texts and images of documents, "
-        "nor image and caption of pairs (--caption-column)"
-    )

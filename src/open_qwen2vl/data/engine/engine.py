@@ -55,25 +55,25 @@ class Outcome(NamedTuple):
     Attributes:
         samples (`int`): samples seen, those left out included.
         skipped (`dict[str, int]`): how many were left out, by reason.
-        examples (`list[tuple[str, str, str]]`): file, key and reason of some of them, for the log.
+        examples (`list[tuple[str, ...]]`): file, key, reason and perhaps a detail of some of them, for the log.
     """
 
     samples: int
     skipped: dict[str, int]
-    examples: list[tuple[str, str, str]]
+    examples: list[tuple[str, ...]]
 
     @classmethod
-    def of(cls, samples: int, skipped: Sequence[tuple[str, str, str]]) -> "Outcome":
+    def of(cls, samples: int, skipped: Sequence[tuple[str, ...]]) -> "Outcome":
         """From all that was left out.
 
         Args:
             samples (`int`): samples seen, those left out included.
-            skipped (`Sequence[tuple[str, str, str]]`): file, key and reason of each that was left out.
+            skipped (`Sequence[tuple[str, ...]]`): file, key, reason and perhaps a detail of each that was left out.
 
         Returns:
             [`Outcome`]: with the first examples of each reason and every damaged tar.
         """
-        counts = Counter(reason for _, _, reason in skipped)
+        counts = Counter(row[2] for row in skipped)
         return cls(samples, dict(counts), list(_worth_logging(skipped, Counter())))
 
 
@@ -255,8 +255,8 @@ def show_progress(outcomes: Iterable[tuple[int, Outcome]], total: int, descripti
             skipped.update(outcome.skipped)
             if outcome.skipped:
                 bar.set_postfix(dict(skipped.most_common(LOGGED_SKIPS)), refresh=False)
-            for file, key, reason in _worth_logging(outcome.examples, logged):
-                logger.warning("skipped %s/%s: %s", file, key, reason)
+            for file, key, reason, *detail in _worth_logging(outcome.examples, logged):
+                logger.warning("skipped %s/%s: %s%s", file, key, reason, f" ({detail[0]})" if any(detail) else "")
             yield outcome
 
 
@@ -316,7 +316,7 @@ def _work(task: Any) -> Any:
     return _worker(task)
 
 
-def _worth_logging(skipped: Iterable[tuple[str, str, str]], seen: Counter) -> Iterator[tuple[str, str, str]]:
+def _worth_logging(skipped: Iterable[tuple[str, ...]], seen: Counter) -> Iterator[tuple[str, ...]]:
     for row in skipped:
         seen[row[2]] += 1
         if seen[row[2]] <= LOGGED_SKIPS or row[2] in TAR_DAMAGE:

@@ -113,18 +113,13 @@ class PackMixture(Dataset):
         for source, dataset in zip(self.sources, self.datasets, strict=True):
             if not len(dataset):
                 raise ValueError(f"{source.path} holds no packs")
-        self.images_per_pack = np.concatenate([dataset.images_per_pack() for dataset in self.datasets])
+        self.patches_per_pack = np.concatenate([dataset.per_pack("patches") for dataset in self.datasets])
         self._ends = np.cumsum([len(dataset) for dataset in self.datasets])
 
     @property
     def names(self) -> list[str]:
         """Names of the sources."""
         return [source.name for source in self.sources]
-
-    @property
-    def image_seq_length(self) -> int:
-        """Tokens per image of the first source, with which training begins."""
-        return self.datasets[0].image_seq_length
 
     @property
     def max_length(self) -> int:

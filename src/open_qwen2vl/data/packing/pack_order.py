@@ -3,13 +3,15 @@
     source ─ endless stream of seeded permutations ─► its picks of this epoch ─┐
     source ─ ...                                                               ├─ interleaved evenly ─► optimizer steps
     source ─ ...                                                               ┘
-    optimizer step ─ sorted by images ─► micro-steps ─► ranks
+    optimizer step ─ sorted by patches ─► micro-steps ─► ranks
 
 Nothing of it is state: a resumed run asks for the same epoch and skips. The packs of a step do not depend on how the
 global batch is split into devices, packs per device and accumulation.
 """
 
+import json
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -23,8 +25,8 @@ class PackOrder(Sampler[int]):
     A source is read `epochs` times in an epoch; with weights, the source that is largest for its weight is read once
     and the others as often as their weights ask. What one epoch leaves out of a permutation, the next begins with, so
     that no pack is read again before all others of its source were. The shares hold from the first step to the last.
-    Sources of another number of tokens per image come later, in the order in which they are listed. Each such phase is
-    filled up with empty packs to a whole optimizer step.
+    Sources whose media are read in another way, as with more tokens per image, come later, in the order in which they
+    are listed. Each such phase is filled up with empty packs to a whole optimizer step.
 
     Args:
         mixture ([`PackMixture`]): the packs.
@@ -58,9 +60,9 @@ class PackOrder(Sampler[int]):
         self.seed, self.shuffle, self.epoch = seed, shuffle, 0
         self._sizes = [len(dataset) for dataset in mixture.datasets]
         self._counts = picks_per_epoch(mixture.sources, self._sizes)
-        self._phases = _phases([dataset.image_seq_length for dataset in mixture.datasets])
-        # The empty packs have no images.
-        self._images = np.append(mixture.images_per_pack, np.zeros(len(self._sizes), np.int32))
+        self._phases = _phases([dataset.plan["vision"] for dataset in mixture.datasets])
+        # The empty packs have no patches.
+        self._patches = np.append(mixture.patches_per_pack, np.zeros(len(self._sizes), np.int64))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration goes through.
@@ -109,10 +111,10 @@ class PackOrder(Sampler[int]):
         return np.argsort(words, kind="stable")
 
     def _deal(self, packs: np.ndarray) -> np.ndarray:
-        """The packs of an optimizer step, most images first, so that a micro-step weighs the same on every rank."""
+        """The packs of an optimizer step, most patches first, so that a micro-step weighs the same on every rank."""
         if not self.shuffle:
             return packs
-        packs = packs[np.argsort(-self._images[packs], kind="stable")]
+        packs = packs[np.argsort(-self._patches[packs], kind="stable")]
         # (micro-step, place in the batch, rank); every other place runs back through the ranks.
         dealt = packs.reshape(-1, self.batch_size, self.world_size)
         dealt[:, 1::2] = dealt[:, 1::2, ::-1].copy()
@@ -135,11 +137,11 @@ def picks_per_epoch(sources: list[Source], sizes: list[int]) -> list[int]:
     return [max(1, round(source.weight * packs_per_weight)) for source in sources]
 
 
-def _phases(image_seq_lengths: list[int]) -> list[list[int]]:
-    """Numbers of the sources by tokens per image, in the order of first appearance."""
-    phases: dict[int, list[int]] = {}
-    for source, length in enumerate(image_seq_lengths):
-        phases.setdefault(length, []).append(source)
+def _phases(vision: list[dict[str, Any]]) -> list[list[int]]:
+    """Numbers of the sources by how their media are read, in the order of first appearance."""
+    phases: dict[str, list[int]] = {}
+    for source, fingerprint in enumerate(vision):
+        phases.setdefault(json.dumps(fingerprint, sort_keys=True), []).append(source)
     return list(phases.values())
 
 

@@ -1,6 +1,6 @@
 """Packs as a map-style dataset: item i is read, decoded and tokenised when it is asked for, in the loader's workers.
 
-    plan.json, part-*.parquet ──► pack i: documents ──► text and images by offset (sources.py) ──► tensors of one pack
+    plan.json, part-*.parquet ──► pack i: documents ──► text and images by place (documents.py) ──► tensors of one pack
 
 Map-style, so that a resumed run continues by index. In memory stand only the pack counts of the parts; a process opens
 parts and other files when it first needs them and keeps the last few.
@@ -17,15 +17,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 from torch.utils.data import Dataset
 
-from ...processing.conversations import ConversationFormat
+from ...families import document_processor
+from ...families.interface import DocumentProcessor
+from ...files import shard_path
 from ...processing.sample_error import SampleError
 from ...processing.text_formats import tokenizer_fingerprint
-from ..documents.sources import planned_kind
+from ..documents.documents import DocumentReader, ReadDocument, pack_item
+from ..documents.forms import conversation_format
 from ..storage.open_files import Newest
-from .plan_files import read_plan, shard_path
+from .plan_files import read_plan
 
 logger = logging.getLogger(__name__)
 
@@ -37,16 +39,19 @@ class PackedDataset(Dataset):
 
     An item is a dict:
 
-    - `input_ids`, `position_ids` (from 0 in each document), `labels` (-100 at images, at the first token of each
-      document and at all of a conversation but the answers): int64 `(S,)`;
-    - `pixel_values`: uint8 `(images, 3, H, W)`;
-    - `image_seq_length`: the plan's, an int;
+    - `input_ids`, `labels` (-100 at images, at the first token of each document and at all of a conversation but the
+      answers): int64 `(S,)`; `position_ids`, from 0 in each document: int64 `(S,)`, or `(rows, S)` for M-RoPE;
+    - the media by the names that the model's forward has for them, first dimension joined: for Open-Qwen2VL
+      `pixel_values`, uint8 `(images, 3, H, W)`;
+    - arguments of the forward that are the same for the whole plan: for Open-Qwen2VL `image_seq_length`, an int;
+    - `media`, the number of images, and `vision_work`, a [`VisionWork`] of ints;
     - `dropped`: number of documents, by reason, that the plan holds but that could not be read. Such a document is
       left out whole; `S` is 0 where a pack has no other.
 
     Args:
         packs_dir (`str | Path`): folder of the plan.
-        processor (`OpenQwen2VLProcessor`): its tokenizer must be the plan's, and for conversations its chat template.
+        processor (`ProcessorMixin`): of a family of `families/`; its tokenizer must be the plan's, its sizes of media
+            too, and for conversations its chat template.
 
     Raises:
         ValueError: if the plan is not finished, of another version, made with another tokenizer or chat template, or
@@ -58,17 +63,16 @@ class PackedDataset(Dataset):
         self.processor = processor
         self.plan = read_plan(self.folder)
         _check_tokenizer(self.folder, self.plan, processor.tokenizer)
+        try:
+            self.documents = document_processor(processor, self.plan["vision"], self.plan.get("chat_template_name"))
+        except ValueError as error:
+            raise ValueError(f"{self.folder} was planned with another processor: {error}") from error
         if "chat_template" in self.plan:
-            _check_chat_template(self.folder, self.plan, processor)
-        archives = [root for root in self.plan.get("images", []) if "size" in root]
+            _check_chat_template(self.folder, self.plan, self.documents)
+        archives = [root for root in self.plan["images"] if "size" in root]
         _check_files(self.folder, [*self.plan["shards"], *archives])
         self._ends = np.cumsum([part["packs"] for part in self.plan["parts"]], dtype=np.int64)
         self._files: _OpenFiles | None = None
-
-    @property
-    def image_seq_length(self) -> int:
-        """Tokens per image of the plan."""
-        return self.plan["image_seq_length"]
 
     @property
     def fingerprint(self) -> str:
@@ -76,23 +80,18 @@ class PackedDataset(Dataset):
         places = {
             name: [(os.path.basename(file["path"]), file.get("size")) for file in self.plan[name]]
             for name in ("shards", "images")
-            if name in self.plan
         }
         return hashlib.sha256(json.dumps({**self.plan, **places}, sort_keys=True).encode()).hexdigest()
 
-    def images_per_pack(self) -> np.ndarray:
-        """Images of each pack as planned: int32 `(packs,)`, read from all parts."""
+    def per_pack(self, column: str) -> np.ndarray:
+        """A figure of each pack as planned, `tokens`, `images`, `patches` or `labels`: int64 `(packs,)`."""
         parts = [self.folder / part["name"] for part in self.plan["parts"]]
         # Three times as fast as read_table: a part has many small row groups.
-        tables = (pq.ParquetFile(part).read(columns=["images"], use_threads=False) for part in parts)
-        return np.concatenate([table["images"].to_numpy() for table in tables]).astype(np.int32, copy=False)
+        tables = (pq.ParquetFile(part).read(columns=[column], use_threads=False) for part in parts)
+        return np.concatenate([table[column].to_numpy() for table in tables]).astype(np.int64, copy=False)
 
     def document_names(self, index: int) -> list[tuple[str, str]]:
-        """Where the documents of a pack come from: path of the tar or other file and key of the sample, as planned.
-
-        Args:
-            index (`int`): of the pack.
-        """
+        """Where the documents of a pack come from: path of the tar or other file and key of the sample, as planned."""
         return [
             (shard_path(self.folder, self.plan["shards"][document["shard"]]), document["key"])
             for document in self._documents(index)
@@ -100,22 +99,22 @@ class PackedDataset(Dataset):
 
     def empty_pack(self) -> dict[str, Any]:
         """An item without documents, `S` = 0."""
-        return self._assemble([], Counter())
+        return pack_item(self.documents, [], Counter())
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         dropped: Counter = Counter()
-        documents = []
+        documents: list[ReadDocument] = []
         for document in self._documents(index):
             try:
-                documents.append(self._read(document))
+                documents.append(self._open_files().reader.read(document))
             except SampleError as error:
                 dropped[error.reason] += 1
                 file = self.plan["shards"][document["shard"]]["path"]
                 logger.warning("dropped %s/%s: %s (%s)", file, document["key"], error.reason, error)
-        return self._assemble(documents, dropped)
+        return pack_item(self.documents, documents, dropped)
 
     def _documents(self, index: int) -> list[dict[str, Any]]:
         if not -len(self) <= index < len(self):
@@ -124,45 +123,22 @@ class PackedDataset(Dataset):
         part = int(np.searchsorted(self._ends, index, side="right"))
         return self._open_files().documents(part, index - (int(self._ends[part - 1]) if part else 0))
 
-    def _read(self, document: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
-        """Ids and labels (S,) and uint8 pixels (images, 3, H, W) of a document."""
-        input_ids, labels, pixel_values = self._open_files().reader.read(document)
-        if len(input_ids) != document["tokens"]:
-            what = self.plan["text_format"]
-            raise SampleError(f"changed_{what}", f"{len(input_ids)} tokens, {document['tokens']} in the plan")
-        return input_ids, labels, pixel_values
-
-    def _assemble(
-        self, documents: list[tuple[np.ndarray, np.ndarray, torch.Tensor]], dropped: Counter
-    ) -> dict[str, Any]:
-        # Nothing first, for a pack that has lost all its documents.
-        nothing = np.empty(0, np.int64)
-        ids, labels, pixels = zip((nothing, nothing, self.processor.resize_images([])), *documents, strict=True)
-        return {
-            "input_ids": torch.from_numpy(np.concatenate(ids)),
-            "position_ids": torch.from_numpy(np.concatenate([np.arange(len(document)) for document in ids])),
-            "labels": torch.from_numpy(np.concatenate(labels)),
-            "pixel_values": torch.cat(pixels),
-            "image_seq_length": self.image_seq_length,
-            "dropped": dict(dropped),
-        }
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": None}
 
     def _open_files(self) -> "_OpenFiles":
         # A forked worker must not share file positions with its parent; a spawned one starts without files.
         if self._files is None or self._files.process != os.getpid():
-            self._files = _OpenFiles(self.folder, self.plan, self.processor)
+            self._files = _OpenFiles(self.folder, self.plan, self.documents)
         return self._files
 
 
 class _OpenFiles:
     """The files of one process."""
 
-    def __init__(self, folder: Path, plan: dict[str, Any], processor: Any):
+    def __init__(self, folder: Path, plan: dict[str, Any], documents: DocumentProcessor):
         self.process = os.getpid()
-        self.reader = planned_kind(plan).reader(folder, plan, processor)
+        self.reader = DocumentReader(folder, plan, documents)
         parts = Newest(lambda part: pq.ParquetFile(folder / plan["parts"][part]["name"]))
         self._parts = parts
         self._row_group = lru_cache(ROW_GROUPS)(
@@ -183,12 +159,12 @@ def _check_tokenizer(folder: Path, plan: dict[str, Any], tokenizer: Any) -> None
         )
 
 
-def _check_chat_template(folder: Path, plan: dict[str, Any], processor: Any) -> None:
-    fingerprint = ConversationFormat(processor.tokenizer, processor.chat_template).fingerprint
+def _check_chat_template(folder: Path, plan: dict[str, Any], documents: DocumentProcessor) -> None:
+    fingerprint = conversation_format(documents).fingerprint
     if fingerprint != plan["chat_template"]:
         raise ValueError(
             f"{folder} was planned with another chat template (fingerprint {plan['chat_template'][:12]}, the "
-            f"processor's is {fingerprint[:12]}): plan it again with --tokenizer set to this processor's folder"
+            f"processor's is {fingerprint[:12]}): plan it again with --processor set to this processor's folder"
         )
 
 

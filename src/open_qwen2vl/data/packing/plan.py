@@ -1,40 +1,38 @@
-"""The planner: which documents share a pack, found from texts and headers alone; no image is read.
+"""The planner: which documents share a pack, found from texts and headers alone; no image is decoded.
 
-    files ── groups of `shards_per_group` tars or of `records_per_group` conversations, one task each
-               │ read texts, tokenise, pack_lengths
-               ▼
+    files ── groups of `shards_per_group` tars or of `records_per_group` records, one task each
+               │ documents.py: places and lengths          │ pack_lengths: packs of a group
+               ▼                                           ▼
              part-00000.parquet, skipped-00000.parquet (plan_files.py) ──► plan.json
 
-Packs never mix groups, so that reading one stays local. What a file is and how it is read: sources.py. A part is its
-own done-marker: it is renamed into place when it is whole and carries what it was made from. A rerun makes the missing
-parts only; `plan.json` is written last.
+Packs never mix groups, so that reading one stays local. What a file is: sources.py. A part is its own done-marker: it
+is renamed into place when it is whole and carries what it was made from. A rerun makes the missing parts only;
+`plan.json` is written last.
 """
 
 import functools
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ...files import remove_temporaries
-from ...processing.conversations import ConversationFormat, training_chat_template
-from ...processing.text_formats import caption_document_length, prepare_tokenizer, tokenizer_fingerprint
-from ..documents.caption_rows import common_caption_column
-from ..documents.interleaved import RULES
-from ..documents.sources import SourceKind, planned_kind, source_kind
+from ...families import difference, document_processor
+from ...families.interface import DocumentProcessor, Media
+from ...files import describe_shard, remove_temporaries
+from ...processing.text_formats import tokenizer_fingerprint
+from ..documents.documents import Group, Skipped, plan_group
+from ..documents.forms import RULES, conversation_format
+from ..documents.sources import SourceKind, source_kind
 from ..engine.engine import Outcome, show_progress, work_through
 from ..storage.image_files import describe_images, index_archives, remove_index
 from .bins import pack_lengths
+from .options import PackOptions
 from .plan_files import (
     FORMAT_VERSION,
     PLAN_NAME,
-    Group,
-    describe_shard,
     packs_table,
     read_part_metadata,
     write_part,
@@ -68,40 +66,17 @@ class _Task:
         return sum(shard["size"] for shard in recipe["shards"])
 
 
-def plan_packs(
-    shards: Sequence[str | Path],
-    output: str | Path,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    image_seq_length: int = 144,
-    max_length: int = 4096,
-    max_images: int | None = None,
-    shards_per_group: int = 8,
-    images: Sequence[str | Path] = (),
-    records_per_group: int = 10_000,
-    caption_column: str | None = None,
-    rules: str = "standard",
-    num_workers: int | None = None,
-) -> PlanReport:
-    """Plan the packs of captions, interleaved documents or conversations.
+def plan_packs(shards: Sequence[str | Path], output: str | Path, processor: Any, **options: Any) -> PlanReport:
+    """Plan the packs of captions, texts, interleaved documents or conversations.
 
     The same input gives the same plan, with any number of workers.
 
     Args:
         shards (`Sequence[str | Path]`): files of one kind of `sources.py`; [`find_sources`] lists those of a folder.
         output (`str | Path`): folder of the plan, for one planner at a time. Finished parts in it are kept.
-        tokenizer (`PreTrainedTokenizerBase`): a fast tokenizer after [`prepare_tokenizer`].
-        image_seq_length (`int`, *optional*, defaults to 144): tokens per image.
-        max_length (`int`, *optional*, defaults to 4096): positions of a pack.
-        max_images (`int`, *optional*): most images of a pack; a document with more is skipped.
-        shards_per_group (`int`, *optional*, defaults to 8): tars whose samples may share packs.
-        images (`Sequence[str | Path]`, *optional*): folders, `.tar` and `.zip` files in which images that are named
-            by a path are looked up.
-        records_per_group (`int`, *optional*, defaults to 10000): records or rows of a file that may share packs.
-        caption_column (`str`, *optional*): of tables, `caption` or `text` where not given.
-        rules (`str`, *optional*, defaults to `"standard"`): what happens to interleaved documents of ten images and
-            more, or longer than a pack: they are split before images, or dropped with `"original"`.
-        num_workers (`int`, *optional*): processes; where not given one per core, but no more than there are groups.
+        processor (`ProcessorMixin` or `PreTrainedTokenizerBase`): of a family of `families/`; for Open-Qwen2VL a fast
+            tokenizer after [`prepare_tokenizer`] is enough.
+        options: fields of [`PackOptions`].
 
     Returns:
         [`PlanReport`]: figures of the whole plan, parts of earlier runs included.
@@ -111,92 +86,96 @@ def plan_packs(
             sample can be packed.
         OSError: if a file cannot be read.
     """
+    chosen = PackOptions(tuple(map(str, shards)), str(output), **options)
     if not shards:
         raise ValueError("no shards given: name at least one tar, or one file of conversations")
-    kind = source_kind(shards, caption_column)
-    numbers = {
-        "image_seq_length": image_seq_length,
-        "max_images": max_images,
-        "shards_per_group": shards_per_group,
-        "records_per_group": records_per_group,
-        "num_workers": num_workers,
-    }
-    _check_options(kind, max_length, images, rules, numbers)
+    kind = source_kind(shards, chosen.caption_column)
+    _check_options(kind, chosen)
+    documents = document_processor(
+        processor, chat_template=chosen.chat_template, image_seq_length=chosen.image_seq_length
+    )
+    _check_room(kind, chosen, documents)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    options = {
-        "format_version": FORMAT_VERSION,
-        "text_format": kind.text_format,
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "image_seq_length": image_seq_length,
-        "max_length": max_length,
-        "max_images": max_images,
-    }
-    if kind.images_elsewhere:
-        options["images"] = describe_images(images, folder)
-    options |= _format_options(kind, shards, tokenizer, rules, caption_column)
+    recipe = _recipe(kind, chosen, documents, folder)
     described = [describe_shard(shard, folder) for shard in shards]
     tasks = [
-        _Task(number, Group(folder, chosen, {**options, "shards": [described[i] for i in chosen], **cut}))
-        for number, (chosen, cut) in enumerate(_groups(kind, shards, shards_per_group, records_per_group))
+        _Task(number, Group(folder, files, {**recipe, "shards": [described[i] for i in files], **cut}))
+        for number, (files, cut) in enumerate(_groups(kind, shards, chosen))
     ]
     if not tasks:
         raise ValueError(f"{shards[0]}: not a single record in it")
     remove_temporaries([folder / PLAN_NAME, *(path for task in tasks for path in (task.part, task.skipped))])
     missing = _missing_parts(folder, tasks)
-    if missing and images:
-        index_archives(folder, options["images"])
-    _run(missing, tokenizer, num_workers or os.cpu_count() or 1)
+    if missing and chosen.images:
+        index_archives(folder, recipe["images"])
+    _run(missing, documents, chosen.num_workers or os.cpu_count() or 1)
     remove_index(folder)
-    return _finish(folder, {**options, "shards": described}, tasks)
+    return _finish(folder, {**recipe, "shards": described}, tasks)
 
 
-def _format_options(
-    kind: SourceKind,
-    shards: Sequence[str | Path],
-    tokenizer: PreTrainedTokenizerBase,
-    rules: str,
-    caption_column: str | None,
-) -> dict[str, Any]:
-    """What a plan of one text format depends on and the others do not."""
+def _recipe(kind: SourceKind, options: PackOptions, documents: DocumentProcessor, folder: Path) -> dict[str, Any]:
+    """All that a plan depends on but its files."""
+    recipe: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "text_format": kind.text_format,
+        "tokenizer": tokenizer_fingerprint(documents.tokenizer),
+        "vision": documents.fingerprint(),
+        "max_length": options.max_length,
+        "max_images": options.max_images,
+        "images": describe_images(options.images, folder),
+    }
     if kind.text_format == "conversation":
-        return {"chat_template": ConversationFormat(tokenizer, training_chat_template(tokenizer)).fingerprint}
-    if kind.text_format == "interleaved":
-        return {"rules": rules}
-    return {"caption_column": common_caption_column(shards, caption_column)} if kind.images_elsewhere else {}
+        recipe["chat_template"] = conversation_format(documents).fingerprint
+        if options.chat_template is not None:
+            recipe["chat_template_name"] = options.chat_template
+    elif kind.text_format == "interleaved":
+        recipe["rules"] = options.rules
+    else:
+        recipe |= {"caption_column": kind.caption_column, "text_only": options.text_only}
+    return recipe
 
 
-def _check_options(
-    kind: SourceKind, max_length: int, images: Sequence[str | Path], rules: str, numbers: dict[str, int | None]
-) -> None:
-    for name, value in numbers.items():
+def _check_options(kind: SourceKind, options: PackOptions) -> None:
+    for name in ("image_seq_length", "max_images", "shards_per_group", "records_per_group", "num_workers"):
+        value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if images and not kind.images_elsewhere:
+    if options.images and not kind.images_elsewhere:
         raise ValueError("images are for conversations, documents and tables: those of captions are in their tars")
-    if rules not in RULES:
-        raise ValueError(f"rules must be {' or '.join(RULES)}, got {rules!r}")
-    if rules != RULES[0] and kind.text_format != "interleaved":
-        raise ValueError(f"rules {rules} are for interleaved documents, not for {kind.text_format}s")
-    image_seq_length = numbers["image_seq_length"]
-    shortest = caption_document_length(1, image_seq_length)
-    if kind.text_format != "conversation" and max_length < shortest:
+    if options.rules not in RULES:
+        raise ValueError(f"rules must be {' or '.join(RULES)}, got {options.rules!r}")
+    if options.rules != RULES[0] and kind.text_format != "interleaved":
+        raise ValueError(f"rules {options.rules} are for interleaved documents, not for {kind.text_format}s")
+    if options.text_only and kind.text_format != "caption":
+        raise ValueError(f"text_only is for captions, not for {kind.text_format}s")
+    if options.chat_template is not None and kind.text_format != "conversation":
+        raise ValueError(f"chat_template is for conversations, not for {kind.text_format}s")
+
+
+def _check_room(kind: SourceKind, options: PackOptions, documents: DocumentProcessor) -> None:
+    """Refuse packs that no image with a text fits into; where sizes decide, that is found image by image."""
+    if kind.text_format in ("conversation", "text") or documents.needs_sizes:
+        return
+    layout = documents.text_format
+    image = len(documents.placeholder_ids(Media("image")))
+    shortest = len(layout.document_start) + image + 1 + len(layout.document_end)
+    if options.max_length < shortest:
         raise ValueError(
-            f"max_length {max_length} is below {shortest}, the shortest document with image_seq_length "
-            f"{image_seq_length}"
+            f"max_length {options.max_length} is below {shortest}, the shortest document with images of {image} tokens"
         )
 
 
 def _groups(
-    kind: SourceKind, paths: Sequence[str | Path], shards_per_group: int, records_per_group: int
+    kind: SourceKind, paths: Sequence[str | Path], options: PackOptions
 ) -> Iterator[tuple[range, dict[str, Any]]]:
     """The files of each group by their index, and the range of a file of several groups."""
-    if kind.cut is None:
-        for start in range(0, len(paths), shards_per_group):
-            yield range(start, min(start + shards_per_group, len(paths))), {}
+    if str(paths[0]).endswith(".tar"):
+        for start in range(0, len(paths), options.shards_per_group):
+            yield range(start, min(start + options.shards_per_group, len(paths))), {}
         return
     for number, path in enumerate(paths):
-        for start, stop in kind.cut(path, records_per_group):
+        for start, stop in kind.cut(path, options.records_per_group):
             yield range(number, number + 1), {"range": [start, stop]}
 
 
@@ -214,49 +193,45 @@ def _missing_parts(folder: Path, tasks: list[_Task]) -> list[_Task]:
         made = read_part_metadata(task.part)["recipe"]
         for name, value in task.group.recipe.items():
             if made.get(name) != value:
-                what = {"shards": "files", "images": "image folders or archives"}.get(name)
-                found = f"other or changed {what}" if what else f"{name} {made.get(name)}, now {value}"
-                raise ValueError(f"{task.part}: made with {found}; {advice}")
+                raise ValueError(f"{task.part}: made with {_what_differs(name, made.get(name), value)}; {advice}")
     return missing
 
 
-def _run(tasks: list[_Task], tokenizer: PreTrainedTokenizerBase, num_workers: int) -> None:
-    """Make parts, in this process or in several."""
-
-    def make_worker() -> Callable[[_Task], Outcome]:
-        return functools.partial(_make_part, tokenizer=tokenizer)
-
-    with tempfile.TemporaryDirectory() as folder:
-        if min(num_workers, len(tasks)) > 1:
-            tokenizer.save_pretrained(folder)
-            make_worker = functools.partial(_load_part_maker, folder, tokenizer_fingerprint(tokenizer))
-        outcomes = work_through(tasks, make_worker, num_workers=num_workers)
-        sized = ((task.amount, outcome) for task, outcome in outcomes)
-        for _ in show_progress(sized, sum(task.amount for task in tasks), "planning"):
-            pass  # the figures stand in the parts
+def _what_differs(name: str, made: Any, now: Any) -> str:
+    what = {"shards": "files", "images": "image folders or archives"}.get(name)
+    if what:
+        return f"other or changed {what}"
+    return difference(made, now) if isinstance(made, dict) else f"{name} {made}, now {now}"
 
 
-def _load_part_maker(tokenizer_folder: str, fingerprint: str) -> Callable[[_Task], Outcome]:
-    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(tokenizer_folder))
-    if tokenizer_fingerprint(tokenizer) != fingerprint:
-        raise ValueError("the tokenizer is another one after save_pretrained; use num_workers 1")
-    return functools.partial(_make_part, tokenizer=tokenizer)
+def _run(tasks: list[_Task], documents: DocumentProcessor, num_workers: int) -> None:
+    """Make parts, in this process or in several, each of which gets a copy of the family's processor."""
+    outcomes = work_through(tasks, functools.partial(_part_maker, documents), num_workers=num_workers)
+    sized = ((task.amount, outcome) for task, outcome in outcomes)
+    for _ in show_progress(sized, sum(task.amount for task in tasks), "planning"):
+        pass  # the figures stand in the parts
 
 
-def _make_part(task: _Task, tokenizer: PreTrainedTokenizerBase) -> Outcome:
+def _part_maker(documents: DocumentProcessor) -> Callable[[_Task], Outcome]:
+    return functools.partial(_make_part, documents=documents)
+
+
+def _make_part(task: _Task, documents: DocumentProcessor) -> Outcome:
     """The whole work on one group."""
     recipe = task.group.recipe
-    kind = planned_kind(recipe)
-    documents, skipped, ignored = kind.plan(task.group, tokenizer)
+    planned, skipped, ignored = plan_group(task.group, documents)
     limit = recipe["max_images"]
     if limit is not None:
         paths = dict(zip(task.group.shards, (shard["path"] for shard in recipe["shards"]), strict=True))
-        too_many = [document for document in documents if document.num_images > limit]
-        skipped = skipped + [(paths[document.shard], document.key, "too_many_images") for document in too_many]
-        documents = [document for document in documents if document.num_images <= limit]
-    lengths = np.array([document.tokens for document in documents], dtype=np.int64)
-    images = np.array([document.num_images for document in documents], dtype=np.int64)
-    table = packs_table(documents, pack_lengths(lengths, recipe["max_length"], images, limit))
+        skipped = skipped + [
+            Skipped(paths[document.shard], document.key, "too_many_images", f"{len(document.images)} images")
+            for document in planned
+            if len(document.images) > limit
+        ]
+        planned = [document for document in planned if len(document.images) <= limit]
+    lengths = np.array([document.tokens for document in planned], dtype=np.int64)
+    images = np.array([len(document.images) for document in planned], dtype=np.int64)
+    table = packs_table(planned, pack_lengths(lengths, recipe["max_length"], images, limit))
     report = PlanReport.of_part(table, recipe["max_length"], skipped, ignored)
     write_skipped(task.skipped, skipped)
     write_part(task.part, table, {"recipe": recipe, "report": asdict(report)})

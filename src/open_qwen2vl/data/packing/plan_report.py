@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,8 @@ class PlanReport:
         packs (`int`): rows of the plan.
         tokens (`int`): positions of all documents.
         images (`int`): images of all documents.
+        patches (`int`): patches of all images, the unit of visual load.
+        labels (`int`): labelled positions of all documents.
         max_length (`int`): positions of a pack.
         skipped (`dict[str, int]`): samples left out, by reason.
         ignored_members (`int`): members of the tars that belong to no sample, as folders and links.
@@ -30,6 +33,8 @@ class PlanReport:
     packs: int
     tokens: int
     images: int
+    patches: int
+    labels: int
     max_length: int
     skipped: dict[str, int]
     ignored_members: int
@@ -37,20 +42,8 @@ class PlanReport:
     images_per_pack: Sequence[int]
 
     @classmethod
-    def of_part(
-        cls, packs: pa.Table, max_length: int, skipped: Sequence[tuple[str, str, str]], ignored_members: int
-    ) -> "PlanReport":
-        """Figures of a part.
-
-        Args:
-            packs (`pa.Table`): its rows.
-            max_length (`int`): positions of a pack.
-            skipped (`Sequence[tuple[str, str, str]]`): file, key and reason of each sample left out.
-            ignored_members (`int`): members of the tars that belong to no sample.
-
-        Returns:
-            [`PlanReport`].
-        """
+    def of_part(cls, packs: pa.Table, max_length: int, skipped: Sequence[Any], ignored_members: int) -> "PlanReport":
+        """Figures of a part, from its rows and the [`Skipped`] of what is left out."""
         documents = np.asarray(packs["documents"].combine_chunks().value_lengths())
         images = np.asarray(packs["images"])
         return cls(
@@ -59,8 +52,10 @@ class PlanReport:
             packs=len(documents),
             tokens=int(np.asarray(packs["tokens"]).sum(dtype=np.int64)),
             images=int(images.sum(dtype=np.int64)),
+            patches=int(np.asarray(packs["patches"]).sum(dtype=np.int64)),
+            labels=int(np.asarray(packs["labels"]).sum(dtype=np.int64)),
             max_length=max_length,
-            skipped=dict(Counter(reason for _, _, reason in skipped)),
+            skipped=dict(Counter(one.reason for one in skipped)),
             ignored_members=ignored_members,
             documents_per_pack=_extremes(documents.tolist()),
             images_per_pack=_extremes(images.tolist()),
@@ -68,15 +63,8 @@ class PlanReport:
 
     @classmethod
     def of_parts(cls, parts: Sequence["PlanReport"]) -> "PlanReport":
-        """Figures of a whole plan.
-
-        Args:
-            parts (`Sequence[PlanReport]`): at least one, all with the same `max_length`.
-
-        Returns:
-            [`PlanReport`].
-        """
-        summed = ("samples", "documents", "packs", "tokens", "images", "ignored_members")
+        """Figures of a whole plan; its parts all have the same `max_length`."""
+        summed = ("samples", "documents", "packs", "tokens", "images", "patches", "labels", "ignored_members")
         joined = ("documents_per_pack", "images_per_pack")
         skipped = sum((Counter(part.skipped) for part in parts), Counter())
         return cls(

@@ -1,24 +1,26 @@
 """Conversations one by one: the rows of a Hugging Face data set as items that the collator takes like packs of one.
 
-    {"messages" | "conversations", "images" | "image"} ──► messages, images ──► ids, labels, pixels of one document
+    {"messages" | "conversations", "images" | "image"} ──► messages, images ──► ids, labels, media of one document
 
 For sets that are too small to be worth a plan. Order, labels and loss are those of packs of one conversation each.
 """
 
 import logging
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
-import torch
 from torch.utils.data import Dataset
 
+from ...families import document_processor
+from ...families.interface import Media
 from ...processing.conversation_records import read_conversation
-from ...processing.conversations import ConversationFormat
+from ...processing.images import read_image_size
 from ...processing.sample_error import SampleError
-from ..storage.open_files import read_pixels
+from ..documents.documents import ReadDocument, finish_document, pack_item
+from ..documents.forms import TURNS, as_messages, conversation_format, is_turns
 from ..storage.tables import COLUMNS, TEXT_COLUMNS
 
 logger = logging.getLogger(__name__)
@@ -32,11 +34,12 @@ class UnpackedConversations(Dataset):
 
     Args:
         dataset (`datasets.Dataset`): with `messages` or `conversations`, and `images` or `image` where there are any.
-        processor (`OpenQwen2VLProcessor`): its chat template needs `{% generation %}` marks.
+        processor (`ProcessorMixin`): of a family of `families/`; its chat template needs `{% generation %}` marks.
         max_length (`int`, *optional*): longest conversation, in tokens; any length where not given.
-        image_seq_length (`int`, *optional*): tokens per image; the processor's where not given.
+        image_seq_length (`int`, *optional*): tokens per image of Open-Qwen2VL; the processor's where not given.
         image_folder (`str` or `os.PathLike`, *optional*): where images that are named by a path lie, and nowhere else.
             Without it paths are taken as they are.
+        chat_template (`str`, *optional*): name of one of the processor's chat templates.
 
     Raises:
         ValueError: for a data set that holds no conversations, or cannot be read by index.
@@ -49,21 +52,23 @@ class UnpackedConversations(Dataset):
         max_length: int | None = None,
         image_seq_length: int | None = None,
         image_folder: str | os.PathLike | None = None,
+        chat_template: str | None = None,
     ):
         if not isinstance(dataset, datasets.Dataset):
             raise ValueError(
                 f"a {type(dataset).__name__} has no order by index, which a run resumes by: load it whole"
             )
-        names = [name for name in COLUMNS if name in dataset.column_names]
-        if not set(TEXT_COLUMNS) & set(names):
+        names = [name for name in (*COLUMNS, TURNS) if name in dataset.column_names]
+        turns = dataset.select_columns([TURNS])[:1][TURNS] if TURNS in names else []
+        if not set(TEXT_COLUMNS) & set(names) and not any(map(is_turns, turns)):
             raise ValueError(f"no column {' or '.join(TEXT_COLUMNS)} among {', '.join(dataset.column_names)}")
         # Arrow rows hold the files of the images as they are: decoding is left to the one place that does it.
         self.rows = dataset.select_columns(names).with_format("arrow")
         self.image_folder = None if image_folder is None else os.path.realpath(image_folder)
         self.processor = processor
         self.max_length = max_length
-        self.image_seq_length = processor.image_seq_length if image_seq_length is None else image_seq_length
-        self._format = ConversationFormat(processor.tokenizer, processor.chat_template)
+        self.documents = document_processor(processor, chat_template=chat_template, image_seq_length=image_seq_length)
+        self._format = conversation_format(self.documents)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -72,7 +77,7 @@ class UnpackedConversations(Dataset):
             "conversations": len(self),
             "columns": sorted(self.rows.column_names),
             "max_length": self.max_length,
-            "image_seq_length": self.image_seq_length,
+            "vision": self.documents.fingerprint(),
             "chat_template": self._format.fingerprint,
         }
 
@@ -80,42 +85,30 @@ class UnpackedConversations(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        dropped: dict[str, int] = {}
+        dropped: Counter = Counter()
+        read = []
         try:
-            input_ids, labels, pixel_values = self._read(index)
+            read.append(self._read(index))
         except SampleError as error:
             logger.warning("dropped row %s: %s (%s)", index, error.reason, error)
             dropped[error.reason] = 1
-            input_ids = labels = np.empty(0, np.int64)
-            pixel_values = self.processor.resize_images([])
-        return {
-            "input_ids": torch.from_numpy(input_ids),
-            "position_ids": torch.arange(len(input_ids)),
-            "labels": torch.from_numpy(labels),
-            "pixel_values": pixel_values,
-            "image_seq_length": self.image_seq_length,
-            "dropped": dropped,
-            "pack": index,
-        }
+        return {**pack_item(self.documents, read, dropped), "pack": index}
 
     def describe(self, index: int) -> dict[str, Any]:
-        """What an item is, for messages.
-
-        Args:
-            index (`int`): its number.
-
-        Returns:
-            `dict`: as `PackMixture.describe` gives it.
-        """
+        """What an item is, for messages, as `PackMixture.describe` gives it."""
         return {"source": "conversations", "pack": index, "documents": [("row", str(index))]}
 
-    def _read(self, index: int) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
-        messages, images = read_conversation(self.rows[index].to_pylist()[0])
-        input_ids, labels = self._format.document(messages, self.image_seq_length)
+    def _read(self, index: int) -> ReadDocument:
+        messages, images = read_conversation(as_messages(self.rows[index].to_pylist()[0]))
+        files = [self._image_file(image) for image in images]
+        media = [Media("image", *(read_image_size(file, upright=True) if self.documents.needs_sizes else (0, 0)))
+                 for file in files]  # fmt: skip
+        blocks = [self.documents.placeholder_ids(one) for one in media]
+        input_ids, labels = self._format.document(messages, blocks)
         if self.max_length is not None and len(input_ids) > self.max_length:
             raise SampleError("too_long", f"{len(input_ids)} tokens are above max_length={self.max_length}")
-        pixels = [read_pixels(self._image_file(image), self.processor) for image in images]
-        return input_ids, labels, torch.cat([self.processor.resize_images([]), *pixels])
+        tensors = [self.documents.read_media(*one) for one in zip(files, media, strict=True)]
+        return finish_document(self.documents, input_ids, labels, media, tensors)
 
     def _image_file(self, image: Any) -> bytes:
         """The bytes of an image, from what stands in a row: a path, or a struct with `bytes` or a path."""

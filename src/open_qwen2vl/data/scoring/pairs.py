@@ -10,7 +10,7 @@ from PIL import Image
 
 from ...processing.images import decode_image
 from ...processing.sample_error import SampleError
-from ..documents.captions import caption_members
+from ..documents.records import caption_members
 from ..storage.tars import Sample, has_bad_uid, read_json, read_member, sample_uid
 
 

@@ -1,12 +1,9 @@
-"""What the readers of a plan share: files that stay open and are read at a place, and pixels from an image file."""
+"""Files that stay open while they are used, and are read at a place."""
 
 import contextlib
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import torch
+from typing import Any
 
 OPEN_FILES = 64  # of each kind that one process keeps open
 
@@ -38,19 +35,3 @@ def read_at(file: int, size: int, offset: int) -> bytes:
         with contextlib.suppress(OSError):
             error.filename = os.readlink(f"/proc/self/fd/{file}")
         raise
-
-
-def read_pixels(data: bytes, processor: Any) -> "torch.Tensor":
-    """Decode and resize one image: several at full size are more than what a pack keeps of them.
-
-    Args:
-        data (`bytes`): an image file's content.
-        processor (`OpenQwen2VLProcessor`): resizes.
-
-    Returns:
-        `torch.Tensor` of shape `(1, 3, height, width)`, uint8.
-
-    Raises:
-        SampleError: if it cannot be decoded.
-    """
-    return processor.read_image(data)

@@ -45,24 +45,21 @@ CONVERSATION_COLUMNS = Columns((*TEXT_COLUMNS, *BESIDE_TURNS), IMAGE_COLUMNS)
 
 
 def column_names(path: str | os.PathLike) -> list[str]:
-    """The names of a table's columns.
+    """The names of a table's columns in order; a `ValueError` if it is no such file."""
+    return list(column_types(path))
 
-    Args:
-        path (`str | os.PathLike`): a `.parquet` or `.arrow` file.
 
-    Returns:
-        `list[str]`: in order.
-
-    Raises:
-        ValueError: if it is no such file.
-    """
+def column_types(path: str | os.PathLike) -> dict[str, pa.DataType]:
+    """The types of a table's columns; a `ValueError` if it is no such file."""
     try:
         if os.fspath(path).endswith(".parquet"):
-            return pq.read_schema(path).names
-        with pa.memory_map(os.fspath(path)) as file:
-            return pa.ipc.open_stream(file).schema.names
+            schema = pq.read_schema(path)
+        else:
+            with pa.memory_map(os.fspath(path)) as file:
+                schema = pa.ipc.open_stream(file).schema
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path}: not a table that can be read: {error}") from error
+    return dict(zip(schema.names, schema.types, strict=True))
 
 
 def split_names(files: Iterable[str]) -> list[str]:
@@ -104,12 +101,13 @@ def find_tables(path: Path) -> list[Path]:
     return files
 
 
-def cut_rows(path: str | os.PathLike, number: int) -> list[tuple[int, int]]:
+def cut_rows(path: str | os.PathLike, number: int, columns: Columns) -> list[tuple[int, int]]:
     """Cut a table into groups of whole batches.
 
     Args:
         path (`str | os.PathLike`): a `.parquet` or `.arrow` file.
         number (`int`): rows of a group; more where a single batch has more.
+        columns ([`Columns`]): those that will be read.
 
     Returns:
         `list[tuple[int, int]]`: first row of each group and the row behind it.
@@ -117,7 +115,7 @@ def cut_rows(path: str | os.PathLike, number: int) -> list[tuple[int, int]]:
     Raises:
         ValueError: if it is no such file.
     """
-    table = RowTable(path, CONVERSATION_COLUMNS)
+    table = RowTable(path, columns)
     ends = [int(end) for end in table.ends]
     table.close()
     groups, start = [], 0
@@ -232,6 +230,14 @@ class RowTable:
                 if start <= number < stop:
                     self._fill_in_bytes(row, content)
                     yield number, row
+
+    def rows(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Number and columns of each row from `start` to the one before `stop`, images with their bytes."""
+        for number in range(start, stop):
+            batch, row = self.find(number)
+            if row == 0 or number == start:
+                rows = self.read_batch(batch)
+            yield number, rows.slice(row, 1).to_pylist()[0]
 
     def _has_bytes(self, batch: int) -> bool:
         """Whether any image of a batch is there with its content and not by its path only."""

@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from transformers import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ...processing.conversations import has_generation_marks
+from ...processing.conversations import has_generation_marks, named_chat_template
 from ...processing.images import decode_image
 from ...processing.processing_open_qwen2vl import TORCH_RESAMPLING
 from ...processing.sample_error import SampleError
@@ -38,6 +38,7 @@ class QwenVLDocuments:
 
     Args:
         processor (`Qwen2VLProcessor`, `Qwen2_5_VLProcessor` or `Qwen3VLProcessor`): as `AutoProcessor` loads it.
+        chat_template (`str`, *optional*): name of one of its chat templates.
         min_pixels (`int`, *optional*): images are enlarged to it; the image processor's own limit where not given.
         max_pixels (`int`, *optional*): images are reduced to it, likewise.
         fixed_resolution (`int`, *optional*): side of the square that every image becomes, for ablations.
@@ -49,10 +50,12 @@ class QwenVLDocuments:
 
     needs_sizes = True
     rope_rows = 4
+    plan_options = ("min_pixels", "max_pixels", "fixed_resolution")
 
     def __init__(
         self,
         processor: ProcessorMixin,
+        chat_template: str | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         fixed_resolution: int | None = None,
@@ -74,7 +77,8 @@ class QwenVLDocuments:
             raise ValueError(f"the tokenizer has no {', '.join(missing)}; that of a Qwen2-VL checkpoint has")
         self._start, self.image_token_id, self._end, end_of_text = (vocabulary[token] for token in tokens)
         self.text_format = TextFormat(document_start=(), document_end=(end_of_text,))
-        self.chat_template = training_template(processor)
+        self.chat_template = training_template(processor, chat_template)
+        self.media_strings = {"image": f"<|vision_start|>{processor.image_token}<|vision_end|>"}
         self._mode = TORCH_RESAMPLING.get(image_processor.resample)
         if self._mode is None:
             raise ValueError(f"the image processor's resample {image_processor.resample!r} is not known here")
@@ -132,11 +136,9 @@ class QwenVLDocuments:
         return {}
 
 
-def training_template(processor: ProcessorMixin) -> str:
+def training_template(processor: ProcessorMixin, name: str | None = None) -> str:
     """The processor's chat template with `{% generation %}` marks: its own, or ours where that renders the same."""
-    own = processor.chat_template
-    if isinstance(own, dict):
-        own = own.get("default")
+    own = named_chat_template(processor.chat_template, name)
     if has_generation_marks(own):
         return own
     templates = [path.read_text(encoding="utf8") for path in sorted(Path(__file__).parent.glob("*.jinja"))]

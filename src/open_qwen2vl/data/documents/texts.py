@@ -1,42 +1,87 @@
 """What a document of texts and images may look like in a file, and the one normal form that is planned and read.
 
+caption        {"image": path or {"bytes", "path"}, "caption" or "text": text}
+text           {"text": text}
 OBELICS        {"texts": [text or null], "images": [null, path or {"bytes", "path"}]}, one of the two at each index
 the original   {"texts": [text or null], "image_info": [null or {"image_base64"}]}, likewise
 MMC4           {"text_list": [sentence], "image_info": [{"image_name" or "image_base64", "matched_text_index"}]}
-  │ read_interleaved
+  │ read_caption, read_interleaved
   ▼
 texts [text, or None where an image stands], images in that order
 """
 
 import base64
 import binascii
+import unicodedata
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ...processing.sample_error import SampleError
 
+IMAGE_FIELD = "image"
+CAPTION_FIELDS = ("caption", "text")  # where none is named, the first that a record or a table has
 
-class Interleaved(NamedTuple):
+
+class Texts(NamedTuple):
     """The normal form.
 
     Attributes:
         texts (`list[str | None]`): in reading order, None where an image stands.
-        images (`list[str | dict]`): what stands there: a path, or a dict of `bytes` or `image_base64`, or of `path`.
+        images (`list[Any]`): what stands there: a path, or a dict of `bytes`, `image_base64` or `path`.
     """
 
     texts: list[str | None]
     images: list[Any]
 
 
-def is_interleaved(names: Any) -> bool:
-    """Whether a record, or a table, is of one of the forms.
+def caption_field(names: Any, wanted: str | None = None) -> str | None:
+    """Which field of a record, or column of a table, is a caption or a text; None for other forms."""
+    return next((name for name in ((wanted,) if wanted else CAPTION_FIELDS) if name in names), None)
 
-    Args:
-        names (`Any`): the parsed record, or the names of the columns.
 
-    Returns:
-        `bool`: True if it has the lists of texts and of images.
+def read_caption(record: Any, field: str, needs_image: bool) -> Texts:
+    """A caption, or a text where there is no image and none is needed, in the normal form.
+
+    Raises `missing_caption`, `bad_caption`, `empty_caption`, `bad_encoding`, `missing_image` or `bad_image`.
     """
+    if not isinstance(record, Mapping):
+        raise SampleError("not_an_object", f"the record is a {type(record).__name__}")
+    caption = record.get(field)
+    if caption is None:
+        raise SampleError("missing_caption", f"{field} is null")
+    if not isinstance(caption, str):
+        raise SampleError("bad_caption", f"{field} is a {type(caption).__name__}")
+    _check_text(caption)
+    if not has_words(caption):
+        raise SampleError("empty_caption", "the caption is empty")
+    image = record.get(IMAGE_FIELD)
+    reference = _reference(image)
+    if reference is not None:
+        return Texts([None, caption], [reference])
+    if needs_image:
+        raise SampleError("bad_image" if image else "missing_image", "neither the bytes of an image nor a path")
+    return Texts([caption], [])
+
+
+def decode_caption(data: bytes) -> str:
+    """The caption in a text file, without a byte-order mark; `bad_caption_encoding`, or `empty_caption`."""
+    try:
+        caption = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SampleError("bad_caption_encoding", str(error)) from error
+    if not has_words(caption):
+        raise SampleError("empty_caption", "the caption is empty")
+    return caption
+
+
+def has_words(text: str) -> bool:
+    """Whether anything in a text is to be seen: white space, controls, marks and zero-width characters are not."""
+    # A letter comes first in nearly every text, which ends the search.
+    return any(unicodedata.category(character)[0] not in "CZM" for character in text)
+
+
+def is_interleaved(names: Any) -> bool:
+    """Whether a parsed record, or a list of column names, has the lists of texts and of images."""
     if not isinstance(names, Mapping | list) or "messages" in names or "conversations" in names:
         return False
     return ("texts" in names and ("images" in names or "image_info" in names)) or (
@@ -44,21 +89,13 @@ def is_interleaved(names: Any) -> bool:
     )
 
 
-def read_interleaved(record: Any) -> Interleaved:
-    """Turn a record into the normal form.
+def read_interleaved(record: Any) -> Texts:
+    """A document of texts and images in the normal form.
 
-    An image of MMC4 stands before the sentence that it matches; the sentences between two images make one text.
-
-    Args:
-        record (`Any`): a parsed record.
-
-    Returns:
-        [`Interleaved`].
-
-    Raises:
-        SampleError: `not_an_object`, `no_document` (none of the forms), `unequal_lists`, `empty_entry` (neither text
-            nor image), `ambiguous_entry` (both), `bad_text`, `bad_encoding` (half a surrogate pair), `bad_image` (no
-            path, no bytes), `bad_text_index`.
+    An image of MMC4 stands before the sentence that it matches; the sentences between two images make one text. Raises
+    `not_an_object`, `no_document` (none of the forms), `unequal_lists`, `empty_entry` (neither text nor image),
+    `ambiguous_entry` (both), `bad_text`, `bad_encoding` (half a surrogate pair), `bad_image` (no path, no bytes),
+    `bad_text_index`.
     """
     if not isinstance(record, Mapping):
         raise SampleError("not_an_object", f"the record is a {type(record).__name__}")
@@ -66,7 +103,7 @@ def read_interleaved(record: Any) -> Interleaved:
         raise SampleError("no_document", f"the record has the keys {', '.join(map(str, record))}")
     is_mmc4 = "text_list" in record
     texts = record["text_list" if is_mmc4 else "texts"]
-    images = record["images"] if record.get("image_info") is None else record["image_info"]
+    images = record.get("images") if record.get("image_info") is None else record["image_info"]
     if not isinstance(texts, list) or not isinstance(images, list):
         raise SampleError("no_document", "its texts or its images are no list")
     for text in texts:
@@ -75,17 +112,7 @@ def read_interleaved(record: Any) -> Interleaved:
 
 
 def image_bytes(reference: Any) -> bytes | None:
-    """The file of an image that stands in the record itself.
-
-    Args:
-        reference (`str | dict`): one of [`Interleaved`]'s images.
-
-    Returns:
-        `bytes`: its content; `None` if the reference is a path.
-
-    Raises:
-        SampleError: `corrupt_image` if it is no base64.
-    """
+    """The file of an image that stands in the record itself; None for a path; `corrupt_image` if it is no base64."""
     if not isinstance(reference, Mapping):
         return None
     if "image_base64" not in reference:
@@ -96,7 +123,7 @@ def image_bytes(reference: Any) -> bytes | None:
         raise SampleError("corrupt_image", f"an image is no base64: {error}") from error
 
 
-def _read_parallel(texts: list[Any], entries: list[Any]) -> Interleaved:
+def _read_parallel(texts: list[Any], entries: list[Any]) -> Texts:
     if len(texts) != len(entries):
         raise SampleError("unequal_lists", f"{len(texts)} texts and {len(entries)} images")
     order: list[str | None] = []
@@ -108,10 +135,10 @@ def _read_parallel(texts: list[Any], entries: list[Any]) -> Interleaved:
             raise SampleError(reason, f"entry {number} is {what} text and image")
         order.append(text or None)
         images += [] if image is None else [image]
-    return Interleaved(order, images)
+    return Texts(order, images)
 
 
-def _read_mmc4(sentences: list[Any], entries: list[Any]) -> Interleaved:
+def _read_mmc4(sentences: list[Any], entries: list[Any]) -> Texts:
     before: list[list[Any]] = [[] for _ in sentences]
     for entry in entries:
         image = _reference(entry)
@@ -130,7 +157,7 @@ def _read_mmc4(sentences: list[Any], entries: list[Any]) -> Interleaved:
             order[-1] = f"{order[-1]} {sentence}"
         else:
             order.append(sentence)
-    return Interleaved(order, [image for images in before for image in images])
+    return Texts(order, [image for images in before for image in images])
 
 
 def _check_text(text: Any) -> None:
@@ -155,6 +182,6 @@ def _reference(entry: Any) -> Any:
     if isinstance(entry.get("image_base64"), str) and entry["image_base64"]:
         return {"image_base64": entry["image_base64"]}
     if isinstance(entry.get("bytes"), bytes):
-        return {"bytes": entry["bytes"]}
+        return {"bytes": entry["bytes"], "path": entry.get("path")}
     path = entry.get("path") or entry.get("image_name")
     return path if isinstance(path, str) and path else None

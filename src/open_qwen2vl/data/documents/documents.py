@@ -1,0 +1,279 @@
+"""Documents of a plan: planned group by group, without decoding an image, and read one by one.
+
+    records.py ── forms.py ─► texts or messages ─► pieces ─► Document: place of its record, entries, images, lengths
+                           └► record_images.py ─► where the images are, and how large for a family that asks
+
+A record that cannot be used is left out by the name of a reason, with its key; one whose image turns out to be broken
+is left out when it is read.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ...families.interface import DocumentProcessor, Media, VisionWork
+from ...files import shard_path
+from ...processing.sample_error import SampleError
+from ..engine.engine import collection_paused
+from ..storage.tars import sample_uid
+from .forms import make_form
+from .record_images import PlannedImage, RecordImages, image_name
+from .records import Found, RecordPlace, RecordReader, ShardRecords
+
+CHUNK = 1024  # records whose texts are tokenised at once
+
+
+class Document(NamedTuple):
+    """A document of a plan.
+
+    Attributes:
+        shard (`int`): index of its file in the plan's list.
+        key (`str`): name of its record.
+        uid (`str`): 32 hex digits.
+        record ([`RecordPlace`]): where that is.
+        entries (`tuple[int, int]`, *optional*): the first of the record's entries and their number; None for all.
+        tokens (`int`): positions that it takes.
+        images (`list[PlannedImage]`): its images in reading order.
+        labels (`int`): labelled positions.
+        patches (`int`): of its images, the unit of visual load.
+    """
+
+    shard: int
+    key: str
+    uid: str
+    record: RecordPlace
+    entries: tuple[int, int] | None
+    tokens: int
+    images: list[PlannedImage]
+    labels: int
+    patches: int
+
+
+class Skipped(NamedTuple):
+    """What a plan leaves out: file as in the plan, key, reason, and the message with the path as given."""
+
+    file: str
+    key: str
+    reason: str
+    detail: str
+
+
+class Group(NamedTuple):
+    """What becomes one part of a plan.
+
+    Attributes:
+        folder (`Path`): folder of the plan.
+        shards (`range`): indices of its files in the plan's list.
+        recipe (`dict`): all that its part depends on: the plan's options, `shards` as described by `describe_shard`
+            and, where a file has several groups, `range`: the first byte or row of this one and that behind it.
+    """
+
+    folder: Path
+    shards: range
+    recipe: dict[str, Any]
+
+
+class GroupDocuments(NamedTuple):
+    """The documents of a group in the order of the files, what was left out, and members that belong to no sample."""
+
+    documents: list[Document]
+    skipped: list[Skipped]
+    ignored_members: int
+
+
+@collection_paused()
+def plan_group(group: Group, documents: DocumentProcessor) -> GroupDocuments:
+    """Plan a group; each piece of a record is either a document or named with a reason."""
+    planned = GroupDocuments([], [], 0)
+    for number, shard in zip(group.shards, group.recipe["shards"], strict=True):
+        planner = _Planner(group, number, shard, documents)
+        planner.run()
+        planned = GroupDocuments(
+            planned.documents + planner.documents,
+            planned.skipped + planner.skipped,
+            planned.ignored_members + planner.records.ignored_members,
+        )
+    return planned
+
+
+class _Planner:
+    """Plans the records of one file, or of a part of it."""
+
+    def __init__(self, group: Group, number: int, shard: dict[str, Any], family: DocumentProcessor):
+        recipe, path = group.recipe, shard_path(group.folder, shard)
+        self._recipe, self._number, self._family = recipe, number, family
+        self._file, self._name = shard["path"], os.path.basename(path)
+        self._form = make_form(recipe, family)
+        self.records = ShardRecords(path, recipe["text_format"], self._form.columns, self._form.max_bytes)
+        paths = [""] * number + [path]  # images find their own file by its number
+        reader = RecordReader(paths, recipe["text_format"], self._form.columns, self._form.max_bytes)
+        self._images = RecordImages(group.folder, paths, recipe["images"], reader)
+        # Of a family without sizes all images are one Media, whose block is asked for once.
+        self._cost = lru_cache(1 << 16)(
+            lambda media: (len(family.placeholder_ids(media)), family.vision_work(media).patches)
+        )
+        self.documents: list[Document] = []
+        self.skipped: list[Skipped] = []
+
+    def run(self) -> None:
+        """Go through the records."""
+        records = iter(
+            self.records.find(*self._recipe.get("range", ()), needs_image=self._form.needs_image,
+                              with_images=self._family.needs_sizes)
+        )  # fmt: skip
+        while chunk := list(islice(records, CHUNK)):
+            self._plan(chunk)
+        self.skipped[:0] = [Skipped(self._file, key, error.reason, str(error)) for key, error in self.records.skipped]
+
+    def _plan(self, chunk: list[Found]) -> None:
+        read, contents, images, costs = [], [], [], []
+        for found in chunk:
+            try:
+                if isinstance(found.record, SampleError):
+                    raise found.record
+                content, references = self._form.parse(found.record)
+                placed = [self._place(found, reference) for reference in references]
+                cost = [self._cost(Media("image", image.width, image.height)) for image in placed]
+            except SampleError as error:
+                self._skip(found, error)
+                continue
+            read.append(found)
+            contents.append(content)
+            images.append(placed)
+            costs.append(cost)
+        measured = self._form.measure(contents, [[length for length, _ in cost] for cost in costs])
+        for found, content, placed, cost, pieces in zip(read, contents, images, costs, measured, strict=True):
+            if isinstance(pieces, SampleError):
+                self._skip(found, pieces)
+            else:
+                self._add(found, content, placed, cost, pieces)
+
+    def _place(self, found: Found, reference: Any) -> PlannedImage:
+        placed = self._images.find(self._number, found, reference, self.records.members)
+        if not self._family.needs_sizes:
+            return placed
+        width, height = self._images.size(self._number, found, reference, placed)
+        return placed._replace(width=width, height=height)
+
+    def _add(
+        self, found: Found, content: Any, placed: list[PlannedImage], cost: list[tuple[int, int]], pieces: list
+    ) -> None:
+        record = found.record if self._form.keeps_uid else None
+        uid = found.uid or sample_uid(record, self._name, found.position)
+        before = 0
+        for first, count, tokens, labels in pieces:
+            after = len(placed) if first is None else before + content[first : first + count].count(None)
+            if tokens > self._recipe["max_length"]:
+                self._skip(found, SampleError("too_long", f"{tokens} tokens"))
+            else:
+                entries = None if first is None else (first, count)
+                patches = sum(patches for _, patches in cost[before:after])
+                self.documents.append(
+                    Document(self._number, found.key, uid, found.place, entries, tokens, placed[before:after],
+                             labels, patches)
+                )  # fmt: skip
+            before = after
+
+    def _skip(self, found: Found, error: SampleError) -> None:
+        detail = str(error).encode(errors="backslashreplace").decode()
+        self.skipped.append(Skipped(self._file, found.key, error.reason, detail))
+
+
+class ReadDocument(NamedTuple):
+    """A document as it is trained: int64 ids and labels `(S,)`, positions `(rope_rows, S)`, and its media."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    position_ids: np.ndarray
+    media: dict[str, torch.Tensor]
+    count: int
+    work: VisionWork
+
+
+class DocumentReader:
+    """Reads the documents of a plan, for one process."""
+
+    def __init__(self, folder: Path, plan: dict[str, Any], documents: DocumentProcessor):
+        paths = [shard_path(folder, shard) for shard in plan["shards"]]
+        self._family, self._what = documents, plan["text_format"]
+        self._form = make_form(plan, documents)
+        self._records = RecordReader(paths, self._what, self._form.columns, self._form.max_bytes)
+        self._images = RecordImages(folder, paths, plan["images"], self._records)
+
+    def read(self, document: dict[str, Any]) -> ReadDocument:
+        """A document of a row of the plan; a [`SampleError`] if its record or an image cannot be used any more."""
+        content, references = self._form.parse(self._records.read(document))
+        entries, images = document["entries"], document["images"]
+        if entries is not None:
+            before = content[: entries["first"]].count(None)
+            own = content[entries["first"] : entries["first"] + entries["count"]].count(None)
+            references = references[before : before + own]
+        if len(references) != len(images):
+            raise SampleError(f"changed_{self._what}", f"{len(references)} images, not as planned")
+        media = [Media("image", image["width"], image["height"]) for image in images]
+        blocks = [self._family.placeholder_ids(one) for one in media]
+        input_ids, labels = self._form.document(content, entries, blocks)
+        if len(input_ids) != document["tokens"]:
+            raise SampleError(f"changed_{self._what}", f"{len(input_ids)} tokens, {document['tokens']} in the plan")
+        tensors = [self._read_media(document, *one) for one in zip(references, images, media, strict=True)]
+        return finish_document(self._family, input_ids, labels, media, tensors)
+
+    def _read_media(
+        self, document: dict[str, Any], reference: Any, image: dict[str, Any], media: Media
+    ) -> dict[str, torch.Tensor]:
+        data = self._images.read(document, reference, {name: image[name] for name in PlannedImage._fields})
+        try:
+            return self._family.read_media(data, media)
+        except SampleError as error:
+            raise SampleError(error.reason, f"{image_name(reference)}: {error}") from error
+
+
+def finish_document(
+    family: DocumentProcessor,
+    input_ids: np.ndarray,
+    labels: np.ndarray,
+    media: list[Media],
+    tensors: list[dict[str, torch.Tensor]],
+) -> ReadDocument:
+    """Add what follows from ids and media: the media joined, positions, and what encoding them costs."""
+    joined = join_media(family, tensors)
+    work = VisionWork(*map(sum, zip(VisionWork(), *map(family.vision_work, media), strict=True)))
+    return ReadDocument(input_ids, labels, family.position_ids(input_ids, joined), joined, len(media), work)
+
+
+def join_media(family: DocumentProcessor, tensors: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The tensors of several images or documents, joined by their names along the first dimension."""
+    parts = [family.empty_media(), *tensors]
+    return {name: torch.cat([part[name] for part in parts if name in part]) for name in parts[0]}
+
+
+def empty_document(family: DocumentProcessor) -> ReadDocument:
+    """No document at all: `S` = 0."""
+    nothing = np.empty(0, np.int64)
+    return ReadDocument(
+        nothing, nothing, np.empty((family.rope_rows, 0), np.int64), family.empty_media(), 0, VisionWork()
+    )
+
+
+def pack_item(family: DocumentProcessor, documents: list[ReadDocument], dropped: Counter) -> dict[str, Any]:
+    """An item of a dataset: the documents behind each other, and what the collator and the model need to know."""
+    # Nothing first, for a pack that has lost all its documents.
+    ids, labels, positions, media, counts, works = zip(empty_document(family), *documents, strict=True)
+    position_ids = torch.from_numpy(np.concatenate(positions, axis=1))
+    return {
+        "input_ids": torch.from_numpy(np.concatenate(ids)),
+        "position_ids": position_ids[0] if family.rope_rows == 1 else position_ids,
+        "labels": torch.from_numpy(np.concatenate(labels)),
+        **join_media(family, media),
+        **family.forward_options(),
+        "media": sum(counts),
+        "vision_work": VisionWork(*map(sum, zip(*works, strict=True))),
+        "dropped": dict(dropped),
+    }

@@ -1,0 +1,192 @@
+"""The two forms that records have, each with what the planner and the reader ask of it.
+
+    texts with images   captions, texts alone, interleaved documents ── texts.py ──────────────► pieces that fit a pack
+    conversation        LLaVA's, Hugging Face's, FineVision's rows ── conversation_records.py ─► one document
+
+`parse` turns a record into its content and the references of its images; `measure` gives the lengths of many contents,
+tokenised at once; `document` lays one of them out.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from ...families.interface import DocumentProcessor
+from ...processing.conversation_records import read_conversation
+from ...processing.conversations import ConversationFormat
+from ...processing.sample_error import SampleError
+from ...processing.text_formats import (
+    MAX_INTERLEAVED_IMAGES,
+    encode_as_text,
+    split_document,
+    text_document,
+    text_parts,
+)
+from ..storage.tables import CONVERSATION_COLUMNS, Columns
+from .records import MAX_DOCUMENT_BYTES
+from .texts import CAPTION_FIELDS, IMAGE_FIELD, Texts, read_caption, read_interleaved
+
+RULES = ("standard", "original")
+TURNS = "texts"  # the field of FineVision's and Cauldron's rows
+
+
+class Piece(NamedTuple):
+    """A document that a record becomes, by its first entry and their number; both None for a whole conversation."""
+
+    first: int | None
+    count: int | None
+    tokens: int
+    labels: int
+
+
+class Form(Protocol):
+    """One form of records, for one plan."""
+
+    columns: Columns
+    max_bytes: int | None
+    keeps_uid: bool
+
+    def parse(self, record: Any) -> tuple[Any, list[Any]]:
+        """Content, and the references of its images in reading order; a [`SampleError`] for what is none."""
+
+    def measure(self, contents: Sequence[Any], blocks: Sequence[Sequence[int]]) -> Iterator[list[Piece] | SampleError]:
+        """The documents that each content becomes, given the lengths of its images' blocks."""
+
+    def document(
+        self, content: Any, entries: dict[str, int] | None, blocks: list[list[int]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Int64 ids and labels `(S,)` of a document."""
+
+
+def make_form(recipe: dict[str, Any], documents: DocumentProcessor) -> Form:
+    """The form of a plan, or of a part of it, by its `text_format`."""
+    return (ConversationForm if recipe["text_format"] == "conversation" else TextsForm)(recipe, documents)
+
+
+def columns_of(recipe: dict[str, Any]) -> Columns:
+    """The columns of tables that a form reads."""
+    if recipe["text_format"] == "conversation":
+        return Columns((*CONVERSATION_COLUMNS.texts, TURNS), CONVERSATION_COLUMNS.images)
+    if recipe["text_format"] == "interleaved":
+        return Columns(("texts", "id", "uid"), ("images",))
+    return Columns((recipe["caption_column"] or CAPTION_FIELDS[0], "id", "uid"), (IMAGE_FIELD,))
+
+
+class TextsForm:
+    """Texts with images between them, or without any."""
+
+    keeps_uid = True
+
+    def __init__(self, recipe: dict[str, Any], documents: DocumentProcessor):
+        self._recipe, self._tokenizer, self._format = recipe, documents.tokenizer, documents.text_format
+        self._is_interleaved = recipe["text_format"] == "interleaved"
+        self.needs_image = recipe["text_format"] == "caption" and not recipe.get("text_only")
+        self.columns = columns_of(recipe)
+        self.max_bytes = MAX_DOCUMENT_BYTES if self._is_interleaved else None
+
+    def parse(self, record: Any) -> tuple[list[str | None], list[Any]]:
+        """Texts with None where an image stands, and the images' references."""
+        if isinstance(record, Texts):
+            return record
+        if not self._is_interleaved:
+            return read_caption(record, self._recipe["caption_column"], self.needs_image)
+        texts, images = read_interleaved(record)
+        if self._recipe["rules"] == "original":
+            if not images:
+                raise SampleError("no_image", "a document without an image")
+            if len(images) > MAX_INTERLEAVED_IMAGES:
+                raise SampleError("too_many_images", f"more than {MAX_INTERLEAVED_IMAGES} images")
+        return Texts(texts, images)
+
+    def measure(
+        self, contents: Sequence[list[str | None]], blocks: Sequence[Sequence[int]]
+    ) -> Iterator[list[Piece] | SampleError]:
+        """See [`Form`]."""
+        parts = [text_parts(texts, self._format) for texts in contents]
+        # Entries without a text of their own are not sent to the tokenizer: half of a caption's.
+        encoded = iter(encode_as_text(self._tokenizer, [part for own in parts for part in own if part]))
+        for texts, own, lengths in zip(contents, parts, blocks, strict=True):
+            yield self._split(texts, [len(next(encoded)) if part else 0 for part in own], lengths)
+
+    def _split(self, texts: list[str | None], lengths: list[int], blocks: Sequence[int]) -> list[Piece]:
+        max_length, most = self._recipe["max_length"], MAX_INTERLEAVED_IMAGES
+        if self._is_interleaved and self._recipe["rules"] == "original":
+            max_length = sys.maxsize
+        elif self._is_interleaved:
+            most = min(most, self._recipe["max_images"] or most)
+        pieces, before = [], 0
+        for first, stop, tokens in split_document(texts, lengths, list(blocks), self._format, max_length, most):
+            after = before + texts[first:stop].count(None)
+            starts_with_media = not self._format.document_start and texts[first] is None
+            labels = tokens - sum(blocks[before:after]) - (not starts_with_media)
+            pieces.append(Piece(first, stop - first, tokens, labels))
+            before = after
+        return pieces
+
+    def document(
+        self, content: list[str | None], entries: dict[str, int] | None, blocks: list[list[int]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See [`Form`]."""
+        texts = content[entries["first"] : entries["first"] + entries["count"]]
+        return text_document(texts, blocks, self._tokenizer, self._format)
+
+
+class ConversationForm:
+    """Conversations through the chat template."""
+
+    keeps_uid = False  # several conversations are about one image
+    max_bytes = None
+    needs_image = False
+
+    def __init__(self, recipe: dict[str, Any], documents: DocumentProcessor):
+        self._chat = conversation_format(documents)
+        self.columns = columns_of(recipe)
+
+    def parse(self, record: Any) -> tuple[list[dict[str, Any]], list[Any]]:
+        """Messages in the normal form, and the images' references."""
+        return read_conversation(as_messages(record))
+
+    def measure(
+        self, contents: Sequence[list[dict[str, Any]]], blocks: Sequence[Sequence[int]]
+    ) -> Iterator[list[Piece] | SampleError]:
+        """See [`Form`]."""
+        rendered: list[Any] = []
+        for messages in contents:
+            try:
+                rendered.append(self._chat.pieces(messages))
+            except SampleError as error:
+                rendered.append(error)
+        usable = [i for i, one in enumerate(rendered) if not isinstance(one, SampleError)]
+        lengths = self._chat.lengths([rendered[i] for i in usable], [blocks[i] for i in usable])
+        for one in rendered:
+            yield one if isinstance(one, SampleError) else [Piece(None, None, *next(lengths))]
+
+    def document(
+        self, content: list[dict[str, Any]], entries: dict[str, int] | None, blocks: list[list[int]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See [`Form`]."""
+        return self._chat.document(content, blocks)
+
+
+def conversation_format(documents: DocumentProcessor) -> ConversationFormat:
+    """How a family's conversations become ids."""
+    return ConversationFormat(documents.tokenizer, documents.chat_template, documents.media_strings)
+
+
+def is_turns(value: Any) -> bool:
+    """Whether a field has the turns of FineVision and the Cauldron: `[{"user", "assistant"}]`."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and "assistant" in value[0]
+
+
+def as_messages(record: Any) -> Any:
+    """A row of FineVision's or the Cauldron's in Hugging Face's form, whose images stand first; others as they are."""
+    if not isinstance(record, Mapping) or not is_turns(record.get(TURNS)):
+        return record
+    messages = []
+    for turn in record[TURNS]:
+        if not isinstance(turn, Mapping):
+            raise SampleError("bad_turn", f"a turn is a {type(turn).__name__}")
+        messages += [{"role": role, "content": turn.get(role)} for role in ("user", "assistant")]
+    return {**{name: value for name, value in record.items() if name != TURNS}, "messages": messages}

@@ -1,0 +1,73 @@
+"""Records of a CSV file by their bytes: a header, then a row in each line, or several where a quoted field has them.
+
+Only quotes are looked at to find the rows, a block at a time; a row is parsed when it is read.
+"""
+
+import csv
+import functools
+import os
+from collections.abc import Iterator
+
+import numpy as np
+
+from ...processing.sample_error import SampleError
+from .json_records import MAX_RECORD_BYTES
+
+_BLOCK = 1 << 20
+
+
+def csv_header(path: str | os.PathLike) -> list[str]:
+    """The names of the columns; a `ValueError` if the file has no header."""
+    return list(_header(os.fspath(path), os.stat(path).st_mtime_ns))
+
+
+@functools.lru_cache(64)
+def _header(path: str, mtime_ns: int) -> tuple[str, ...]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        try:
+            return tuple(next(csv.reader(file), ()))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path}: not a CSV file that can be read: {error}") from error
+
+
+def cut_csv(path: str | os.PathLike, number: int) -> list[tuple[int, int]]:
+    """Cut a file into groups of rows: first byte of each and the byte behind it."""
+    groups, taken, start, stop = [], 0, 0, 0
+    for offset, size in csv_spans(path, 0, os.path.getsize(path)):
+        start, stop, taken = offset if not taken else start, offset + size, taken + 1
+        if taken == number:
+            groups.append((start, stop))
+            taken = 0
+    return groups + ([(start, stop)] if taken else [])
+
+
+def csv_spans(path: str | os.PathLike, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Offset and size of each row between two bytes that bound rows; the header is none."""
+    first, quotes, is_header = start, 0, start == 0
+    with open(path, "rb", buffering=0) as file:
+        for offset in range(start, stop, _BLOCK):
+            block = np.frombuffer(os.pread(file.fileno(), min(_BLOCK, stop - offset), offset), np.uint8)
+            # A quote inside a field is doubled, so that a newline is a row's end behind an even number of quotes.
+            even = (quotes + np.cumsum(block == ord('"'))) % 2 == 0
+            quotes += int(np.count_nonzero(block == ord('"')))
+            for end in (np.flatnonzero((block == ord("\n")) & even) + offset + 1).tolist():
+                if not is_header:
+                    yield first, end - first
+                first, is_header = end, False
+    if first < stop and not is_header:
+        yield first, stop - first
+
+
+def read_csv_record(file: int, header: list[str], offset: int, size: int) -> dict[str, str | None] | None:
+    """One row by the names of the columns, empty fields as None; None for a blank line."""
+    if size > MAX_RECORD_BYTES:
+        raise SampleError("record_too_large", f"the row at byte {offset} has {size:,} bytes")
+    try:
+        rows = list(csv.reader(os.pread(file, size, offset).decode().splitlines(keepends=True)))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise SampleError("invalid_csv", f"the row at byte {offset}: {error}") from error
+    if not rows or not rows[0]:
+        return None
+    if len(rows) > 1 or len(rows[0]) != len(header):
+        raise SampleError("invalid_csv", f"the row at byte {offset} has {len(rows[0])} fields, not {len(header)}")
+    return {name: value or None for name, value in zip(header, rows[0], strict=True)}
