@@ -1,17 +1,15 @@
-"""From a raw pool to chosen samples, and from tars of samples, or conversations, to packs that a loader reads.
+"""From a raw pool to chosen samples, and from samples of any container and form to packs that a loader reads.
 
-pool ─ scoring/: a value of each sample ─ filtering/: uids that stay ─ resharding.py ─► tars with a tar_index.py
-       each a function of one shard, run by engine.py: here, on Ray, or dealt over ranks
+pool ─ scoring/: a value of each sample ─ filtering/: uids that stay ─ resharding/ ─► tars with their index
+       each a function of one shard, run by engine/: here, on Ray, or dealt over ranks
 
-tars ─ tars.py: index of the headers ─ captions.py ─────────────┐
-json ─ json_records.py, tables ─ tables.py: where records are │
- └ records.py ─ conversations.py, interleaved.py, caption_rows.py ┼► documents ─ bins.py: which share a pack
-images ─ image_files.py: where they are ──────────────────────────┘  and lengths             │
-  │            plan.py runs this (sources.py), one task for each group ─────────► packs/ (plan_files.py)
-  │                                                                                          │
-  └── bytes by offset ──► packed_dataset.py: input_ids, position_ids, labels (S,), pixel_values (images, 3, H, W)
-                            │
-                            └─► mixture.py: several plans as one dataset ─ pack_order.py: what is read when, by whom
+storage/     bytes by place: tars, json, csv, tables, zips, images in folders and archives
+  │
+documents/   records.py (containers) ─ forms.py (texts with images, conversation) ─► documents.py: place and lengths
+  │                                    ids, labels, positions, media: families/
+packing/     bins.py: which share a pack ─ plan.py, one task for each group ─► packs/ (plan_files.py)
+             packed_dataset.py: input_ids, labels, position_ids (S,), media of a pack ─ mixture.py: several plans
+             as one dataset ─ pack_order.py: what is read when, by whom
 """
 
 from ..lazy_names import lazy_names
