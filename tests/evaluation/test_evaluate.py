@@ -16,6 +16,9 @@ from open_qwen2vl import cli
 from open_qwen2vl.evaluation import harness
 from open_qwen2vl.evaluation.benchmarks import BENCHMARKS
 from open_qwen2vl.evaluation.evaluate import evaluate_loaded, run_targets
+from open_qwen2vl.evaluation.intervals import wilson
+from open_qwen2vl.evaluation.report.folders import load_evaluations
+from open_qwen2vl.evaluation.report.scores import build_rows
 from open_qwen2vl.evaluation.results import comparison_table, thumbnail
 from tests.evaluation.easyvqa import rows, write_tasks
 
@@ -78,13 +81,18 @@ def test_scores_of_a_table_are_those_computed_by_hand(table_model, easyvqa, tmp_
         assert [sample["answer"] for sample in samples] == answers
         assert [sample["prediction"] for sample in samples] == [table_model.answer(i) for i in range(20)]
         assert [sample["sample_id"] for sample in samples] == [str(i) for i in range(20)]
-        assert samples[3]["prompt"] == rows(20)[3]["question"]
+        assert samples[3]["prompt"] == samples[3]["question"] == rows(20)[3]["question"]
     assert read_samples(tmp_path, "easyvqa_gen")[0]["response"] == f" {answers[0]} "
     response = read_samples(tmp_path, "easyvqa_mc")[0]["response"]
     assert response == "\n".join(f"{word}: {0.5 if word == answers[0] else 4:.3f}" for word in WORDS)
     assert json.loads((tmp_path / "results.json").read_text()) == results
     table = (tmp_path / "table.md").read_text()
-    assert f"| easyvqa_gen | {100 * p:.1f} ± {100 * (p * (1 - p) / 19) ** 0.5:.1f} | 20 |" in table
+    # One rule for intervals: the page computes from the samples what stands here.
+    low, high = (100 * end for end in wilson(p, 20))
+    assert f"| easyvqa_gen | {100 * p:.1f} [{low:.1f}, {high:.1f}] | 20 |" in table
+    (row, _) = build_rows(load_evaluations([tmp_path]))
+    assert row.cells[0].interval == (pytest.approx(low), pytest.approx(high), "Wilson")
+    assert results["tasks"]["easyvqa_gen"]["metrics"]["exact_match"]["interval"]["low"] == pytest.approx(low)
 
 
 def test_predictions_do_not_depend_on_the_batch_size(tiny_model, processor, easyvqa, tmp_path):
@@ -122,7 +130,7 @@ def test_a_task_that_fails_leaves_the_others_results(model_folder, easyvqa, tmp_
     text = yaml.safe_dump({**broken, "task": "broken", "doc_to_visual": "picture"})
     (tmp_path / "more" / "broken.yaml").write_text(text)
     output = tmp_path / "out"
-    folders = ["--include-path", str(easyvqa), "--include-path", str(tmp_path / "more")]
+    folders = ["--trust-task-code", "--include-path", str(easyvqa), "--include-path", str(tmp_path / "more")]
     arguments = ["--tasks", "broken,easyvqa_gen", "--limit", "2", "--device", "cpu", *folders]
     assert cli.main(["evaluate", str(model_folder), "--output", str(output), *arguments]) == 2
     error = capsys.readouterr().err
@@ -132,7 +140,17 @@ def test_a_task_that_fails_leaves_the_others_results(model_folder, easyvqa, tmp_
 
 
 def test_the_command_prints_the_table(model_folder, easyvqa, tmp_path, capsys):
-    arguments = ["--tasks", "easyvqa_gen", "--limit", "2", "--device", "cpu", "--include-path", str(easyvqa)]
+    arguments = [
+        "--tasks",
+        "easyvqa_gen",
+        "--limit",
+        "2",
+        "--device",
+        "cpu",
+        "--include-path",
+        str(easyvqa),
+        "--trust-task-code",
+    ]
     assert cli.main(["evaluate", str(model_folder), "--output", str(tmp_path / "out"), *arguments]) == 0
     out = capsys.readouterr().out
     assert out.startswith("| task | tiny | samples | metric | rule |")
@@ -150,7 +168,7 @@ def test_a_judge_is_never_asked_unasked(model_folder, easyvqa, tmp_path, capsys,
     arguments = ["evaluate", str(model_folder), "--tasks", "judged", "--output", str(tmp_path / "out")]
     assert cli.main([*arguments, "--judge"]) == 2
     assert "--judge: the environment variable OPENAI_API_KEY is not set" in capsys.readouterr().err
-    assert cli.main([*arguments, "--include-path", str(folder)]) == 2
+    assert cli.main([*arguments, "--include-path", str(folder), "--trust-task-code"]) == 2
     assert "--tasks judged: judged may ask a paid judge; --judge allows it" in capsys.readouterr().err
     assert not (tmp_path / "out" / "results.json").exists()
 
@@ -161,7 +179,14 @@ def test_a_judge_is_never_asked_unasked(model_folder, easyvqa, tmp_path, capsys,
         (["--tasks", ","], "--tasks: no task given"),
         (["--tasks", "mme", "--rules", "paper"], "--rules paper: mme is none of the paper's tasks (mmmu_val, "),
         (["--tasks", "pope", "--limit", "0"], "--limit must be at least 1, got 0"),
-        (["--tasks", "easyvqa_gen", "--include-path", "nowhere"], "--include-path nowhere: no such folder"),
+        (
+            ["--tasks", "easyvqa_gen", "--include-path", "nowhere", "--trust-task-code"],
+            "--include-path nowhere: no such folder",
+        ),
+        (
+            ["--tasks", "easyvqa_gen", "--include-path", "nowhere"],
+            "--include-path nowhere: the tasks there may run any code; --trust-task-code allows it",
+        ),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(arguments, message, tmp_path, capsys):

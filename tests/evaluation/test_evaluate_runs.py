@@ -23,7 +23,10 @@ class Evaluations:
     """The process that forks evaluations."""
 
     def __init__(self, folder: Path, model: Path, tasks: Path):
-        self.folder, self.options = folder, ["--tasks", ",".join(TASKS), "--include-path", str(tasks)]
+        self.folder, self.options = (
+            folder,
+            ["--tasks", ",".join(TASKS), "--trust-task-code", "--include-path", str(tasks)],
+        )
         self.options += ["--batch-size", "4"]
         self.model = model
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "LMMS_EVAL_DATASETS_CACHE": str(folder / "datasets")}

@@ -171,7 +171,15 @@ def test_shots_that_do_not_fit_are_an_error(tiny_model, processor, shots_folder)
     ],
 )
 def test_mistakes_are_told(arguments, message, model_folder, shots_folder, tmp_path, capsys):
-    folders = ["--output", str(tmp_path / "out"), "--include-path", str(shots_folder), "--device", "cpu"]
+    folders = [
+        "--trust-task-code",
+        "--output",
+        str(tmp_path / "out"),
+        "--include-path",
+        str(shots_folder),
+        "--device",
+        "cpu",
+    ]
     assert cli.main(["evaluate", str(model_folder), *folders, *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error.splitlines()[-1]
@@ -181,7 +189,15 @@ def test_mistakes_are_told(arguments, message, model_folder, shots_folder, tmp_p
 def test_the_command_prompts_with_a_split_and_separator_of_ones_own(model_folder, shots_folder, tmp_path, capsys):
     output = tmp_path / "out"
     arguments = ["--tasks", "easyvqa_gen", "--shots", "1", "--seeds", "7", "--demonstrations", "few", "--limit", "2"]
-    arguments += ["--shot-separator", "\n\n", "--output", str(output), "--include-path", str(shots_folder)]
+    arguments += [
+        "--shot-separator",
+        "\n\n",
+        "--output",
+        str(output),
+        "--include-path",
+        str(shots_folder),
+        "--trust-task-code",
+    ]
     assert cli.main(["evaluate", str(model_folder), *arguments, "--device", "cpu"]) == 0
     assert "| easyvqa_gen_1shot |" in capsys.readouterr().out
     entry = json.loads((output / "results.json").read_text())["tasks"]["easyvqa_gen_1shot"]

@@ -16,7 +16,17 @@ def test_evaluate_and_report(model_folder, easyvqa, tmp_path, monkeypatch):
     evaluate, report, demo = block.splitlines()
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model_folder, "runs/2b-sft/model")
-    tasks = ["--tasks", "easyvqa_gen", "--include-path", str(easyvqa), "--device", "cpu", "--limit", "4"]
+    tasks = [
+        "--tasks",
+        "easyvqa_gen",
+        "--trust-task-code",
+        "--include-path",
+        str(easyvqa),
+        "--device",
+        "cpu",
+        "--limit",
+        "4",
+    ]
     assert cli.main([*shlex.split(evaluate)[1:], *tasks]) == 0
     assert cli.main(shlex.split(report)[1:]) == 0
     assert "easyvqa_gen" in Path("report.html").read_text(encoding="utf8")

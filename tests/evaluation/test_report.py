@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from PIL import Image, ImageDraw
 
 from open_qwen2vl.cli import main
 from open_qwen2vl.evaluation.benchmarks import BENCHMARKS
+from open_qwen2vl.evaluation.intervals import bootstrap, confidence_interval, wilson
 from open_qwen2vl.evaluation.report import write_report
 from open_qwen2vl.evaluation.report.folders import load_evaluations
-from open_qwen2vl.evaluation.report.intervals import bootstrap, confidence_interval, wilson
+from open_qwen2vl.evaluation.report.page import render_page
 from open_qwen2vl.evaluation.report.samples import ImageStore, PromptFrame, choose_samples
 from open_qwen2vl.evaluation.report.scores import build_rows
 
@@ -244,6 +246,135 @@ def test_what_cannot_be_read_is_one_line(two_models, tmp_path, capsys):
     assert "has no column category, prompt" in refused(capsys, two_models[0], "--output", page)
     assert "--samples-per-task=-1 must be" in refused(capsys, two_models[0], "--samples-per-task=-1")
     assert not page.exists()
+
+
+ODD = (
+    None,
+    [],
+    {},
+    "x",
+    "",
+    -1,
+    0,
+    2.5,
+    True,
+    10**400,
+    [[[]]],
+    {"a": {"b": 1}},
+    "A" * 5000,
+    "\ud800",
+    "a\0b",
+    "../..",
+)
+
+
+def places(value, path=()):
+    """All paths into a JSON value."""
+    yield path
+    if isinstance(value, dict | list):
+        for name, own in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from places(own, (*path, name))
+
+
+def replaced(value, path, odd):
+    if not path:
+        return odd
+    changed = value.copy()
+    changed[path[0]] = replaced(value[path[0]], path[1:], odd)
+    return changed
+
+
+def strict(text: str):
+    """Refuse what JSON has not, as browsers do."""
+    raise AssertionError(text)
+
+
+def check_page(text: str) -> None:
+    data = text.partition('<script type="application/json" id="data">')[2].partition("</script>")[0]
+    json.loads(data, parse_constant=strict)
+    assert not re.search(r"\b(inf|nan|Infinity|NaN)\b", text.partition("<main>")[2].partition("<script")[0])
+
+
+def rendered(folder: Path) -> str:
+    evaluations, images = load_evaluations([folder]), ImageStore()
+    return render_page(evaluations, build_rows(evaluations), choose_samples(evaluations, 10, images), images)
+
+
+def test_odd_results_are_a_page_or_one_line(tmp_path):
+    """Values of results.json are replaced by odd ones, every value by some and every odd one for many."""
+    rows = [sample("q", 1.0, category="c"), sample("r", 0.0)]
+    folder = write_folder(tmp_path / "m", "m", {"t": rows})
+    whole = json.loads((folder / "results.json").read_text())
+    texts = ["[" * 10**5, "NaN", '{"format_version": 1, "model": {"name": NaN}, "tasks": {}}', "1" * 5000, "\udcff"]
+    for number, path in enumerate(places(whole)):
+        for odd in ODD[number % 3 :: 3]:
+            text = json.dumps(replaced(whole, path, odd))
+            texts.append(text.replace("2.5", "1e999") if odd == 2.5 else text)
+    refusals = 0
+    for text in texts:
+        (folder / "results.json").write_text(text, errors="surrogateescape")
+        try:
+            check_page(rendered(folder))
+        except ValueError as error:
+            refusals += 1
+            assert "results.json" in str(error) and len(str(error)) < 500, text[:300]
+    assert 50 < refusals < len(texts) / 2
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("score", pa.array([float("inf"), float("nan")])),
+        ("score", pa.array(["high", None])),
+        ("score", pa.array([1, 10**18])),
+        ("sample_id", pa.array([None, "r"])),
+        ("prompt", pa.array([1, 2])),
+        ("answer", pa.array([[1], [2]])),
+        ("images", pa.array([1, 2])),
+        ("images", pa.array([[b"\xff\xd8\xff" + b"0" * 2**22], [None]])),
+        ("images", pa.array([[{"bytes": "text", "path": "/etc/passwd"}], None])),
+        ("response", pa.array([b"\xff\xfe", b"a"])),
+        ("response", pa.Array.from_buffers(pa.string(), 1, [None, *pa.array([b"\xff"]).buffers()[1:]])),
+    ],
+)
+def test_odd_samples_are_a_page_or_one_line(tmp_path, column, values):
+    folder = write_folder(
+        tmp_path / "m", "m", {"t": [sample("q", 1.0, category="c"), sample("r", 0.0)][: len(values)]}
+    )
+    table = pq.read_table(folder / "samples" / "t.parquet")
+    table = table.set_column(table.column_names.index(column), column, values)
+    pq.write_table(table, folder / "samples" / "t.parquet")
+    try:
+        check_page(rendered(folder))
+    except ValueError as error:
+        assert "t.parquet" in str(error)
+
+
+def test_a_damaged_samples_file_is_one_line(two_models, tmp_path, capsys):
+    path = two_models[0] / "samples" / "mmstar.parquet"
+    data = bytearray(path.read_bytes())
+    data[40:400] = bytes(360)
+    path.write_bytes(data)
+    assert "mmstar.parquet" in refused(capsys, two_models[0], "--output", tmp_path / "r.html")
+
+
+def test_what_a_killed_report_left_is_removed(two_models, tmp_path):
+    (tmp_path / "r.html.123.tmp").write_text("half")
+    write_report(two_models, tmp_path / "r.html")
+    assert [path.name for path in tmp_path.glob("r.html*")] == ["r.html"]
+    with pytest.raises(OSError, match="r.txt"):
+        (tmp_path / "r.txt").write_text("")
+        write_report(two_models, tmp_path / "r.txt" / "r.html")
+
+
+def test_the_users_turn_is_shown_and_not_the_template(tmp_path):
+    """Where the file has it; every prompt is the same here, so that nothing could be told from them."""
+    row = sample("q", 1.0, prompt="<|im_start|>user\n<|image_pad|>what?<|im_end|>\n<|im_start|>assistant\n")
+    folder = write_folder(tmp_path / "m", "m", {"t": [row]})
+    table = pq.read_table(folder / "samples" / "t.parquet").append_column("question", pa.array(["what?"]))
+    pq.write_table(table, folder / "samples" / "t.parquet")
+    (shown,) = choose_samples(load_evaluations([folder]), 10, ImageStore())
+    assert shown.samples[0]["question"] == "what?" and shown.samples[0]["prompt"] == row["prompt"]
 
 
 def test_a_task_cannot_name_a_file_outside_its_folder(tmp_path):

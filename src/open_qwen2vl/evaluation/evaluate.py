@@ -18,6 +18,7 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, ProcessorMixin
 
+from ..files import renamed_when_whole
 from .benchmarks import BENCHMARKS
 from .few_shot import PAPER_SCORES, FewShot, few_shot_target
 from .harness import Target, find_target, make_task_manager, require_judge_key
@@ -54,7 +55,7 @@ def evaluate(
         max_new_tokens (`int`, *optional*, defaults to 1024): longest answer where a task names none.
         judge (`bool`, *optional*, defaults to `False`): allow tasks that ask an LLM judge over a paid API.
         device (`str`, *optional*): as `"cuda:1"` or `"cpu"`; the process's own where not given.
-        include_path (`Sequence`, *optional*): folders with YAML files of more tasks.
+        include_path (`Sequence`, *optional*): folders with YAML files of more tasks, whose Python code runs.
         few_shot ([`FewShot`], *optional*): prompt as a base model, with demonstrations; `tasks` are then those of the
             paper's Table 5 by default.
 
@@ -65,6 +66,7 @@ def evaluate(
         ValueError: for a user's mistake before anything runs; after the other tasks ran, naming those that failed.
     """
     targets, manager = find_tasks(tasks, rules, limit, judge, include_path, few_shot)
+    _require_writable(Path(output))
 
     from .generation import load_model
 
@@ -143,22 +145,7 @@ def find_tasks(
     include_path: Sequence[str | os.PathLike] = (),
     few_shot: FewShot | None = None,
 ) -> tuple[list[Target], Any]:
-    """Look tasks up, without their data.
-
-    Args:
-        tasks (`Sequence[str]`, *optional*): as in [`evaluate`], like all that follow.
-        rules (`str`, *optional*, defaults to `"standard"`): which rules.
-        limit (`int`, *optional*): at least 1.
-        judge (`bool`, *optional*, defaults to `False`): whether a judge may be asked.
-        include_path (`Sequence`, *optional*): folders with YAML files of more tasks.
-        few_shot ([`FewShot`], *optional*): numbers of shots and seeds.
-
-    Returns:
-        `tuple[list[Target], TaskManager]`: what to run, and what knows it.
-
-    Raises:
-        ValueError: for a user's mistake.
-    """
+    """Look tasks up by the arguments of [`evaluate`], without their data: what to run, and what knows it."""
     targets = _find_targets(tasks, rules, limit, judge, few_shot)
     return targets, make_task_manager([target.task for target in targets], [Path(folder) for folder in include_path])
 
@@ -197,6 +184,14 @@ def _make_lmms(model, processor, rules, few_shot, batch_size, image_seq_length, 
         share_requests=True,
         shot_separator="" if few_shot is None else few_shot.separator_of(processor),
     )
+
+
+def _require_writable(output: Path) -> None:
+    """Refuse a folder that results cannot be written to, before hours of answers; OSError names it."""
+    output.mkdir(parents=True, exist_ok=True)
+    with renamed_when_whole(output / ".writable") as probe:
+        probe.touch()
+    (output / ".writable").unlink(missing_ok=True)
 
 
 def _identity(path: str, model: PreTrainedModel, fingerprint: str | None) -> dict[str, Any]:

@@ -46,8 +46,11 @@ def load_model(name: str, device: str | None = None) -> tuple[PreTrainedModel, P
     options = {"dtype": torch.float32 if placed.type == "cpu" else "auto"}
     if device == "auto" and placed.type != "cpu":
         options["device_map"] = "auto"
-    model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=False, **options)
-    processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=False, **options)
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # of many kinds, for what a folder may hold
+        raise ValueError(f"{name}: cannot be loaded: {type(error).__name__}: {error}") from error
     if not isinstance(processor, ProcessorMixin):
         raise ValueError(f"{name}: it has no processor, only a {type(processor).__name__}")
     return (model if "device_map" in options else model.to(placed)).eval(), processor

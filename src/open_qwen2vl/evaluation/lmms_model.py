@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from .generation import cut_at, generation_options, load_model, stop_at
 from .journal import Journal, request_key
 from .likelihood import continuation_losses
-from .prompts import Prompt, PromptBuilder, user_turn
+from .prompts import Prompt, PromptBuilder, ShownPrompt, user_turn
 
 PREPARED_BATCHES = 2
 
@@ -35,7 +35,7 @@ class ScoredElsewhere(Exception):
 class _Work(NamedTuple):
     """A prepared batch: what the journal knew, and the rest with its inputs and the ids of given answers."""
 
-    known: dict[int, tuple[Any, str]]
+    known: dict[int, tuple[Any, ShownPrompt]]
     waiting: list[tuple[int, str, Prompt]]
     inputs: dict
     continuations: list[list[int]]
@@ -88,7 +88,7 @@ class TransformersModel(lmms):
         self.max_new_tokens = max_new_tokens
         self.state = PartialState() if share_requests else None
         # Of rank 0, after a task: the prompt of each (task, document).
-        self.prompts: dict[tuple[str, int], str] = {}
+        self.prompts: dict[tuple[str, int], ShownPrompt] = {}
         # Makes the messages of (document, row) in place of the task.
         self.make_messages: Callable[[int, dict], list[dict]] | None = None
         self.journal: Journal | None = None
@@ -159,7 +159,7 @@ class TransformersModel(lmms):
             self.prompts[requests[i].args[4], requests[i].args[3]] = prompt
         return [answers[i][0] for i in range(len(requests))]
 
-    def _gather(self, answer_own: Callable[[slice], dict]) -> dict[int, tuple[Any, str]]:
+    def _gather(self, answer_own: Callable[[slice], dict]) -> dict[int, tuple[Any, ShownPrompt]]:
         """All ranks' answers; an error of one is an error of all, so that none waits for it."""
         answers, error = {}, None
         try:
@@ -180,7 +180,7 @@ class TransformersModel(lmms):
             # A task may ask the same thing several times.
             seen[id(request)] += 1
             nth.append(seen[id(request)])
-        answers: dict[int, tuple[Any, str]] = {}
+        answers: dict[int, tuple[Any, ShownPrompt]] = {}
         total = sum(len(batch) for batch in batches)
         hidden = self.state is not None and not self.state.is_main_process
         name = requests[0].task_name if requests else ""
@@ -192,7 +192,7 @@ class TransformersModel(lmms):
                     if self.journal is not None:
                         self.journal.add(dict(zip([key for _, key, _ in work.waiting], new, strict=True)))
                     for (i, _, prompt), one in zip(work.waiting, new, strict=True):
-                        answers[i] = (one, prompt.text)
+                        answers[i] = (one, prompt.shown)
                 bar.update(len(work.known) + len(work.waiting))
         return answers
 
@@ -206,7 +206,7 @@ class TransformersModel(lmms):
             found = None if self.journal is None else self.journal.get(key)
             waiting.append((i, key, prompt))
             if found is not None:
-                known[i] = (found, prompt.text)
+                known[i] = (found, prompt.shown)
         if scoring and len(known) < len(batch):
             # All or none: a loss's last digits depend on what it is computed with.
             known = {}

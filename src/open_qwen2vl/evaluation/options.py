@@ -34,8 +34,12 @@ class EvaluateOptions:
     device: str | None = option(None, help="as cuda:1 or cpu (default: a GPU where there is one)", metavar="NAME")
     judge: bool = option(False, help="allow tasks that ask an LLM judge over a paid API (OPENAI_API_KEY)")
     include_path: tuple[str, ...] = option(
-        (), help="folder with YAML files of more tasks; may be repeated", metavar="DIR", form="repeated"
+        (),
+        help="folder with YAML files of more tasks, whose Python code runs (--trust-task-code); may be repeated",
+        metavar="DIR",
+        form="repeated",
     )
+    trust_task_code: bool = option(False, help="run the Python code and templates of --include-path's folders")
     shots: tuple[int, ...] | None = option(
         None,
         help="evaluate a base model with so many demonstrations, on the five tasks of the paper's Table 5 by default",
@@ -62,6 +66,10 @@ class EvaluateOptions:
     def __post_init__(self):
         if self.shots is None and (self.demonstrations is not None or self.shot_separator is not None):
             raise ValueError("--demonstrations and --shot-separator go with --shots")
+        if self.include_path and not self.trust_task_code:
+            raise ValueError(
+                f"--include-path {self.include_path[0]}: the tasks there may run any code; --trust-task-code allows it"
+            )
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,21 @@ class Prompt(NamedTuple):
     messages: list[dict[str, Any]]
     images: list[Image.Image]
 
+    @property
+    def shown(self) -> "ShownPrompt":
+        """What of it is kept with the answer."""
+        parts = self.messages[-1]["content"]
+        start = max((number + 1 for number, part in enumerate(parts) if part == SEPARATOR), default=0)
+        texts = [part["text"].strip() for part in parts[start:] if part["type"] == "text"]
+        return ShownPrompt(self.text, "\n".join(filter(None, texts)))
+
+
+class ShownPrompt(NamedTuple):
+    """A prompt for the eye: all of it, and the last turn's text alone, without template and demonstrations."""
+
+    text: str
+    question: str
+
 
 class PromptBuilder:
     """Turns messages into prompts and prompts into model inputs.

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
@@ -21,9 +22,11 @@ from PIL import Image
 from ..files import renamed_when_whole, write_text
 from .benchmarks import category_of, sample_scores
 from .harness import Target
-from .prompts import message_images
+from .intervals import confidence_interval
+from .prompts import ShownPrompt, message_images
 
 FORMAT_VERSION = 1
+FILES = ("results.json", "table.md")
 THUMBNAIL_SIDE = 384
 ROWS_PER_GROUP = 256
 # Where a task keeps the answer that it read out of a response.
@@ -32,6 +35,7 @@ SAMPLES_SCHEMA = pa.schema(
     {
         "sample_id": pa.string(),
         "category": pa.string(),
+        "question": pa.string(),
         "prompt": pa.string(),
         "answer": pa.string(),
         "prediction": pa.string(),
@@ -49,21 +53,24 @@ class TaskResult:
         target ([`Target`]): what was asked for.
         task (`Task`): lmms-eval's task.
         raw (`dict`): what `lmms_eval.evaluator.simple_evaluate` returned.
-        prompts (`dict[tuple[str, int], str]`): prompts as the model saw them, by task and document; lmms-eval's
-            context where there is none.
+        prompts (`dict[tuple[str, int], ShownPrompt]`): prompts as the model saw them, by task and document;
+            lmms-eval's context where there is none.
 
     Raises:
         ValueError: if the task gave no value for its main metric.
     """
 
-    def __init__(self, target: Target, task: Any, raw: dict[str, Any], prompts: dict[tuple[str, int], str]):
+    def __init__(self, target: Target, task: Any, raw: dict[str, Any], prompts: dict[tuple[str, int], ShownPrompt]):
         self.target, self.task, self.raw = target, task, raw
         name = task.config.task
         # One entry for each filter and document; the first filter's come first.
         logged = raw["samples"][name]
         documents = len({sample["doc_id"] for sample in logged})
         self.samples = sorted(logged[:documents], key=lambda sample: sample["doc_id"])
-        self.prompts = [prompts.get((name, sample["doc_id"])) or _context(sample) for sample in self.samples]
+        shown = [prompts.get((name, sample["doc_id"])) for sample in self.samples]
+        self.prompts = [
+            own or ShownPrompt(*[_context(sample)] * 2) for own, sample in zip(shown, self.samples, strict=True)
+        ]
         self._values, self.higher_is_better = _metric_values(raw["results"][name]), raw["higher_is_better"][name]
         metrics = [metric["metric"] for metric in task.config.metric_list or []]
         self.main_metric = target.main_metric or next((name for name in metrics if name in self._values), "")
@@ -107,7 +114,7 @@ class TaskResult:
             "metrics": self._metrics(),
             "num_samples": len(self.samples),
             "generation_kwargs": json.loads(json.dumps(config.generation_kwargs, default=str)),
-            "prompt": {"example": self.prompts[0]},
+            "prompt": {"example": self.prompts[0].text},
             "seconds": round(seconds, 2),
             "categories": self._category_scores(),
         }
@@ -143,11 +150,7 @@ class TaskResult:
         }
 
     def row_groups(self) -> Iterator[list[dict[str, Any]]]:
-        """Rows of `samples/TASK.parquet`, some at a time, their images made small.
-
-        Yields:
-            `list[dict]`: rows.
-        """
+        """Rows of `samples/TASK.parquet`, some at a time, their images made small."""
         for start in range(0, len(self.samples), ROWS_PER_GROUP):
             yield [self._row(i) for i in range(start, min(start + ROWS_PER_GROUP, len(self.samples)))]
 
@@ -157,7 +160,8 @@ class TaskResult:
         return {
             "sample_id": str(sample["doc_id"]),
             "category": self.categories[number],
-            "prompt": self.prompts[number],
+            "question": self.prompts[number].question,
+            "prompt": self.prompts[number].text,
             "answer": self._reference(sample),
             "prediction": prediction,
             "response": response,
@@ -192,17 +196,20 @@ class TaskResult:
 
 
 def write_samples(results: Sequence[TaskResult], path: Path) -> None:
-    """Write a row for each sample.
-
-    Args:
-        results (`Sequence[TaskResult]`): of one task, several where it ran with several prompts.
-        path (`Path`): the parquet file; its folder is made.
-    """
+    """Write a row for each sample of one task, which has several results where it ran with several prompts."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with renamed_when_whole(path) as temporary, pq.ParquetWriter(temporary, SAMPLES_SCHEMA) as writer:
         for result in results:
             for rows in result.row_groups():
                 writer.write_table(pa.Table.from_pylist(rows, schema=SAMPLES_SCHEMA))
+
+
+def add_interval(entry: dict[str, Any], results: Sequence[TaskResult]) -> None:
+    """Put the main metric's 95 % interval into an entry of `results.json`; answers of several seeds are averaged."""
+    main = entry["metrics"][entry["main_metric"]]
+    scores = np.array([[np.nan if score is None else score for score in own.scores] for own in results])
+    interval = confidence_interval(main["value"], scores.mean(axis=0), main["stderr"])
+    main["interval"] = None if interval is None else interval._asdict()
 
 
 def _metric_values(results: dict[str, Any]) -> dict[str, float]:
@@ -236,14 +243,7 @@ def _text(value: Any) -> str:
 
 
 def thumbnail(image: Image.Image) -> bytes:
-    """A JPEG of an image, its longer side at most 384 pixels.
-
-    Args:
-        image (`PIL.Image.Image`): left as it is.
-
-    Returns:
-        `bytes`: the file.
-    """
+    """A JPEG of an image, its longer side at most 384 pixels; the image is left as it is."""
     small = image.convert("RGB")
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     buffer = io.BytesIO()
@@ -263,45 +263,32 @@ def versions() -> dict[str, dict[str, str]]:
 
 
 def write_results(results: dict[str, Any], targets: Sequence[Target], output: Path) -> None:
-    """Write `results.json` and `table.md`.
-
-    Args:
-        results (`dict`): all of it.
-        targets (`Sequence[Target]`): what was asked for, in order.
-        output (`Path`): the folder.
-    """
+    """Write `results.json` and `table.md`."""
     output.mkdir(parents=True, exist_ok=True)
     texts = {
-        "results.json": json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-        "table.md": comparison_table(results, targets),
+        FILES[0]: json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        FILES[1]: comparison_table(results, targets),
     }
     for name, text in texts.items():
         write_text(output / name, text)
 
 
 def comparison_table(results: dict[str, Any], targets: Sequence[Target]) -> str:
-    """Scores beside those of the paper, with the rule of each, as Markdown.
-
-    Args:
-        results (`dict`): content of `results.json`.
-        targets (`Sequence[Target]`): what was asked for.
-
-    Returns:
-        `str`: the table and a line about what the paper's columns are.
-    """
+    """Scores with 95 % intervals beside those of the paper, with the rule of each, as Markdown."""
     papers = {target.name: target.benchmark.paper_scores for target in targets if target.benchmark is not None}
     columns = list(dict.fromkeys(column for scores in papers.values() for column in scores))
     header = ["task", results["model"]["name"], *columns, "samples", "metric", "rule"]
     rows = []
     for name, entry in results["tasks"].items():
         main = entry["metrics"][entry["main_metric"]]
-        own = f"{main['value']:.1f}" + (f" ± {main['stderr']:.1f}" if main["stderr"] is not None else "")
+        own, interval = f"{main['value']:.1f}", main.get("interval")
+        own += f" [{interval['low']:.1f}, {interval['high']:.1f}]" if interval is not None else ""
         own += f" (seeds ± {main['std']:.1f})" if main.get("std") is not None else ""
         paper = [f"{papers.get(name, {}).get(column, math.nan):.1f}".replace("nan", "") for column in columns]
         rows.append([name, own, *paper, str(entry["num_samples"]), entry["main_metric"], entry["rule"]])
     lines = [header, ["---", *["---:"] * (len(columns) + 2), "---", "---"], *rows]
     table = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-    notes = [f"Rules: {results['rules']}; lmms-eval {results['harness']['lmms-eval']}; ± is one standard error."]
+    notes = [f"Rules: {results['rules']}; lmms-eval {results['harness']['lmms-eval']}; [95 % interval]."]
     if results["options"].get("limit"):
         notes.append(f"Only the first {results['options']['limit']} samples of each task: not comparable.")
     if columns and results.get("shots"):

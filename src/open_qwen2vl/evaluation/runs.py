@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
+from ..files import remove_temporaries
 from .few_shot import FewShot, Run, entry_over_seeds, few_shot_runs
 from .harness import Target, load_tasks, may_ask_judge, root_cause, run_task
-from .results import FORMAT_VERSION, TaskResult, versions, write_results, write_samples
+from .results import FILES, FORMAT_VERSION, TaskResult, add_interval, versions, write_results, write_samples
 
 if TYPE_CHECKING:
     from lmms_eval.api.model import lmms
@@ -67,6 +68,15 @@ def run_targets(
         TasksFailed: after all ran, naming those that failed.
     """
     begin = time.perf_counter()
+    if output is not None and PartialState().is_main_process:
+        folder = output / "samples"
+        # What a killed run left half-written.
+        remove_temporaries(
+            [
+                *(output / name for name in FILES),
+                *(folder / path.name.rsplit(".", 2)[0] for path in folder.glob("*.tmp")),
+            ]
+        )
     loaded, failed = _load_all(targets, manager, bool(options.get("judge")))
     unloaded = len(failed)
     runs = _runs(loaded, few_shot, model)
@@ -138,7 +148,8 @@ def _run_on_all(run: Run, model: "lmms", manager: Any, limit: int | None, output
         failure = _on_all(run, lambda: write_samples(results, path) if results else None)
         if failure is not None:
             return failure
-    return entries[0] if run.shots is None else entry_over_seeds(entries, run.shots, run.seeds)
+    entry = entries[0] if run.shots is None else entry_over_seeds(entries, run.shots, run.seeds)
+    return _on_all(run, lambda: add_interval(entry, results) or entry)
 
 
 def _on_all(run: Run, function: Callable[[], Any]) -> Any:

@@ -7,7 +7,7 @@ match across models) → `page` (HTML). Nothing here loads a model or a benchmar
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...files import renamed_when_whole
+from ...pages import write_page
 from .folders import load_evaluations
 from .page import render_page
 from .samples import ImageStore, choose_samples
@@ -34,10 +34,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path, samples_per_
     evaluations, images, output = load_evaluations(folders), ImageStore(), Path(output)
     samples = choose_samples(evaluations, samples_per_task, images)
     page = render_page(evaluations, build_rows(evaluations), samples, images)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with renamed_when_whole(output) as temporary:
-        # A results file may hold half of a surrogate pair, which UTF-8 cannot.
-        temporary.write_text(page, encoding="utf-8", errors="replace")
+    write_page(output, page)
     return output
 
 

@@ -3,10 +3,12 @@
 Files may come from other people: everything in them is text to be shown, nothing is trusted or executed.
 """
 
+import contextlib
 import json
+import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 FORMAT_VERSION = 1
-TEXT_COLUMNS = ("sample_id", "category", "prompt", "answer", "prediction", "response", "score")
+TEXT_COLUMNS = ("sample_id", "category", "prompt", "answer", "prediction", "response")
+LATER_COLUMNS = ("question",)  # not in all files
+LARGEST_IMAGE = 2**21  # bytes; evaluate writes thumbnails
 
 
 class Evaluation(NamedTuple):
@@ -24,7 +28,7 @@ class Evaluation(NamedTuple):
     Attributes:
         label (`str`): the model's name, with the folder where two have the same name.
         folder (`Path`): where it lies.
-        results (`dict`): content of `results.json`.
+        results (`dict`): content of `results.json`, with numbers that are no finite ones as None.
     """
 
     label: str
@@ -32,63 +36,45 @@ class Evaluation(NamedTuple):
     results: dict[str, Any]
 
     def read_samples(self, task: str) -> pa.Table | None:
-        """Samples of a task without their images, `None` where the folder has none.
-
-        Args:
-            task (`str`): its name in `results.json`.
-
-        Returns:
-            `pa.Table` with `TEXT_COLUMNS`, a row for each sample in the order of the file.
-
-        Raises:
-            ValueError: if the file cannot be read or lacks a column.
-        """
+        """Samples of a task without their images, in the order of the file; `None` where the folder has none."""
         path = self._samples_path(task)
         if path is None:
             return None
-        with _open_parquet(path) as file:
-            missing = [name for name in (*TEXT_COLUMNS, "images") if name not in file.schema_arrow.names]
+        with _parquet(path) as file:
+            missing = [name for name in (*TEXT_COLUMNS, "score", "images") if name not in file.schema_arrow.names]
             if missing:
                 raise ValueError(f"{path}: has no column {', '.join(missing)}")
-            return file.read(columns=list(TEXT_COLUMNS))
+            columns = [name for name in (*TEXT_COLUMNS, "score", *LATER_COLUMNS) if name in file.schema_arrow.names]
+            table = file.read(columns=columns)
+            for number, name in enumerate(columns):
+                kind = pa.float64() if name == "score" else pa.string()
+                table = table.set_column(number, name, table.column(name).cast(kind))
+            table.validate(full=True)
+            return table
 
     def read_images(self, task: str, rows: Iterable[int]) -> dict[int, list[bytes]]:
-        """Images of some samples; the others' stay on the disk.
-
-        Args:
-            task (`str`): its name in `results.json`.
-            rows (`Iterable[int]`): rows of the file.
-
-        Returns:
-            `dict[int, list[bytes]]`: content of the image files by row.
-        """
+        """Content of the image files of some rows of a task; the others' stay on the disk."""
         wanted, images, start = set(rows), {}, 0
         path = self._samples_path(task)
         if path is None or not wanted:
             return images
-        with _open_parquet(path) as file:
+        with _parquet(path) as file:
             for batch in file.iter_batches(batch_size=256, columns=["images"]):
                 column = batch.column("images")
                 for row in sorted(wanted.intersection(range(start, start + len(batch)))):
-                    entries = column[row - start].as_py() or []
-                    images[row] = [entry["bytes"] for entry in entries if entry and entry["bytes"]]
+                    images[row] = list(_image_files(column[row - start].as_py()))
                 start += len(batch)
         return images
 
     def _samples_path(self, task: str) -> Path | None:
-        # A task's name comes from the file: it may not point out of the folder.
-        path = self.folder / "samples" / f"{os.path.basename(task)}.parquet"
-        return path if path.is_file() else None
+        # A task's name comes from the file: it may not point out of the folder, and no file has such a long one.
+        name = f"{os.path.basename(task)}.parquet"
+        path = self.folder / "samples" / name
+        return path if "\0" not in name and len(name.encode(errors="replace")) < 256 and path.is_file() else None
 
 
 def load_evaluations(folders: Sequence[str | Path]) -> list[Evaluation]:
-    """Read the results of several folders.
-
-    Args:
-        folders (`Sequence[str | Path]`): outputs of `open-qwen2vl evaluate`.
-
-    Returns:
-        `list[Evaluation]`: in the given order, each with a label of its own.
+    """Read the results of several folders, in the given order, each with a label of its own.
 
     Raises:
         ValueError: if none is given, one is given twice, has no `results.json`, or has one of another form.
@@ -108,38 +94,82 @@ def load_evaluations(folders: Sequence[str | Path]) -> list[Evaluation]:
 
 
 def sample_scores(table: pa.Table) -> np.ndarray:
-    """Scores of samples, as floats.
+    """Scores of samples, float64 `(samples,)`: NaN where there is none, or none that is finite."""
+    scores = np.array([np.nan if score is None else score for score in table["score"].to_pylist()], dtype=np.float64)
+    return np.where(np.isfinite(scores), scores, np.nan)
 
-    Args:
-        table (`pa.Table`): with a column `score`.
 
-    Returns:
-        `np.ndarray` of shape `(samples,)`, float64: NaN where there is none.
-    """
-    return np.array([np.nan if score is None else score for score in table["score"].to_pylist()], dtype=np.float64)
+def is_number(value: object) -> bool:
+    """Whether a value of a results file is a number, which is finite there."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _read_results(folder: Path) -> dict[str, Any]:
     path = folder / "results.json"
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        results = json.loads(text, parse_float=_finite, parse_int=_finite, parse_constant=lambda _: None)
     except FileNotFoundError as error:
         raise ValueError(f"{folder}: no results.json; name a folder written by open-qwen2vl evaluate") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: no JSON: {error}") from error
     version = results.get("format_version") if isinstance(results, dict) else None
     if version != FORMAT_VERSION:
-        raise ValueError(f"{path}: format_version {version!r}, and {FORMAT_VERSION} is what this version reads")
-    if not isinstance(results.get("tasks"), dict) or "name" not in results.get("model", {}):
-        raise ValueError(f"{path}: lacks model.name or tasks")
+        shown = repr(version)[:40]
+        raise ValueError(f"{path}: format_version {shown}, and {FORMAT_VERSION} is what this version reads")
+    _require(path, "model", results.get("model"), dict)
+    _require(path, "tasks", results.get("tasks"), dict)
+    if "name" not in results["model"]:
+        raise ValueError(f"{path}: lacks model.name")
+    _require(path, "options", results.get("options"), dict, optional=True)
+    _require(path, "seconds", results.get("seconds"), (int, float), optional=True)
+    _require(path, "shots", results.get("shots"), (int, list), optional=True)
     for task, entry in results["tasks"].items():
-        if entry.get("main_metric") not in entry.get("metrics", {}):
-            raise ValueError(f"{path}: task {task}: main_metric {entry.get('main_metric')!r} is not in its metrics")
+        _check_task(path, f"task {task[:80]}", entry)
     return results
 
 
-def _open_parquet(path: Path) -> pq.ParquetFile:
+def _check_task(path: Path, place: str, entry: Any) -> None:
+    _require(path, place, entry, dict)
+    _require(path, f"{place}: metrics", entry.get("metrics"), dict)
+    main = entry.get("main_metric")
+    if not isinstance(main, str) or main not in entry["metrics"]:
+        raise ValueError(f"{path}: {place}: main_metric {str(main)[:80]!r} is not in its metrics")
+    for name, metric in entry["metrics"].items():
+        _require(path, f"{place}: metric {name[:80]}", metric, dict)
+    _require(path, f"{place}: num_samples", entry.get("num_samples"), int)
+    _require(path, f"{place}: shots", entry.get("shots"), int, optional=True)
+    _require(path, f"{place}: categories", entry.get("categories"), dict, optional=True)
+    for name, part in (entry.get("categories") or {}).items():
+        _require(path, f"{place}: category {name[:80]}", part, dict)
+        _require(path, f"{place}: category {name[:80]}: num_samples", part.get("num_samples"), int)
+
+
+def _require(path: Path, place: str, value: Any, kinds: type | tuple[type, ...], optional: bool = False) -> None:
+    wrong = not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool)
+    if wrong and not (optional and value is None):
+        raise ValueError(f"{path}: {place} is {type(value).__name__}, not what evaluate writes there")
+
+
+def _finite(text: str) -> int | float | None:
+    number = float(text)
+    if not math.isfinite(number):
+        return None
+    return int(text) if text.lstrip("-").isdigit() and abs(number) < 2**53 else number
+
+
+def _image_files(entries: Any) -> Iterator[bytes]:
+    for entry in entries if isinstance(entries, list) else []:
+        data = entry.get("bytes") if isinstance(entry, dict) else None
+        if isinstance(data, bytes) and 0 < len(data) <= LARGEST_IMAGE:
+            yield data
+
+
+@contextlib.contextmanager
+def _parquet(path: Path) -> Iterator[pq.ParquetFile]:
+    """An open file; whatever is wrong with it is one line."""
     try:
-        return pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: no parquet file: {error}") from error
+        with pq.ParquetFile(path) as file:
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: no parquet file of samples: {error}") from error

@@ -6,6 +6,7 @@ that are shown, and an image that several samples share is kept once.
 
 import base64
 import hashlib
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -54,14 +55,7 @@ class PromptFrame(NamedTuple):
 
     @classmethod
     def of(cls, prompts: Sequence[str | None]) -> "PromptFrame":
-        """The frame of some prompts, an empty one if they are all alike.
-
-        Args:
-            prompts (`Sequence[str]`): of one model on one task.
-
-        Returns:
-            [`PromptFrame`].
-        """
+        """The frame of one model's prompts on one task, an empty one if they are all alike."""
         split = list({tuple((prompt or "").split("\n")) for prompt in prompts})
         if len(split) < 2:
             return cls(0, 0, "")
@@ -72,14 +66,7 @@ class PromptFrame(NamedTuple):
         return cls(before, after, mark + rest)
 
     def inner(self, prompt: str) -> str:
-        """What is particular to a prompt.
-
-        Args:
-            prompt (`str`): whole.
-
-        Returns:
-            `str`: without the frame.
-        """
+        """What is particular to a prompt."""
         lines = prompt.split("\n")
         return "\n".join(lines[self.lines_before : len(lines) - self.lines_after]).removesuffix(self.mark).strip()
 
@@ -96,14 +83,7 @@ class ImageStore:
         self._numbers: dict[bytes, int] = {}
 
     def add(self, data: bytes) -> int | None:
-        """Number of an image, `None` if it is of no known format.
-
-        Args:
-            data (`bytes`): content of the file.
-
-        Returns:
-            `int`, *optional*.
-        """
+        """Number of an image file, `None` if it is of no known format."""
         kind = next((kind for start, kind in IMAGE_TYPES if data.startswith(start)), None)
         if kind is None:
             return None
@@ -114,16 +94,7 @@ class ImageStore:
 
 
 def choose_samples(evaluations: Sequence[Evaluation], most: int, images: ImageStore) -> list[TaskSamples]:
-    """Samples of every task.
-
-    Args:
-        evaluations (`Sequence[Evaluation]`): the models.
-        most (`int`): samples of a task.
-        images ([`ImageStore`]): gets their images.
-
-    Returns:
-        `list[TaskSamples]`: tasks in the order of the results; one without sample files has no samples.
-    """
+    """At most `most` samples of every task, in the order of the results; their images go to `images`."""
     tasks = dict.fromkeys(task for evaluation in evaluations for task in evaluation.results["tasks"])
     return [_choose(evaluations, task, most, images) for task in tasks]
 
@@ -136,7 +107,7 @@ def _choose(evaluations: Sequence[Evaluation], task: str, most: int, images: Ima
     scores = [None if table is None else sample_scores(table) for table in tables]
     keys = list(dict.fromkeys(key for place in places for key in place))
     disputed = {key for key in keys if _disagree(key, places, scores)}
-    chosen = sorted(keys, key=lambda key: (key not in disputed, _draw(key), key))[:most]
+    chosen = sorted(keys, key=lambda key: (key not in disputed, _draw(key), str(key)))[:most]
     pictures = _images(evaluations, task, places, chosen, images)
     frames = [PromptFrame.of([] if table is None else table["prompt"].to_pylist()) for table in tables]
     samples = [
@@ -163,7 +134,7 @@ def _disagree(key: Key, places: list[dict[Key, int]], scores: list[np.ndarray | 
 
 def _draw(key: Key) -> bytes:
     """A place in an order that is like a random one and always the same."""
-    return hashlib.sha256(f"{key[0]}\n{key[1]}".encode()).digest()
+    return hashlib.sha256(f"{key[0]}\n{key[1]}".encode(errors="replace")).digest()
 
 
 def _images(
@@ -194,7 +165,8 @@ def _sample(
     return {
         "id": _clip(first["sample_id"]),
         "category": first["category"],
-        "question": _clip(frame.inner(prompt)),
+        # Files of older versions have no question: then what the prompts of a task do not have in common.
+        "question": _clip(frame.inner(prompt) if first.get("question") is None else first["question"]),
         "prompt": _clip(prompt),
         "answer": _clip(first["answer"]),
         "images": images,
@@ -206,7 +178,7 @@ def _outcome(record: dict[str, Any], prompt: str) -> dict[str, Any]:
     score = record["score"]
     outcome = {
         "prediction": _clip(record["prediction"]),
-        "score": None if score is None or np.isnan(score) else score,
+        "score": score if score is not None and math.isfinite(score) else None,
     }
     if record["response"] != record["prediction"]:
         outcome["response"] = _clip(record["response"])

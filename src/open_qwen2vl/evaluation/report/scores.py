@@ -1,14 +1,13 @@
 """What the tables and bars of the report show: a row for each task and rule, a cell for each model, with intervals."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..benchmarks import BENCHMARKS
-from .folders import Evaluation, sample_scores
-from .intervals import Interval, confidence_interval
+from ..intervals import Interval, confidence_interval
+from .folders import Evaluation, is_number, sample_scores
 
 
 class Cell(NamedTuple):
@@ -87,7 +86,8 @@ def build_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
         for task, entry in evaluation.results["tasks"].items():
             name, shots = entry["main_metric"], entry.get("shots", evaluation.results.get("shots"))
             higher = entry["metrics"][name].get("higher_is_better", True)
-            key = RowKey(task, name, higher is not False, str(entry.get("rule", "")), int(shots or 0))
+            shots = shots if isinstance(shots, int) else 0
+            key = RowKey(task, name, higher is not False, str(entry.get("rule", "")), shots)
             found.setdefault(key, [None] * len(evaluations))[number] = _task_scores(evaluation, task, entry)
     order = list(dict.fromkeys(key.task for key in found))
     return [_row(key, found[key]) for key in sorted(found, key=lambda key: order.index(key.task))]
@@ -109,9 +109,9 @@ def _row(key: RowKey, scores: list[_TaskScores | None]) -> Row:
 def _task_scores(evaluation: Evaluation, task: str, entry: dict[str, Any]) -> _TaskScores:
     metric = entry["metrics"][entry["main_metric"]]
     scores, categories = _scores_by_sample(evaluation, task)
-    cell = _cell(metric["value"], entry["num_samples"], scores, metric.get("stderr"))
+    cell = _cell(metric.get("value"), entry["num_samples"], scores, metric.get("stderr"))
     parts = {
-        name: _cell(part["score"], part["num_samples"], scores[categories == name])
+        name: _cell(part.get("score"), part["num_samples"], scores[categories == name])
         for name, part in (entry.get("categories") or {}).items()
     }
     return _TaskScores(cell, parts)
@@ -119,14 +119,10 @@ def _task_scores(evaluation: Evaluation, task: str, entry: dict[str, Any]) -> _T
 
 def _cell(value: object, num_samples: int, scores: np.ndarray, stderr: object = None) -> Cell | None:
     """A cell, `None` if the value is no number; the harness writes words for standard errors that it lacks."""
-    if not _is_number(value):
+    if not is_number(value):
         return None
-    interval = confidence_interval(float(value), scores, float(stderr) if _is_number(stderr) else None)
-    return Cell(float(value), interval, int(num_samples))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    interval = confidence_interval(float(value), scores, float(stderr) if is_number(stderr) else None)
+    return Cell(float(value), interval, num_samples)
 
 
 def _scores_by_sample(evaluation: Evaluation, task: str) -> tuple[np.ndarray, np.ndarray]:
@@ -134,7 +130,8 @@ def _scores_by_sample(evaluation: Evaluation, task: str) -> tuple[np.ndarray, np
     table = evaluation.read_samples(task)
     if table is None:
         return np.empty(0), np.empty(0, dtype=object)
-    _, first, question = np.unique(table["sample_id"].to_pylist(), return_index=True, return_inverse=True)
+    names = [str(name) for name in table["sample_id"].to_pylist()]
+    _, first, question = np.unique(names, return_index=True, return_inverse=True)
     answers = np.bincount(question, minlength=len(first))
     scores = np.bincount(question, weights=sample_scores(table), minlength=len(first)) / answers
     return scores, np.array(table["category"].to_pylist(), dtype=object)[first]
