@@ -88,9 +88,9 @@ def run_tasks(
 ) -> StepReport:
     """Do the tasks whose output is missing; that the others were made with the same options is checked before.
 
-    `make_worker` makes the function of a task, and can be pickled. `num_workers` are processes or actors (of `num_gpus`
-    each): by default one per core, or as many as the cluster allows; 1 is, locally, this process. A worker that is
-    killed is a `ChildProcessError`.
+    `make_worker` makes the function of a task, and can be pickled. `num_workers` are processes or actors (of
+    `num_gpus` each): by default one per core, or as many as the cluster allows; 1 is, locally, this process. A worker
+    that is killed is a `ChildProcessError`.
     """
     rank, ranks = process_rank()
     mine = tasks[rank::ranks]  # by position and not by what is missing, which changes while the other ranks work
@@ -108,7 +108,7 @@ def run_tasks(
 
 
 def process_rank() -> tuple[int, int]:
-    """This process's rank among those of `accelerate launch` or `torchrun`, and their number; 0 and 1 without."""
+    """Rank of this process among those of `accelerate launch` or `torchrun`, and their number; 0 and 1 without."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
