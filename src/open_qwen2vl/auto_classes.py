@@ -24,13 +24,18 @@ def _register_config() -> None:
 
 
 def _register_models() -> None:
-    from transformers.models.auto.modeling_auto import AutoModel, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        AutoModel,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+    )
 
     from .modeling.configuration_open_qwen2vl import OpenQwen2VLConfig
     from .modeling.modeling_open_qwen2vl import OpenQwen2VLForConditionalGeneration, OpenQwen2VLModel
 
     AutoModel.register(OpenQwen2VLConfig, OpenQwen2VLModel, exist_ok=True)
-    AutoModelForImageTextToText.register(OpenQwen2VLConfig, OpenQwen2VLForConditionalGeneration, exist_ok=True)
+    for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        auto.register(OpenQwen2VLConfig, OpenQwen2VLForConditionalGeneration, exist_ok=True)
 
 
 def _register_processor() -> None:

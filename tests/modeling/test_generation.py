@@ -5,7 +5,7 @@ from threading import Thread
 import pytest
 import torch
 from PIL import Image
-from transformers import TextIteratorStreamer
+from transformers import GenerationConfig, TextIteratorStreamer
 
 IMAGES = [0, 3, 1, 4, 2]  # images of each prompt of the batch
 GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8}
@@ -207,3 +207,37 @@ def test_placeholders_and_images_that_disagree_in_generate(tiny_model, encode):
     del inputs["pixel_values"]
     with pytest.raises(ValueError, match="40 image placeholder tokens, but 0 images"):
         tiny_model.generate(**inputs)
+
+
+def test_generation_from_embeddings(tiny_model, encode):
+    """With pixels whose places are the placeholders' embeddings, with features in place, with and without ids."""
+    inputs = encode([1, 3])
+    expected = generate(tiny_model, inputs)
+    embeds = tiny_model.get_input_embeddings()(inputs["input_ids"])
+    features = torch.stack(tiny_model.get_image_features(inputs["pixel_values"]).pooler_output)
+    placeholders = (inputs["input_ids"] == tiny_model.config.image_token_id)[..., None]
+    shared = {"attention_mask": inputs["attention_mask"], **GREEDY}
+    ways = [
+        {"inputs_embeds": embeds, "pixel_values": inputs["pixel_values"]},
+        {"inputs_embeds": embeds.masked_scatter(placeholders, features)},
+    ]
+    for options in ways:
+        assert torch.equal(tiny_model.generate(**options, **shared), expected)
+        with_ids = tiny_model.generate(inputs["input_ids"], **options, **shared)
+        assert torch.equal(with_ids[:, inputs["input_ids"].shape[1] :], expected)
+
+
+@pytest.mark.parametrize("chunk", [3, 8, 1000])
+def test_a_prefill_in_chunks_gives_the_same(tiny_model, encode, chunk):
+    inputs = encode([0, 1, 3])
+    assert torch.equal(generate(tiny_model, inputs, prefill_chunk_size=chunk), generate(tiny_model, inputs))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_paged_attention_is_no_training_pack(tiny_model, processor, attention):
+    tiny_model.set_attn_implementation(attention)
+    prompts = [processor(text=text)["input_ids"][0] for text in ("<s>a cat on a mat", "<s>two dogs run in the park a")]
+    config = GenerationConfig(max_new_tokens=8, eos_token_id=-1, do_sample=False, use_cuda_graph=False)
+    answers = tiny_model.generate_batch(prompts, generation_config=config)
+    for prompt, answer in zip(prompts, answers.values(), strict=True):
+        assert generate(tiny_model, {"input_ids": torch.tensor([prompt])})[0].tolist() == answer.generated_tokens

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModel, AutoModelForImageTextToText, DynamicCache
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, DynamicCache, pipeline
+from transformers.models.siglip import modeling_siglip
 
 from open_qwen2vl import (
     AutoModelForVision2Seq,
@@ -71,7 +73,7 @@ def test_one_set_of_weights_serves_every_budget(tiny_model, processor, tmp_path)
         again = OpenQwen2VLForConditionalGeneration.from_pretrained(tmp_path, image_seq_length=budget)
         assert again.config.image_seq_length == budget
         # The config's budget is what a call without one gets.
-        del inputs["image_seq_length"]
+        inputs.pop("image_seq_length", None)
         torch.testing.assert_close(again(**inputs).logits, logits[budget])
 
 
@@ -137,8 +139,13 @@ def test_logits_only_where_asked(tiny_model, inputs):
     assert tiny_model(**inputs, logits_to_keep=1).logits.shape[1] == 1
 
 
-def test_a_cache_is_built_only_when_asked(tiny_model, inputs):
+def test_a_cache_is_built_as_the_config_says_but_not_for_a_loss(tiny_model, inputs):
     assert tiny_model.config.text_config.use_cache is True
+    assert tiny_model(**inputs).past_key_values is not None
+    assert tiny_model(**inputs, use_cache=False).past_key_values is None
+    assert tiny_model(**inputs, labels=inputs["input_ids"]).past_key_values is None
+    assert tiny_model.train()(**inputs).past_key_values is None
+    tiny_model.eval().config.text_config.use_cache = False
     assert tiny_model(**inputs).past_key_values is None
     assert tiny_model(**inputs, use_cache=True).past_key_values is not None
     assert tiny_model(**inputs, past_key_values=DynamicCache()).past_key_values.get_seq_length() > 0
@@ -165,7 +172,7 @@ def test_generation_of_a_padded_batch_equals_one_by_one(tiny_model, processor, a
     assert torch.equal(together[:, batch["input_ids"].shape[1] :], torch.stack(alone))
 
 
-@pytest.mark.parametrize("auto", [AutoModelForImageTextToText, AutoModelForVision2Seq])
+@pytest.mark.parametrize("auto", [AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForVision2Seq])
 def test_save_and_load_with_the_auto_classes(tiny_model, inputs, tmp_path, auto):
     tiny_model.save_pretrained(tmp_path)
     loaded = auto.from_pretrained(tmp_path)
@@ -189,3 +196,76 @@ def test_dtype_and_attention_reach_every_part(backbones):
 def test_a_backbone_of_another_kind_is_refused(backbones):
     with pytest.raises(ValueError, match="must be a SigLIP model"):
         OpenQwen2VLForConditionalGeneration.from_vision_text_pretrained(backbones["text"], backbones["text"])
+
+
+@pytest.mark.parametrize("budget", [[9, 9], [[9], [[9]]], torch.tensor(9), torch.tensor([[9], [9]])])
+def test_a_budget_is_read_in_any_nesting(tiny_model, processor, budget):
+    """Pipelines and TRL collate what a processor returns, into lists of lists and tensors."""
+    images = [Image.effect_noise((40, 30), 90).convert("RGB") for _ in range(2)]
+    inputs = processor(images=images, text=[PROMPT] * 2, image_seq_length=9, return_tensors="pt")
+    expected = tiny_model(**{**inputs, "image_seq_length": 9}).logits
+    assert torch.equal(tiny_model(**{**inputs, "image_seq_length": budget}).logits, expected)
+    with pytest.raises(ValueError, match=r"the same image_seq_length, not \[4, 9\]"):
+        tiny_model(**{**inputs, "image_seq_length": [[4], [9]]})
+
+
+def test_shifted_labels_give_the_same_loss(tiny_model, inputs):
+    labels = inputs["input_ids"].clone()
+    labels[:, :6] = -100
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    expected = tiny_model(**inputs, labels=labels, num_items_in_batch=7, return_row_losses=True)
+    for given in ({"shift_labels": shifted}, {"shift_labels": shifted, "labels": labels}):
+        output = tiny_model(**inputs, **given, num_items_in_batch=7, return_row_losses=True)
+        assert torch.equal(output.loss, expected.loss) and torch.equal(output.row_losses, expected.row_losses)
+    # A part of a sequence predicts its neighbour's first token, which no unshifted labels can say.
+    shifted[:, -1] = 3
+    with_last = tiny_model(**inputs, shift_labels=shifted).loss
+    reference = torch.nn.functional.cross_entropy(tiny_model(**inputs).logits[0], shifted[0])
+    torch.testing.assert_close(with_last, reference)
+    assert tiny_model.train()(**inputs, shift_labels=shifted).logits is None
+
+
+def test_classes_not_to_be_split_exist(tiny_model):
+    assert tiny_model._no_split_modules == {"Qwen2DecoderLayer", "SiglipEncoderLayer", "SiglipVisionEmbeddings"}
+
+
+def test_missing_vision_weights_follow_siglips_rule(tiny_model, tmp_path):
+    """Every weight of the tower that a file lacks is drawn as SigLIP draws it; what the file has is kept."""
+    tiny_model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "vision_tower" not in name or "layers.0" in name}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = OpenQwen2VLForConditionalGeneration.from_pretrained(tmp_path)
+    tower = loaded.model.vision_tower
+    torch.testing.assert_close(tower.encoder.layers[0].mlp.fc1.weight, weights[
+        "model.vision_tower.encoder.layers.0.mlp.fc1.weight"])  # fmt: skip
+    layer, attention = tower.encoder.layers[1], tower.encoder.layers[1].self_attn
+    assert isinstance(attention, modeling_siglip.SiglipAttention)
+    width, inner = 32, 48
+    for weight, bound in [
+        (layer.mlp.fc1.weight, (6 / (width + inner)) ** 0.5),
+        (attention.q_proj.weight, (3 / width) ** 0.5),
+    ]:
+        assert bound * 0.9 < weight.abs().max() <= bound
+    assert 0.7 < tower.embeddings.position_embedding.weight.std() * width**0.5 < 1.3
+    assert 0.7 < tower.embeddings.patch_embedding.weight.std() * (3 * 8 * 8) ** 0.5 < 1.3
+    assert layer.mlp.fc1.bias.abs().max() < 1e-5 and not attention.q_proj.bias.any()
+
+
+@pytest.mark.parametrize("task", ["image-text-to-text", "any-to-any"])
+def test_pipelines_answer_batches_as_single_chats(tiny_model, processor, tmp_path, task):
+    tiny_model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    chats = []
+    for number in (1, 2, 1):
+        images = [{"type": "image", "image": Image.effect_noise((40, 30), 90).convert("RGB")} for _ in range(number)]
+        content = [*images, {"type": "text", "text": "a cat" + " mat" * number}]
+        chats.append([{"role": "user", "content": content}])
+    asked = {"max_new_tokens": 8, "min_new_tokens": 8, "return_full_text": False}
+    answer = pipeline(task, model=str(tmp_path))
+    alone = [answer(chat, **asked)[0]["generated_text"] for chat in chats]
+    for options in ({}, {"processor_kwargs": {"image_seq_length": 4}}):
+        batched = answer(chats, batch_size=2, **asked, **options)
+        assert [answers[0]["generated_text"] for answers in batched] == alone
+    other = answer(chats, batch_size=2, **asked, processor_kwargs={"image_seq_length": 9})
+    assert [answers[0]["generated_text"] for answers in other] != alone

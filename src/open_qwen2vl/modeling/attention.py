@@ -122,6 +122,21 @@ def _buckets(lengths: list[int]) -> list[list[int]]:
     return buckets
 
 
+def is_packed(kwargs: dict) -> bool:
+    """Whether a batch is packed documents; the paged attention of `generate_batch` brings a `cache` beside lengths."""
+    return kwargs.get("cu_seq_lens_q") is not None and kwargs.get("cache") is None
+
+
+def check_packed_arguments(position_ids, attention_mask, past_key_values, use_cache: bool) -> None:
+    """Refuse what would join the documents of a packed batch, or does not say where they begin."""
+    if position_ids is None:
+        raise ValueError("a packed batch (cu_seq_lens_q) needs position_ids that restart at 0 for each document")
+    if attention_mask is not None:
+        raise ValueError("a packed batch (cu_seq_lens_q) takes no attention_mask: it would join the documents")
+    if past_key_values is not None or use_cache:
+        raise ValueError("a packed batch (cu_seq_lens_q) takes no cache: it would join the documents")
+
+
 AttentionInterface.register(PACKED_VARLEN, packed_varlen_attention)
 # Padded batches and generation under this name need sdpa's mask; without this entry they would get none.
 AttentionMaskInterface.register(PACKED_VARLEN, sdpa_mask)

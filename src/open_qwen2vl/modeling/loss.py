@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 # Logits of one chunk: 441 rows of fp32 or 883 of bf16 at a vocabulary of 151,936.
 CHUNK_BYTES = 2**28
@@ -97,6 +98,7 @@ def selected_position_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     return_row_losses: bool = False,
     label_positions: torch.Tensor | None = None,
+    shifted: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Next-token cross-entropy computed at the labelled positions only.
 
@@ -113,6 +115,7 @@ def selected_position_loss(
         label_positions (`torch.LongTensor` of shape `(labelled,)`, *optional*): positions t, in the flattened batch,
             whose label t + 1 is to be predicted, as the collator gives them; looked for where not given, for which
             the host waits for the device.
+        shifted (`bool`, *optional*, defaults to `False`): position t is scored against label t, as `shift_labels` are.
 
     Returns:
         `torch.Tensor`: fp32 scalar; 0 with a graph to every parameter where no position is labelled. With
@@ -120,12 +123,15 @@ def selected_position_loss(
     """
     labels = labels.to(hidden_states.device)
     if label_positions is None:
-        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        targets = labels if shifted else nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         label_positions = torch.nonzero(targets.flatten() != IGNORE_INDEX).squeeze(1)
     hidden = hidden_states.flatten(0, 1).index_select(0, label_positions)
     # The last position of a row is never among them, so its neighbour is of the same row.
-    targets = labels.flatten().index_select(0, label_positions + 1)
+    targets = labels.flatten().index_select(0, label_positions if shifted else label_positions + 1)
     weight = lm_head.weight
+    if isinstance(weight, DTensor):
+        # Tensor parallelism shards the head; its own forward would gather the logits, here the weight is.
+        weight = weight.full_tensor()
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)

@@ -6,104 +6,22 @@ batches isolate documents, and the loss never builds the logits of unlabelled po
 This file travels with checkpoints: it imports installed libraries and its siblings only.
 """
 
-import os
-from dataclasses import dataclass
-
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    GenerationMixin,
-    SiglipVisionModel,
-)
-from transformers.activations import ACT2FN
+from transformers import AutoModel, GenerationMixin, PreTrainedModel, SiglipVisionModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.llava.modeling_llava import (
-    LlavaCausalLMOutputWithPast,
-    LlavaModel,
-    LlavaModelOutputWithPast,
-    LlavaPreTrainedModel,
-)
+from transformers.models.llava.modeling_llava import LlavaModel, LlavaModelOutputWithPast
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
-from .attention import PACKED_VARLEN
+from .attention import PACKED_VARLEN, check_packed_arguments, is_packed
+from .backbones import greedy_generation, load_backbones
 from .configuration_open_qwen2vl import OpenQwen2VLConfig, pooled_grid_side
 from .loss import selected_position_loss
-
-# Qwen2.5's own vocabulary has it (id 151655); the original left it unused.
-IMAGE_TOKEN = "<|image_pad|>"
-
-
-@dataclass
-class OpenQwen2VLCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
-    """LLaVA's output, with the losses of each row where they are asked for.
-
-    Args:
-        row_losses (`torch.FloatTensor` of shape `(batch,)`, *optional*): sum of the losses of each row's labels,
-            detached.
-    """
-
-    row_losses: torch.FloatTensor | None = None
-
-
-class OpenQwen2VLMultiModalProjector(nn.Module):
-    """Average-pools a square patch grid to a square token budget, then Linear, GELU, Linear (paper, section 2.1)."""
-
-    def __init__(self, config: OpenQwen2VLConfig):
-        super().__init__()
-        hidden_size = config.text_config.hidden_size
-        self.linear_1 = nn.Linear(config.vision_config.hidden_size, hidden_size)
-        self.act = ACT2FN[config.projector_hidden_act]
-        self.linear_2 = nn.Linear(hidden_size, hidden_size)
-
-    @staticmethod
-    def pool(image_features: torch.Tensor, image_seq_length: int) -> torch.Tensor:
-        """`(images, grid * grid, width)` to `(images, image_seq_length, width)` by adaptive average pooling."""
-        images, patches, width = image_features.shape
-        if patches == image_seq_length:
-            return image_features
-        grid, side = int(patches**0.5), int(image_seq_length**0.5)
-        features = image_features.transpose(1, 2).reshape(images, width, grid, grid)
-        return nn.functional.adaptive_avg_pool2d(features, (side, side)).flatten(2).transpose(1, 2)
-
-    def forward(self, image_features: torch.Tensor, image_seq_length: int) -> torch.Tensor:
-        """Project patch features to image tokens.
-
-        Args:
-            image_features (`torch.Tensor` of shape `(images, grid * grid, vision_hidden)`): patch features.
-            image_seq_length (`int`): tokens per image, a square number.
-
-        Returns:
-            `torch.Tensor` of shape `(images, image_seq_length, text_hidden)`.
-        """
-        pooled = self.pool(image_features, image_seq_length)
-        return self.linear_2(self.act(self.linear_1(pooled)))
-
-
-class OpenQwen2VLPreTrainedModel(LlavaPreTrainedModel):
-    """Weights' initialisation, loading and saving, shared by both classes below."""
-
-    config: OpenQwen2VLConfig
-    config_class = OpenQwen2VLConfig
-
-    def save_pretrained(self, *args, **kwargs) -> None:
-        """As in transformers, but `auto_map` names both classes of this file, not only the one that is saved."""
-        if self.is_remote_code():
-            module = __name__.rpartition(".")[2]
-            self.config.auto_map = {
-                **(getattr(self.config, "auto_map", None) or {}),
-                "AutoModel": f"{module}.OpenQwen2VLModel",
-                "AutoModelForImageTextToText": f"{module}.OpenQwen2VLForConditionalGeneration",
-                "AutoModelForMultimodalLM": f"{module}.OpenQwen2VLForConditionalGeneration",
-            }
-        super().save_pretrained(*args, **kwargs)
+from .pretrained import OpenQwen2VLCausalLMOutputWithPast, OpenQwen2VLPreTrainedModel
+from .vision import OpenQwen2VLMultiModalProjector, normalize_pixels, read_image_seq_length, truncate_vision_tower
 
 
 class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
@@ -155,23 +73,9 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
 
         A list of them would make a compiler start anew for every number of images.
         """
-        if isinstance(image_seq_length, torch.Tensor):
-            image_seq_length = image_seq_length.tolist()  # TRL's GRPO makes tensors of all that a processor returns
-        if image_seq_length is None:
-            image_seq_length = self.config.image_seq_length
-        elif isinstance(image_seq_length, list | tuple):
-            budgets = set(image_seq_length)
-            if len(budgets) != 1:
-                raise ValueError(f"images of one call must have the same image_seq_length, not {sorted(budgets)}")
-            image_seq_length = budgets.pop()
+        image_seq_length = read_image_seq_length(image_seq_length, self.config.image_seq_length)
         pooled_grid_side(image_seq_length, self.config.patches_per_side)
-        size = self.config.vision_config.image_size
-        if tuple(pixel_values.shape[-2:]) != (size, size):
-            raise ValueError(
-                f"pixel_values are {tuple(pixel_values.shape)}; the vision tower takes {size}x{size} images"
-            )
-        if not pixel_values.is_floating_point():
-            pixel_values = pixel_values.float().div_(255).sub_(0.5).div_(0.5)
+        pixel_values = normalize_pixels(pixel_values, self.config.vision_config.image_size)
         trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
@@ -202,28 +106,20 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if pixel_values is not None and mm_encoder_outputs is not None:
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
-        # A cache would switch the isolation of packed documents off in silence, so it is never built unasked.
-        use_cache = use_cache if use_cache is not None else past_key_values is not None
-        packed = kwargs.get("cu_seq_lens_q") is not None
+        packed = is_packed(kwargs)
+        if use_cache is None:
+            # A cache would switch the isolation of packed documents off in silence.
+            use_cache = past_key_values is not None or not (packed or self.training) and self._caches_by_default()
         if packed:
-            _check_packed_arguments(position_ids, attention_mask, past_key_values, use_cache)
+            check_packed_arguments(position_ids, attention_mask, past_key_values, use_cache)
             attention_mask = self._packed_attention_mask()
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        image_outputs = (mm_encoder_outputs or {}).get("image")
-        image_features = None
-        if image_outputs is not None:
-            image_features = torch.stack(list(image_outputs.pooler_output))
-        elif pixel_values is not None:
-            _, image_features = self._encode_images(pixel_values, image_seq_length)
+        image_features = self._image_features(pixel_values, image_seq_length, mm_encoder_outputs)
         if image_features is not None:
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
-            if packed and input_ids is not None and (input_ids.is_cuda or torch.compiler.is_compiling()):
-                mask = self._placeholder_mask_without_waiting(input_ids, image_features)
-            else:
-                mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
-            inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
+            inputs_embeds = self._place_images(inputs_embeds, input_ids, image_features, packed)
         elif past_key_values is None and (self.training or packed):
             inputs_embeds = inputs_embeds + self._zero_image_term(inputs_embeds)
 
@@ -242,6 +138,35 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
             attentions=outputs.attentions,
             image_hidden_states=image_features,
         )
+
+    def _caches_by_default(self) -> bool:
+        return getattr(self.config, "use_cache", True) and self.config.text_config.use_cache
+
+    def _image_features(
+        self,
+        pixel_values: torch.Tensor | None,
+        image_seq_length: int | list[int] | None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
+    ) -> torch.Tensor | None:
+        """`(images, image_seq_length, hidden)`, computed or as given; None without images."""
+        given = (mm_encoder_outputs or {}).get("image")
+        if given is not None:
+            return torch.stack(list(given.pooler_output))
+        return None if pixel_values is None else self._encode_images(pixel_values, image_seq_length)[1]
+
+    def _place_images(
+        self,
+        inputs_embeds: torch.Tensor,
+        input_ids: torch.LongTensor | None,
+        image_features: torch.Tensor,
+        packed: bool,
+    ) -> torch.Tensor:
+        """Embeddings `(batch, sequence, hidden)` with the features in place of the placeholders."""
+        if packed and input_ids is not None and (input_ids.is_cuda or torch.compiler.is_compiling()):
+            mask = self._placeholder_mask_without_waiting(input_ids, image_features)
+        else:
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+        return inputs_embeds.masked_scatter(mask, image_features)
 
     def _placeholder_mask_without_waiting(
         self, input_ids: torch.LongTensor, image_features: torch.Tensor
@@ -263,7 +188,33 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
 
 
 class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, GenerationMixin):
-    """Open-Qwen2VL with its language-modelling head: training, generation, `pipeline("image-text-to-text")`."""
+    """Open-Qwen2VL with its language-modelling head: training, generation, `pipeline("image-text-to-text")`.
+
+    Arguments of `forward`, beside those of every transformers model:
+        input_ids (`torch.LongTensor` of shape `(batch, sequence)`): each image is `image_seq_length` times
+            `config.image_token_id`.
+        pixel_values (`torch.Tensor` of shape `(images, 3, height, width)`): all images of the batch in reading order,
+            uint8 (normalised here) or float (taken as they are).
+        position_ids (`torch.LongTensor` of shape `(batch, sequence)`): needed in a packed batch, where they restart at
+            0 for each document.
+        labels (`torch.LongTensor` of shape `(batch, sequence)`): token ids, -100 where nothing is to be predicted;
+            shifted inside. The loss (fp32) is computed at the labelled positions only.
+        shift_labels (`torch.LongTensor` of shape `(batch, sequence)`): labels already shifted, instead of `labels`.
+        image_seq_length (`int`, or for each image the same): tokens per image of this call; the config's where not
+            given. It is never inferred from counts.
+        use_cache (`bool`): the config's where not given; never in training, with labels or in a packed batch.
+        skip_logits (`bool`): return no logits; by default True in training with labels.
+        return_row_losses (`bool`): with labels, return the sum of the losses of each row as well.
+        label_positions (`torch.LongTensor` of shape `(labelled,)`): positions of the flattened batch that predict a
+            label, as the collator gives them; looked for on the device, which then is waited for, where not given.
+        mm_encoder_outputs (`dict`): `{"image": output of get_image_features}` instead of `pixel_values`.
+        cu_seq_lens_q, cu_seq_lens_k (`torch.IntTensor`, over the flattened batch), max_length_q, max_length_k (`int`):
+            mark a packed batch, which takes no `attention_mask` and no `past_key_values`.
+        num_items_in_batch (`int` or `torch.Tensor`): divides the summed loss.
+
+    It raises a ValueError if placeholders and image features differ in number, or for a packed batch with an attention
+    mask, a cache, or no positions.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -306,46 +257,9 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> OpenQwen2VLCausalLMOutputWithPast:
-        r"""Run the model, with the loss where labels are given.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch, sequence)`): token ids; each image is
-                `image_seq_length` times `config.image_token_id`.
-            pixel_values (`torch.Tensor` of shape `(images, 3, height, width)`): all images of the batch in reading
-                order, uint8 (normalised here) or float (taken as they are).
-            attention_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*): 1 for real tokens of a padded
-                batch. An error in a packed batch.
-            position_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): needed in a packed batch,
-                where they restart at 0 for each document.
-            past_key_values (`Cache`, *optional*): as in any transformers model. An error in a packed batch.
-            inputs_embeds (`torch.Tensor` of shape `(batch, sequence, hidden)`, *optional*): instead of `input_ids`.
-            labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): token ids, -100 where nothing is to
-                be predicted; shifted inside. The loss is computed at the labelled positions only.
-            image_seq_length (`int` or `list[int]`, *optional*): tokens per image of this call; the config's where not
-                given. It is never inferred from counts.
-            use_cache (`bool`, *optional*): False where not given and no `past_key_values` are passed.
-            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): last positions, or the positions,
-                whose logits are returned; 0 for all.
-            skip_logits (`bool`, *optional*): return no logits; by default True in training with labels.
-            return_row_losses (`bool`, *optional*, defaults to `False`): with labels, return the sum of the losses of
-                each row as well.
-            label_positions (`torch.LongTensor` of shape `(labelled,)`, *optional*): positions of the flattened batch
-                that predict a label, as the collator gives them; found on the device, which then is waited for, where
-                not given.
-            mm_encoder_outputs (`dict`, *optional*): `{"image": output of get_image_features}` instead of
-                `pixel_values`.
-            kwargs: `cu_seq_lens_q`, `cu_seq_lens_k` (int32, over the flattened batch), `max_length_q`, `max_length_k`
-                mark a packed batch; `num_items_in_batch` divides the summed loss.
-
-        Returns:
-            `OpenQwen2VLCausalLMOutputWithPast`: `loss` (fp32 scalar), `logits` of shape
-            `(batch, kept, vocabulary)`, `row_losses` (fp32, `(batch,)`) where asked for.
-
-        Raises:
-            ValueError: if placeholders and image features differ in number, or a packed batch comes with an
-                attention mask, a cache, or no positions.
-        """
-        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        """Run the model, with the loss where labels are given; the class says what each argument is."""
+        num_items_in_batch, shift_labels = kwargs.pop("num_items_in_batch", None), kwargs.pop("shift_labels", None)
+        supervised = labels is not None or shift_labels is not None
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -354,25 +268,19 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             image_seq_length=image_seq_length,
-            use_cache=use_cache,
+            use_cache=False if use_cache is None and past_key_values is None and supervised else use_cache,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
-        loss = row_losses = None
-        if labels is not None:
+        hidden, loss, row_losses, logits = outputs.last_hidden_state, None, None, None
+        if supervised:
+            given = labels if shift_labels is None else shift_labels
+            options = {"shifted": shift_labels is not None, "label_positions": label_positions}
             loss, row_losses = selected_position_loss(
-                outputs.last_hidden_state,
-                self.lm_head,
-                labels,
-                num_items_in_batch,
-                return_row_losses=True,
-                label_positions=label_positions,
+                hidden, self.lm_head, given, num_items_in_batch, return_row_losses=True, **options
             )
-        if skip_logits is None:
-            skip_logits = self.training and labels is not None
-        logits = None
-        if not skip_logits:
-            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        if not (self.training and supervised if skip_logits is None else skip_logits):
+            logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
         return OpenQwen2VLCausalLMOutputWithPast(
             loss=loss,
             row_losses=row_losses if return_row_losses else None,
@@ -383,19 +291,18 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
             image_hidden_states=outputs.image_hidden_states,
         )
 
-    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs) -> dict:
+    def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs) -> torch.LongTensor | ModelOutput:
         """As in transformers; placeholders for which there are no images end here instead of in nonsense.
 
         Raises:
             ValueError: with the number of placeholders.
         """
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        without_images = inputs.get("pixel_values") is None and not inputs.get("mm_encoder_outputs")
-        if kwargs.get("is_first_iteration") and without_images and inputs.get("input_ids") is not None:
-            placeholders = (inputs["input_ids"] == self.config.image_token_id).sum().item()
-            if placeholders:
+        input_ids = kwargs.get("input_ids", inputs)
+        sources = ("pixel_values", "mm_encoder_outputs", "inputs_embeds", "past_key_values")
+        if input_ids is not None and all(kwargs.get(name) is None for name in sources):
+            if placeholders := (input_ids == self.config.image_token_id).sum().item():
                 raise ValueError(f"the prompts have {placeholders} image placeholder tokens, but 0 images were given")
-        return inputs
+        return super().generate(inputs, *args, **kwargs)
 
     @classmethod
     def from_vision_text_pretrained(
@@ -407,40 +314,26 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
             vision (`str`): hub id or folder of a SigLIP model (`google/siglip-so400m-patch14-384`).
             text (`str`): hub id or folder of a Qwen2 model (`Qwen/Qwen2.5-1.5B-Instruct`).
             image_seq_length (`int`, *optional*, defaults to 144): tokens per image where a call names none.
-            kwargs: passed to both `from_pretrained` calls (`dtype`, `attn_implementation`, `revision`, ...).
+            kwargs: passed to both `from_pretrained` calls (`dtype`, `attn_implementation`, `revision`, ...). Without a
+                dtype both parts get that of the language model's file.
 
         Returns:
-            [`OpenQwen2VLForConditionalGeneration`], in evaluation mode as after `from_pretrained`.
+            [`OpenQwen2VLForConditionalGeneration`], in evaluation mode as after `from_pretrained`; the embedding has
+            grown where the vocabulary of `text` had no row left for `<s>` and `<|endofchunk|>`.
 
         Raises:
             ValueError: if `vision` is no SigLIP model, or the tokenizer of `text` has no `<|image_pad|>`.
         """
-        vision_config = AutoConfig.from_pretrained(vision)
-        vision_config = getattr(vision_config, "vision_config", vision_config)
-        if vision_config.model_type != "siglip_vision_model":
-            raise ValueError(f"{vision}: the vision tower must be a SigLIP model, not {vision_config.model_type!r}")
-        image_token_id = AutoTokenizer.from_pretrained(text).get_vocab().get(IMAGE_TOKEN)
-        if image_token_id is None:
-            raise ValueError(f"{text}: the tokenizer has no {IMAGE_TOKEN} token, which stands for an image feature")
-        language_model = AutoModelForCausalLM.from_pretrained(text, **kwargs)
-        vision_tower = SiglipVisionModel.from_pretrained(vision, config=vision_config, **kwargs)
-        for backbone in (vision_tower, language_model):
-            if os.path.isdir(backbone.config._name_or_path):
-                # It would be saved and published; a hub id may stand there, a path of this machine should not.
-                backbone.config._name_or_path = ""
-        config = OpenQwen2VLConfig(
-            vision_config=vision_tower.config,
-            text_config=language_model.config,
-            image_token_id=image_token_id,
-            image_seq_length=image_seq_length,
-        )
+        vision_tower, language_model, image_token_id = load_backbones(vision, text, **kwargs)
+        backbones = {"vision_config": vision_tower.config, "text_config": language_model.config}
+        config = OpenQwen2VLConfig(**backbones, image_token_id=image_token_id, image_seq_length=image_seq_length)
         with torch.device("meta"):
             # Without the name of the attention the new top level would reset that of the two backbones.
             model = cls._from_config(config, attn_implementation=kwargs.get("attn_implementation"))
         return model._adopt(vision_tower, language_model).eval()
 
     def _adopt(
-        self, vision_tower: SiglipVisionModel, language_model: nn.Module
+        self, vision_tower: SiglipVisionModel, language_model: PreTrainedModel
     ) -> "OpenQwen2VLForConditionalGeneration":
         """Take the modules of two loaded backbones in place of the empty ones, and initialise the projector."""
         self.model.vision_tower = truncate_vision_tower(vision_tower, self.config)
@@ -449,35 +342,8 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
         projector = OpenQwen2VLMultiModalProjector(self.config)
         projector.apply(self._init_weights)
         self.model.multi_modal_projector = projector.to(language_model.device, language_model.dtype)
-        given = language_model.generation_config
-        # Greedy by default, unlike Qwen2.5's own sampling settings; the token ids are what must not be lost.
-        # Nothing teaches the model not to write a placeholder: as a label it never occurs.
-        self.generation_config = GenerationConfig(
-            bos_token_id=given.bos_token_id,
-            eos_token_id=given.eos_token_id,
-            pad_token_id=given.pad_token_id,
-            suppress_tokens=[self.config.image_token_id],
-        )
+        self.generation_config = greedy_generation(language_model.generation_config, self.config.image_token_id)
         return self
-
-
-def truncate_vision_tower(vision_tower: SiglipVisionModel, config: OpenQwen2VLConfig) -> SiglipVisionModel:
-    """Drop what the features of `config.vision_feature_layer` do not need: later blocks, final norm, pooling head."""
-    del vision_tower.encoder.layers[config.num_vision_blocks :]
-    vision_tower.post_layernorm = nn.Identity()
-    vision_tower.use_head = False
-    if hasattr(vision_tower, "head"):
-        del vision_tower.head
-    return vision_tower
-
-
-def _check_packed_arguments(position_ids, attention_mask, past_key_values, use_cache: bool) -> None:
-    if position_ids is None:
-        raise ValueError("a packed batch (cu_seq_lens_q) needs position_ids that restart at 0 for each document")
-    if attention_mask is not None:
-        raise ValueError("a packed batch (cu_seq_lens_q) takes no attention_mask: it would join the documents")
-    if past_key_values is not None or use_cache:
-        raise ValueError("a packed batch (cu_seq_lens_q) takes no cache: it would join the documents")
 
 
 # `save_pretrained` writes this as auto_map, for readers with trust_remote_code=True and without this package.
