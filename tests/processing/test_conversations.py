@@ -140,6 +140,8 @@ def test_any_text_comes_back_and_has_the_processors_ids(processor, turns):
     record = llava(*(turn for q, a in turns for turn in (("human", q.replace("<image>", "")), ("gpt", a))))
     if any("\U000f0000" <= c <= "\U000f0002" for turn in record["conversations"] for c in turn["value"]):
         return  # the marks of transformers and ours
+    if any(token in turn["value"] for turn in record["conversations"] for token in SPECIAL):
+        return  # transformers cannot both sanitize and mark
     ids, labels = laid_out(record, processor)
     expected = processor.apply_chat_template(
         read_conversation(record).messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True

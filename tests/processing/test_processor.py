@@ -2,6 +2,7 @@
 
 import copy
 import io
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers import AutoProcessor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from open_qwen2vl import OpenQwen2VLProcessor
+from open_qwen2vl.processing import rendering
 from open_qwen2vl.processing.images import decode_image
 from open_qwen2vl.processing.sample_error import SampleError
 from open_qwen2vl.processing.text_formats import encode_as_text
@@ -28,7 +30,8 @@ def test_image_becomes_budget_tokens(processor):
     for budget, options in [(4, {}), (16, {"image_seq_length": 16}), (1, {"images_kwargs": {"image_seq_length": 1}})]:
         inputs = processor(images=[IMAGE], text="<s><|image_pad|>\na cat", return_tensors="pt", **options)
         assert (inputs["input_ids"] == processor.image_token_id).sum() == budget
-        assert set(inputs["image_seq_length"]) == {budget}
+        # It travels only where the model would take another: TRL's GRPO and RLOO know no such key.
+        assert inputs.get("image_seq_length") == (None if budget == 4 else [budget])
         assert inputs["pixel_values"].shape == (1, 3, 32, 32)
 
 
@@ -45,7 +48,7 @@ def test_chat_template(processor):
     text = processor.apply_chat_template(MESSAGES, tokenize=False)
     assert text == (
         "<s><|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-        "<|im_start|>user\n<|image_pad|>what is shown in the image?<|im_end|>\n"
+        "<|im_start|>user\n<|image_pad|>\nwhat is shown in the image?<|im_end|>\n"
         "<|im_start|>assistant\na cat<|im_end|>\n"
     )
     prompt = processor.apply_chat_template(MESSAGES[:1], add_generation_prompt=True, tokenize=False)
@@ -78,7 +81,8 @@ def test_save_and_load(processor, tmp_path):
     loaded = AutoProcessor.from_pretrained(tmp_path)
     assert type(loaded) is OpenQwen2VLProcessor
     assert loaded.image_seq_length == 4
-    assert loaded.chat_template == processor.chat_template
+    assert loaded.chat_template == processor.chat_template and loaded.chat_templates == processor.chat_templates
+    assert loaded.tokenizer.padding_side == "left"
     # The Auto classes would give the torchvision resize, which differs from the one of training.
     assert type(loaded.image_processor) is SiglipImageProcessorPil
     text = "<s><|image_pad|>\na cat"
@@ -157,3 +161,101 @@ def test_images_of_another_prompt_do_not_make_up_for_missing_ones(processor):
         processor(images=[[IMAGE], [IMAGE]], text=prompts)
     assert processor(images=[[IMAGE, IMAGE], []], text=prompts)["pixel_values"][0].shape == (3, 32, 32)
     assert processor(images=[IMAGE, IMAGE], text=prompts)["pixel_values"][0].shape == (3, 32, 32)
+
+
+def test_templates_have_names(processor, tmp_path):
+    """`default` wherever no name is given, also to the tokenizer alone; a changed default is what is saved."""
+    assert set(processor.chat_templates) == {"default", "chatml"}
+    text = processor.apply_chat_template(MESSAGES)
+    assert processor.apply_chat_template(MESSAGES, chat_template="chatml") == text
+    assert processor.tokenizer.get_chat_template() == processor.chat_template
+    other = OpenQwen2VLProcessor.from_parts(processor.image_processor, copy.copy(processor.tokenizer), 4)
+    other.chat_template = "{{ messages[0]['role'] }}"
+    other.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert (
+        loaded.apply_chat_template(MESSAGES) == loaded.apply_chat_template(MESSAGES, chat_template="default") == "user"
+    )
+    assert loaded.apply_chat_template(MESSAGES, chat_template="chatml") == text
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (["<img>", "a"], "I\na"),
+        (["<img>", "\na"], "I\na"),
+        (["<img>", "\n\na"], "I\n\na"),
+        (["<img>", "", "\na"], "I\na"),
+        (["<img>", "<img>", "\na"], "I\nI\na"),
+        (["<img>", "\n", "<img>", "\na"], "I\nI\na"),
+        (["a ", "<img>"], "a I\n"),
+        (["a", "\n\nb"], "a\n\nb"),
+    ],
+)
+def test_an_image_is_followed_by_one_newline(processor, content, expected):
+    parts = [{"type": "image"} if part == "<img>" else {"type": "text", "text": part} for part in content]
+    text = processor.apply_chat_template([{"role": "user", "content": parts}])
+    assert text.split("user\n")[1] == expected.replace("I", "<|image_pad|>") + "<|im_end|>\n"
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<s>", "<|image_pad|>", "<|im_start|>", "<|endofchunk|>"])
+def test_what_a_user_types_is_no_control_token(processor, token):
+    text = f"a {token} cat"
+    messages = [{"role": "user", "content": [{"type": "image", "image": IMAGE}, {"type": "text", "text": text}]}]
+    ids = processor.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"][0]
+    plain = processor.apply_chat_template(
+        [{"role": "user", "content": [messages[0]["content"][0], {"type": "text", "text": "a cat"}]}],
+        tokenize=True,
+        return_dict=True,
+    )["input_ids"][0]
+    token_id = processor.tokenizer.convert_tokens_to_ids(token)
+    assert ids.count(token_id) == plain.count(token_id)
+    assert processor.tokenizer.decode(ids).endswith(f"<|image_pad|>\n{text}<|im_end|>\n")
+
+
+@pytest.mark.parametrize(
+    ("messages", "error"),
+    [
+        ([], "the conversation is empty"),
+        ([[]], "the conversation is empty"),
+        ([{"role": "bing", "content": "a"}], "a message of the role bing: it is system, user or assistant"),
+        ([{"role": "user", "content": [{"type": "text", "text": None}]}], "content of type text has no text"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "content of type text has no text"),
+        ([{"role": "user", "content": None}], "a message has no content"),
+        ([{"role": "user", "content": [{"type": "video"}]}], "content of type video is not supported"),
+    ],
+)
+def test_a_conversation_that_cannot_be_rendered_is_one_clear_error(processor, messages, error):
+    for options in ({}, {"tokenize": True, "return_dict": True}):
+        for template in ("default", "chatml"):
+            with pytest.raises(ValueError, match=error):
+                processor.apply_chat_template(messages, chat_template=template, **options)
+
+
+@pytest.mark.parametrize("images", [[], [[], []], ()])
+def test_no_images_in_any_form(processor, images):
+    inputs = processor(images=images, text=["a cat", "two dogs run"], padding=True, return_tensors="pt")
+    assert set(inputs) == {"input_ids", "attention_mask"}
+    assert inputs["attention_mask"][0, 0] == 0  # on the left
+    with pytest.raises(ValueError, match="no images were passed"):
+        processor(images=images, text=["<|image_pad|>", "a"])
+
+
+def test_a_template_that_runs_on_and_on_is_stopped(processor, monkeypatch):
+    monkeypatch.setattr(rendering, "MAX_SECONDS", 0.2)
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    for options in ({}, {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}):
+        with pytest.raises(ValueError, match="runs on and on"):
+            processor.apply_chat_template(MESSAGES, chat_template=endless, **options)
+    with ThreadPoolExecutor(1) as executor, pytest.raises(ValueError, match="runs on and on"):
+        executor.submit(processor.apply_chat_template, MESSAGES, chat_template=endless).result()
+    assert processor.apply_chat_template(MESSAGES).startswith("<s>")
+
+
+def test_a_budget_set_afterwards_travels(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path, image_seq_length=9)
+    inputs = loaded(images=[IMAGE], text="<|image_pad|>")
+    assert inputs["image_seq_length"] == [9] and inputs["input_ids"][0].count(loaded.image_token_id) == 9
+    loaded.image_seq_length = 4
+    assert "image_seq_length" not in loaded(images=[IMAGE], text="<|image_pad|>")

@@ -5,18 +5,24 @@ An image is warped to the tower's square whatever its aspect ratio and stands in
 This file travels with checkpoints: it imports installed libraries and its siblings only.
 """
 
+import base64
+import os
 from pathlib import Path
+from typing import Any
 
+import httpx
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from torch import nn
-from transformers import AutoTokenizer, BatchFeature
+from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .images import decode_image, to_rgb
+from .rendering import limit_rendering
 from .text_formats import IMAGE_TOKEN, prepare_tokenizer
 
 # Filters of SigLIP's image processors by the name that torch has for them.
@@ -48,8 +54,9 @@ class OpenQwen2VLProcessor(ProcessorMixin):
             was trained with (torchvision's differs by one grey level here and there).
         tokenizer (`PreTrainedTokenizerBase`):
             A Qwen2.5 tokenizer after [`prepare_tokenizer`].
-        chat_template (`str`, *optional*):
-            Jinja template of a conversation.
+        chat_template (`str` or `dict[str, str]`, *optional*):
+            Jinja template of a conversation, or several by name. The attribute `chat_template` is the one named
+            `default`, `chat_templates` has all.
         image_seq_length (`int`, *optional*, defaults to 144):
             Tokens per image where a call names none.
     """
@@ -62,9 +69,34 @@ class OpenQwen2VLProcessor(ProcessorMixin):
         if not isinstance(image_processor, SiglipImageProcessorPil):
             # The Auto classes prefer the torchvision backend, also for what the Pillow one saved.
             image_processor = SiglipImageProcessorPil.from_dict(image_processor.to_dict())
-        self.image_seq_length = image_seq_length
+        self.image_seq_length = self._model_image_seq_length = image_seq_length
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self._named_templates = chat_template if isinstance(chat_template, dict) else {}
+        default = self._named_templates.get("default", chat_template) if self._named_templates else chat_template
+        super().__init__(image_processor, tokenizer, chat_template=default)
+
+    @property
+    def chat_templates(self) -> dict[str, str]:
+        """All chat templates by name: `default` and, of processors made here, `chatml`, the one of new models."""
+        return {**self._named_templates, **({"default": self.chat_template} if self.chat_template else {})}
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, *args, image_seq_length: int | None = None, **kwargs
+    ) -> "OpenQwen2VLProcessor":
+        """As in transformers; another `image_seq_length` than the model's travels with what a call returns."""
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if image_seq_length is not None:
+            processor.image_seq_length = image_seq_length
+        return processor
+
+    def save_pretrained(self, *args, **kwargs) -> list[str]:
+        """As in transformers, with all named chat templates."""
+        default, self.chat_template = self.chat_template, self.chat_templates or None
+        try:
+            return super().save_pretrained(*args, **kwargs)
+        finally:
+            self.chat_template = default
 
     @classmethod
     def from_vision_text_pretrained(
@@ -86,15 +118,84 @@ class OpenQwen2VLProcessor(ProcessorMixin):
         """
         image_processor = SiglipImageProcessorPil.from_pretrained(vision, **kwargs)
         tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(text, **kwargs))
-        tokenizer.chat_template = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf8")
-        return cls(
-            image_processor, tokenizer, chat_template=tokenizer.chat_template, image_seq_length=image_seq_length
-        )
+        return cls.from_parts(image_processor, tokenizer, image_seq_length)
+
+    @classmethod
+    def from_parts(
+        cls,
+        image_processor: SiglipImageProcessorPil,
+        tokenizer: PreTrainedTokenizerBase,
+        image_seq_length: int,
+        default_template: str = "chat_template.jinja",
+    ) -> "OpenQwen2VLProcessor":
+        """A processor with the templates of this folder under their names, which pads on the left."""
+        files = {"default": default_template, "chatml": "chat_template.jinja"}
+        folder = Path(__file__).parent
+        templates = {name: (folder / file).read_text(encoding="utf8") for name, file in files.items()}
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # what is saved is the latter
+        tokenizer.chat_template = templates
+        return cls(image_processor, tokenizer, chat_template=templates, image_seq_length=image_seq_length)
 
     @property
     def images_kwargs(self) -> dict[str, int]:
         """Defaults of a call's image options."""
         return {"image_seq_length": self.image_seq_length}
+
+    def apply_chat_template(
+        self,
+        conversation: list,
+        chat_template: str | None = None,
+        *args,
+        tokenize: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        sanitize_control_tokens: bool | None = None,
+        **kwargs,
+    ) -> Any:
+        """As in transformers; but what a user typed never becomes control tokens or images unless asked for.
+
+        Args:
+            conversation (`list`): messages, or several lists of them.
+            chat_template (`str`, *optional*): a name of `chat_templates`, or a Jinja template; `default` if not given.
+            args: as in transformers.
+            tokenize (`bool`, *optional*, defaults to `False`): return ids instead of text.
+            return_assistant_tokens_mask (`bool`, *optional*, defaults to `False`): with the ids, where answers are.
+            sanitize_control_tokens (`bool`, *optional*): encode control tokens in messages as text; where not given
+                it is done whenever transformers can do it: with `tokenize` and without the mask.
+            kwargs: as in transformers.
+
+        Returns:
+            `str`, `list` or `BatchFeature`: as in transformers.
+
+        Raises:
+            ValueError: for a conversation that is empty or that the template refuses, and if the template does not
+                come to an end.
+        """
+        if not conversation:
+            raise ValueError("the conversation is empty")
+        if sanitize_control_tokens is None:
+            sanitize_control_tokens = tokenize and not return_assistant_tokens_mask
+        try:
+            limit_rendering(self._resolve_chat_template(chat_template))
+            return super().apply_chat_template(
+                conversation,
+                chat_template,
+                *args,
+                tokenize=tokenize,
+                return_assistant_tokens_mask=return_assistant_tokens_mask,
+                sanitize_control_tokens=sanitize_control_tokens,
+                **kwargs,
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses the conversation: {error}") from error
+
+    def _resolve_chat_template(self, chat_template: str | None) -> str:
+        return super()._resolve_chat_template(self.chat_templates.get(chat_template, chat_template))
+
+    def prepare_inputs_layout(self, images: ImageInput | None = None, **kwargs) -> tuple:
+        """Images of a call as training sees them, whatever they come as; no image at all is None."""
+        if images is not None:
+            images = read_images(images)
+        return super().prepare_inputs_layout(images=images if _any_image(images) else None, **kwargs)
 
     def validate_inputs(self, images: ImageInput | None = None, text: list[str] | None = None, **kwargs) -> None:
         """Refuse a prompt whose placeholders and images differ in number, also where the totals agree.
@@ -117,16 +218,12 @@ class OpenQwen2VLProcessor(ProcessorMixin):
                 raise ValueError(f"prompt {number} has {placeholders} {self.image_token} tokens and {len(own)} images")
 
     def _process_images(self, images: ImageInput, image_seq_length: int, **kwargs) -> tuple[BatchFeature, list[str]]:
-        processed = self.image_processor(_to_rgb(images), **kwargs)
+        processed = self.image_processor(images, **kwargs)
         number = len(make_flat_list_of_images(images))
-        # One entry per image, as for every other output: servers cut a batch image by image.
-        processed["image_seq_length"] = [image_seq_length] * number
-        replacements = [self.replace_image_token(processed, i) for i in range(number)]
-        return processed, replacements
-
-    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """The text that stands for one image: as many placeholders as it has features."""
-        return self.image_token * image_inputs["image_seq_length"][image_idx]
+        if image_seq_length != self._model_image_seq_length:
+            # One entry per image, as for every other output: servers cut a batch image by image.
+            processed["image_seq_length"] = [image_seq_length] * number
+        return processed, [self.image_token * image_seq_length] * number
 
     def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs) -> MultiModalData:
         """Placeholders and patches of images of the given (height, width), for vLLM's Transformers backend."""
@@ -180,11 +277,29 @@ class OpenQwen2VLProcessor(ProcessorMixin):
         return nn.functional.interpolate(pixels, (height, width), mode=mode, antialias=True).contiguous()
 
 
-def _to_rgb(images: ImageInput) -> ImageInput:
-    """Pillow images as training sees them (an alpha channel is dropped, not laid on white); arrays are left alone."""
+def read_images(images: ImageInput) -> ImageInput:
+    """Images, or lists of them, as RGB Pillow images by the rules of training."""
     if isinstance(images, list | tuple):
-        return [_to_rgb(image) for image in images]
-    return to_rgb(images) if isinstance(images, Image.Image) else images
+        return [read_images(image) for image in images]
+    if isinstance(images, str | os.PathLike):
+        return decode_image(_read_source(os.fspath(images)))
+    return to_rgb(images)
+
+
+def _read_source(source: str) -> bytes:
+    """Bytes of an image by URL, path or as base64, as transformers understands them."""
+    if source.startswith(("http://", "https://")):
+        return httpx.get(source, follow_redirects=True, timeout=60).raise_for_status().content
+    if os.path.isfile(source):
+        return Path(source).read_bytes()
+    try:
+        return base64.b64decode(source.split(",", 1)[-1] if source.startswith("data:") else source, validate=True)
+    except ValueError:
+        raise ValueError(f"image {source[:80]!r}: no file of this name, no http(s) URL and no base64") from None
+
+
+def _any_image(images: ImageInput | None) -> bool:
+    return any(map(_any_image, images)) if isinstance(images, list) else images is not None
 
 
 # `save_pretrained` writes this as auto_map, for readers with trust_remote_code=True and without this package.
