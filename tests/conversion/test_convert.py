@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from open_qwen2vl.cli import main
+from open_qwen2vl.conversion import vision_weights
 from open_qwen2vl.conversion.convert import convert_checkpoint
 from open_qwen2vl.conversion.names import read_token_budget, read_vision_config, write_arch_specifier
 from open_qwen2vl.files import new_folder
@@ -173,6 +175,60 @@ def test_trained_tower_goes_back(tmp_path, converted, tensors):
         assert torch.equal(back[name], tensor + 1 if held else tensor), name
 
 
+def test_a_trained_tower_goes_back_without_being_asked_for(tmp_path, converted, tensors, monkeypatch, caplog):
+    """It is compared with the weights that the original takes where it finds none: equal is left out, as there."""
+    model = AutoModelForImageTextToText.from_pretrained(converted)
+    with torch.no_grad():
+        model.model.vision_tower.encoder.layers[0].mlp.fc1.weight += 1
+    model.save_pretrained(tmp_path / "trained")
+    # Without a network nothing is known, and that is said.
+    assert convert(tmp_path / "trained", tmp_path / "unknown", "--to-original") == 0
+    assert "the vision tower is NOT written" in caplog.text and "--vision-weights" in caplog.text
+    assert set(read_original(tmp_path / "unknown")) == {"projector", "llm_backbone"}
+    caplog.clear()
+    monkeypatch.setattr(vision_weights, "_download", lambda source: ORIGINAL / "checkpoints" / "latest-checkpoint.pt")
+    assert convert(tmp_path / "trained", tmp_path / "back", "--to-original") == 0
+    back = read_original(tmp_path / "back")["vision_backbone"]
+    assert back.keys() == tensors["vision_backbone"].keys()
+    name = "featurizer.blocks.0.mlp.fc1.weight"
+    assert torch.equal(back[name], tensors["vision_backbone"][name] + 1)
+    assert convert(converted, tmp_path / "frozen", "--to-original") == 0
+    assert "vision_backbone" not in read_original(tmp_path / "frozen") and not caplog.text
+    # Weights of another tower complete nothing.
+    tower = {n.removeprefix("featurizer."): t for n, t in tensors["vision_backbone"].items() if "blocks.1." not in n}
+    save_file(tower, tmp_path / "other.safetensors")
+    assert convert(converted, tmp_path / "x", "--to-original", "--vision-weights", tmp_path / "other.safetensors") == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip", b"PK\x05\x06" + bytes(18), pickle.dumps([1, 2])])
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_files_that_are_no_checkpoints_are_one_line(tmp_path, tensors, capsys, content, suffix):
+    original = write_original(tmp_path / "original", {k: v for k, v in tensors.items() if k != "vision_backbone"})
+    weights = tmp_path / f"vision.{suffix}"
+    weights.write_bytes(content)
+    assert convert(original, tmp_path / "model", "--text-model", TEXT, "--vision-weights", weights) == 2
+    (original / "checkpoints" / "latest-checkpoint.pt").write_bytes(content)
+    assert convert(original, tmp_path / "model", "--text-model", TEXT) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 2 and errors.count("not a ") == 2
+    assert str(weights) in errors and "latest-checkpoint.pt" in errors
+
+
+@pytest.mark.parametrize("content", [b"[]", b"\xff", b"{", b'{"model": 1}'])
+def test_a_config_that_is_none_is_one_line(tmp_path, tensors, capsys, content):
+    original = write_original(tmp_path / "original", tensors)
+    (original / "config.json").write_bytes(content)
+    assert convert(original, tmp_path / "model", "--text-model", TEXT) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def one_error(capsys) -> str:
+    """The one line of an error; a line that says what was guessed of a toy's tower may stand before it."""
+    error = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("vision tower of width")]
+    assert len(error) == 1 and error[0].startswith("open-qwen2vl convert: error: ")
+    return error[0]
+
+
 def change(tensors: dict, part: str, name: str, tensor: torch.Tensor | None) -> dict:
     """A copy with one tensor replaced, or left out."""
     changed = {key: dict(value) for key, value in tensors.items()}
@@ -204,8 +260,7 @@ def test_wrong_tensors_are_one_error_and_no_folder(tmp_path, tensors, capsys, pa
     original = write_original(tmp_path / "original", change(tensors, part, name, tensor))
     vision = ["--vision-weights", original / "checkpoints/latest-checkpoint.pt"]
     assert convert(original, tmp_path / "model", "--text-model", TEXT, *vision) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("open-qwen2vl convert: error: ") and message in error and error.count("\n") == 1
+    assert message in one_error(capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["original"]
 
 
@@ -266,8 +321,7 @@ def test_objects_are_never_unpickled(tmp_path, tensors, capsys):
 def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert convert(*arguments) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("open-qwen2vl convert: error: ") and message in error and error.count("\n") == 1
+    assert message in one_error(capsys)
     assert not list(tmp_path.iterdir())
 
 
@@ -346,7 +400,7 @@ def test_template_marks_the_labelled_tokens(qwen_processor, name):
                 for turn in case["conversation"]]  # fmt: skip
     encoded = qwen_processor.tokenizer.apply_chat_template(
         messages,
-        chat_template=qwen_processor.chat_template["default"],
+        chat_template=qwen_processor.chat_template,
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
@@ -356,7 +410,7 @@ def test_template_marks_the_labelled_tokens(qwen_processor, name):
 
 def test_plain_template_is_there_by_name(converted, processor):
     loaded = AutoProcessor.from_pretrained(converted)
-    assert set(loaded.chat_template) == {"default", "chatml"}
+    assert set(loaded.chat_templates) == {"default", "chatml"}
     messages = messages_of(CONVERSATIONS["multi_turn"]["conversation"])
     text = loaded.apply_chat_template(messages, chat_template="chatml")
     assert text == processor.apply_chat_template(messages)

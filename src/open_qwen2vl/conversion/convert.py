@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -24,18 +23,18 @@ from ..modeling.modeling_open_qwen2vl import OpenQwen2VLForConditionalGeneration
 from ..processing import text_formats
 from ..processing.processing_open_qwen2vl import OpenQwen2VLProcessor
 from .names import (
+    check_vision_weights,
     convert_original_tensors,
     read_token_budget,
     read_vision_config,
     restore_original_tensors,
     write_arch_specifier,
 )
-from .vision_weights import DEFAULT_VISION_WEIGHTS, load_pt, load_vision_weights
+from .vision_weights import DEFAULT_VISION_WEIGHTS, load_pt, load_safetensors, load_vision_weights
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = Path("checkpoints") / "latest-checkpoint.pt"
-_TEMPLATES = {"default": "chat_template_original.jinja", "chatml": "chat_template.jinja"}
 _MAX_NAMES = 20
 
 
@@ -136,9 +135,10 @@ def convert_to_original(
         model_folder (`str` or `Path`): folder with `config.json` and safetensors, of an adapter (which is merged into
             its base), or `output_dir` of a training.
         output (`str` or `Path`): folder to make; it must not exist.
-        vision_weights (`str`, *optional*): as in [`convert_checkpoint`]. Without them no vision backbone is written
-            (the original takes timm's); with them the model's tower is, completed by the last block, the final norm
-            and the pooling head of these weights, which the model does not hold.
+        vision_weights (`str`, *optional*): as in [`convert_checkpoint`]; by default timm's release, which the original
+            takes where a checkpoint has no vision backbone. The model's tower is written where it differs from these
+            weights or they are given, completed by their last block, final norm and pooling head, which the model
+            does not hold. Where that is not possible a warning says so.
 
     Returns:
         [`ConversionReport`].
@@ -149,13 +149,13 @@ def convert_to_original(
     """
     model_folder, output = Path(model_folders.model_folder(model_folder)), Path(output)
     config, state = _load_model(model_folder)
-    backbone, other = load_vision_weights(vision_weights) if vision_weights else (None, [])
+    backbone, other = _backbone_to_write(state, config, vision_weights)
     tensors = restore_original_tensors(state, config, backbone)
     if backbone is None:
         other = [name for name in state if name.startswith("model.vision_tower.")]
     report = ConversionReport(
         output,
-        vision_weights or "none written",
+        "none written" if backbone is None else vision_weights or DEFAULT_VISION_WEIGHTS,
         config.image_seq_length,
         *_count(tensor for part in tensors.values() for tensor in part.values()),
         other,
@@ -168,15 +168,38 @@ def convert_to_original(
     return report
 
 
+def _backbone_to_write(
+    state: dict[str, torch.Tensor], config: OpenQwen2VLConfig, vision_weights: str | None
+) -> tuple[dict[str, torch.Tensor] | None, list[str]]:
+    """Weights that complete the model's tower, and names beside them; None where the original's own are the same."""
+    if vision_weights:
+        backbone, other = load_vision_weights(vision_weights)
+        check_vision_weights(state, config, backbone, vision_weights)
+        return backbone, other
+    try:
+        backbone, _ = load_vision_weights(DEFAULT_VISION_WEIGHTS)
+        trained = check_vision_weights(state, config, backbone, DEFAULT_VISION_WEIGHTS)
+    except ValueError as error:
+        logger.warning(
+            "the vision tower is NOT written, and the original will take %s instead: if the tower was trained, or is "
+            "another one, give the weights that it started from as --vision-weights (%s)",
+            DEFAULT_VISION_WEIGHTS,
+            error,
+        )
+        return None, []
+    return (backbone if trained else None), []
+
+
 def _read_original(folder: Path) -> tuple[int, dict[str, dict[str, torch.Tensor]], list[str]]:
     """Tokens per image, the tensors by part, and the names of what lies beside them."""
     try:
         arch_specifier = json.loads((folder / "config.json").read_text(encoding="utf8"))["model"]["arch_specifier"]
-    except (KeyError, TypeError, json.JSONDecodeError):
+    except (KeyError, TypeError, ValueError):  # no JSON, no such entry, no text
         raise ValueError(f"{folder / 'config.json'}: no model.arch_specifier in it") from None
     checkpoint = load_pt(folder / CHECKPOINT)
-    tensors = dict(checkpoint.get("model", {}))
-    if absent := [part for part in ("projector", "llm_backbone") if part not in tensors]:
+    tensors = checkpoint.get("model")
+    tensors = dict(tensors) if isinstance(tensors, dict) else {}
+    if absent := [part for part in ("projector", "llm_backbone") if not isinstance(tensors.get(part), dict)]:
         raise ValueError(f"{folder / CHECKPOINT}: no {' and no '.join(absent)} in it")
     others = [f"{name} (beside the model)" for name in checkpoint if name != "model"]
     return read_token_budget(arch_specifier), tensors, others
@@ -216,7 +239,7 @@ def _load_model_folder(folder: Path) -> dict[str, torch.Tensor]:
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder}: no model*.safetensors")
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    return {name: tensor for file in files for name, tensor in load_safetensors(file).items()}
 
 
 def _load_text_model(source: str) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
@@ -231,11 +254,10 @@ def _build_processor(
     tokenizer: PreTrainedTokenizerBase, image_seq_length: int, image_size: int
 ) -> OpenQwen2VLProcessor:
     """The original's prompt format by default, that of new models as `chat_template="chatml"`."""
-    folder = Path(text_formats.__file__).parent
-    templates = {name: (folder / file).read_text(encoding="utf8") for name, file in _TEMPLATES.items()}
-    tokenizer.chat_template = templates
     image_processor = SiglipImageProcessorPil(size={"height": image_size, "width": image_size})
-    return OpenQwen2VLProcessor(image_processor, tokenizer, chat_template=templates, image_seq_length=image_seq_length)
+    return OpenQwen2VLProcessor.from_parts(
+        image_processor, tokenizer, image_seq_length, default_template="chat_template_original.jinja"
+    )
 
 
 def _empty_model(config: OpenQwen2VLConfig, tokenizer, language: dict[str, torch.Tensor]):

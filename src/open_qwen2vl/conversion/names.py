@@ -91,6 +91,23 @@ def restore_original_tensors(
     return parts
 
 
+def check_vision_weights(
+    state: dict[str, torch.Tensor], config: OpenQwen2VLConfig, vision_backbone: dict[str, torch.Tensor], source: str
+) -> bool:
+    """Whether the model's tower differs from weights that complete it; a ValueError if those are of another tower."""
+    differs, given = False, set()
+    for name, tensor in vision_backbone.items():
+        for ours, part in _vision(name, tensor, config).items():
+            given.add(ours)
+            if ours not in state or state[ours].numel() != part.numel():
+                raise ValueError(f"{source}: {name} does not fit the model's vision tower")
+            own = state[ours]
+            differs = differs or not torch.equal(own, part.reshape(own.shape).to(own.dtype))
+    if missing := [name for name in state if name.startswith("model.vision_tower.") and name not in given]:
+        raise ValueError(f"{source}: it has nothing for {missing[0]}")
+    return differs
+
+
 def _restore_vision(state, config: OpenQwen2VLConfig, vision_backbone) -> dict[str, torch.Tensor]:
     restored = {}
     for name, tensor in vision_backbone.items():

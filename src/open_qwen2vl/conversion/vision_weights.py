@@ -5,9 +5,9 @@ tower). Files are mapped, and only tensors are read from them.
 """
 
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 # The image tower of google/siglip-so400m-patch14-384 as timm released it, which the original froze.
@@ -29,9 +29,10 @@ def load_vision_weights(source: str) -> tuple[dict[str, torch.Tensor], list[str]
         ValueError: if the file or id cannot be found, or holds no vision tower.
     """
     path = Path(source) if Path(source).exists() else _download(source)
-    tensors = load_file(path) if path.suffix == ".safetensors" else load_pt(path)
-    if "model" in tensors:
+    tensors = load_safetensors(path) if path.suffix == ".safetensors" else load_pt(path)
+    if isinstance(tensors.get("model"), dict):
         tensors = tensors["model"].get("vision_backbone", {})
+    tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
     for prefix in ("featurizer.", "visual.trunk.", ""):
         if f"{prefix}pos_embed" in tensors:
             tower = {name: t for name, t in tensors.items() if name.startswith(prefix)}
@@ -41,21 +42,28 @@ def load_vision_weights(source: str) -> tuple[dict[str, torch.Tensor], list[str]
 
 
 def load_pt(path: Path) -> dict:
-    """Map a file of `torch.save`.
-
-    Args:
-        path (`Path`): the file; nothing but tensors and containers is unpickled from it.
-
-    Returns:
-        `dict`: its content, on the CPU.
-
-    Raises:
-        ValueError: if it is no such file, or holds other objects.
-    """
+    """Map a file of `torch.save`, of which nothing but tensors and containers is unpickled; ValueError for another."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path}: not a checkpoint of tensors ({str(error).splitlines()[0]})") from None
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # zip, pickle and torch each have their own
+        raise ValueError(f"{path}: not a checkpoint of tensors ({_first_line(error)})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a checkpoint of tensors (it holds a {type(content).__name__})")
+    return content
+
+
+def load_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """Map a safetensors file; ValueError for another."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file ({_first_line(error)})") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _download(source: str) -> Path:
