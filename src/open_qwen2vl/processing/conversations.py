@@ -24,7 +24,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from .conversation_records import join_texts
 from .sample_error import SampleError
-from .text_formats import IGNORE_INDEX, encode_as_text
+from .text_formats import IGNORE_INDEX, count_as_text, encode_as_text
 
 SHORT_PIECE = 64  # characters: what the template writes itself comes again and again, a longer text is the data's
 KEPT_PIECES = 256
@@ -78,16 +78,17 @@ class ConversationFormat:
         self, conversations: Sequence[Pieces], block_lengths: Sequence[Sequence[int]]
     ) -> Iterable[tuple[int, int]]:
         """Positions and labelled positions of many conversations, each given as its [`pieces`]."""
-        encoded = self.encode(conversations)
+        texts = {text for pieces in conversations for text, _ in pieces} - self._media - self._special_ids.keys()
+        unknown = [text for text in texts if text not in self._short_pieces]
+        counts = count_as_text(self.tokenizer, [text.replace(_MARK, "") for text in unknown])
+        # Media are counted by their blocks, control tokens are one position each.
+        sizes = dict.fromkeys(self._special_ids, 1) | dict.fromkeys(self._media, 0)
+        sizes |= {text: len(ids) for text, ids in self._short_pieces.items()} | dict(zip(unknown, counts, strict=True))
         for pieces, blocks in zip(conversations, block_lengths, strict=True):
-            tokens = labels = 0
-            for number, (text, is_answer) in enumerate(pieces):
-                if text in self._media:
-                    continue
-                length = len(encoded[text])
-                tokens += length
-                labels += length if is_answer and number else max(0, length - 1) if is_answer else 0
-            yield tokens + sum(blocks), labels
+            labels = sum([sizes[text] for text, is_answer in pieces if is_answer])
+            if pieces and pieces[0][1] and sizes[pieces[0][0]]:
+                labels -= 1  # the first position of a document has none
+            yield sum([sizes[text] for text, _ in pieces]) + sum(blocks), labels
 
     def pieces(self, messages: list[dict[str, Any]]) -> Pieces:
         """What a conversation becomes before it is tokenised; `template_error` if the template loses an image."""

@@ -19,7 +19,7 @@ from ...processing.conversations import ConversationFormat
 from ...processing.sample_error import SampleError
 from ...processing.text_formats import (
     MAX_INTERLEAVED_IMAGES,
-    encode_as_text,
+    count_as_text,
     split_document,
     text_document,
     text_parts,
@@ -106,9 +106,9 @@ class TextsForm:
         """See [`Form`]."""
         parts = [text_parts(texts, self._format) for texts in contents]
         # Entries without a text of their own are not sent to the tokenizer: half of a caption's.
-        encoded = iter(encode_as_text(self._tokenizer, [part for own in parts for part in own if part]))
+        counts = iter(count_as_text(self._tokenizer, [part for own in parts for part in own if part]))
         for texts, own, lengths in zip(contents, parts, blocks, strict=True):
-            yield self._split(texts, [len(next(encoded)) if part else 0 for part in own], lengths)
+            yield self._split(texts, [next(counts) if part else 0 for part in own], lengths)
 
     def _split(self, texts: list[str | None], lengths: list[int], blocks: Sequence[int]) -> list[Piece]:
         max_length, most = self._recipe["max_length"], MAX_INTERLEAVED_IMAGES
