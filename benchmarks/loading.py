@@ -26,8 +26,10 @@ from report import describe_machine, write_result
 from torch.utils.data import DataLoader
 
 from open_qwen2vl import OpenQwen2VLProcessor, PackedDataset, PackingCollator
+from open_qwen2vl.families.interface import StepWork
+from open_qwen2vl.families.open_qwen2vl_model import OpenQwen2VLPackedModel, vision_work
 from open_qwen2vl.processing import images
-from open_qwen2vl.trainer.figures.flops import GPUS, step_flops
+from open_qwen2vl.trainer.figures.flops import GPUS
 
 IMAGE_SIZE = 384
 BUDGET = 144
@@ -110,7 +112,11 @@ def demand(utilisation: float) -> list[str]:
     lines = [f"| model | GPU | images/s at {utilisation:.0%} of its peak |", "|---|---|---:|"]
     documents, length = 23, 176
     for size in ("0.5b", "2b"):
-        flops = step_flops(make_config(size), documents * length, documents * length**2, documents, BUDGET)
+        config = make_config(size)
+        vision = vision_work(config, documents, BUDGET)
+        work = StepWork(documents * length, documents * length**2, documents, vision)
+        trained = {"language_model": 1, "projector": 1, "vision_tower": 0}
+        flops = OpenQwen2VLPackedModel().step_flops(config, work, trained)
         for name in ("h100", "a100-80gb", "rtx4090"):
             rate = utilisation * GPUS[name].peak_flops / flops * documents
             lines.append(f"| {SIZES[size]['title']} | {name} | {rate:.0f} |")

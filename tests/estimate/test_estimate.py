@@ -13,7 +13,9 @@ from open_qwen2vl.estimate.estimate import PRICES, estimate_run, find_gpu
 from open_qwen2vl.estimate.figures import duration
 from open_qwen2vl.estimate.inputs import DEFAULTS, assumed_work, planned_work, read_recipe, read_training
 from open_qwen2vl.estimate.options import EstimateOptions
-from open_qwen2vl.trainer.figures.flops import GPUS, step_flops
+from open_qwen2vl.families.interface import StepWork
+from open_qwen2vl.families.open_qwen2vl_model import OpenQwen2VLPackedModel, vision_work
+from open_qwen2vl.trainer.figures.flops import GPUS
 from tests.tars import write_caption_tar
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +77,9 @@ def test_figures_follow_from_the_flops_and_the_peak(plans):
     on = EstimateOptions("", "h100", 2, mfu=0.4, price_per_hour=3)
     result = estimate_run({**options, "max_steps": 5}, config, [work], on)
     # The five packs are filled up to one step of twelve; five steps read them five times.
-    flops = 5 * step_flops(config, work.tokens, totals["tokens"] ** 2 / 24, 24, 4)
+    step = StepWork(work.tokens, totals["tokens"] ** 2 / 24, 24, vision_work(config, 24, 4))
+    trained = {"projector": 1, "language_model": 1, "vision_tower": 0}
+    flops = 5 * OpenQwen2VLPackedModel().step_flops(config, step, trained)
     assert (work.packs, result.steps, result.packs_per_step) == (5, 5, 12)
     assert result.flops == pytest.approx(flops)
     assert result.hours * 3600 == pytest.approx(flops / (2 * 0.4 * GPUS["h100"].peak_flops))

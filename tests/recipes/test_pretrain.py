@@ -99,7 +99,6 @@ def test_accelerate_launch_trains_and_saves_all(launched, backbones):
         "model",
         "loss.png",
         "train_results.json",
-        ".lock",
         *(f"checkpoint-{step}" for step in range(5, 31, 5)),
     }
     with Image.open(output_dir / "loss.png") as image:

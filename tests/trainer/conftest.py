@@ -29,6 +29,7 @@ def build_pack(tokenizer, documents, seed=0, with_images=True, supervised=True, 
             0, 256, (documents * with_images, 3, 32, 32), dtype=torch.uint8, generator=pixels
         ),
         "image_seq_length": 4,
+        "vision_work": (documents * with_images, documents * with_images, 4 * documents * with_images),
         "dropped": dropped or {},
     }
 

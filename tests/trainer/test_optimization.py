@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from open_qwen2vl.families.open_qwen2vl_model import OpenQwen2VLPackedModel
 from open_qwen2vl.trainer.optimization import part_of
 
 
@@ -28,7 +29,7 @@ def test_each_part_has_its_learning_rate_and_decay(make_trainer):
     trainer.create_optimizer()
     expected = {"vision_tower": 1e-5, "projector": 5e-3, "language_model": 1e-3}
     for part, name in NAMES.items():
-        assert part_of(name) == part
+        assert part_of(name, OpenQwen2VLPackedModel.parts) == part
         assert rate_of(trainer, f"{name}weight") == (expected[part], 0.1)
         assert rate_of(trainer, f"{name}bias") == (expected[part], 0.0)
     grouped = [p for group in trainer.optimizer.param_groups for p in group["params"]]

@@ -173,6 +173,7 @@ def test_resume_continues_with_the_very_same_losses(make_trainer, packs, tmp_pat
         "save_steps": 4,
         "logging_steps": 3,
         "weight_decay": 0.1,
+        "max_dropped_share": 1,
     }
     whole = make_trainer(output_dir=str(tmp_path / "whole"), **options)
     whole.train()

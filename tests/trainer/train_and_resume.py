@@ -23,6 +23,7 @@ from open_qwen2vl import (
     PackedTrainingArguments,
 )
 from open_qwen2vl.data.packing.mixture import PackMixture, parse_sources
+from open_qwen2vl.families.open_qwen2vl_model import OpenQwen2VLPackedModel
 from open_qwen2vl.trainer import save_final_model
 from open_qwen2vl.trainer.optimization import part_of
 
@@ -83,7 +84,9 @@ def result(trainer: PackedTrainer) -> dict:
         "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
         "rates": trainer._get_learning_rate(),
         "evaluation": trainer.evaluate(),
-        "sharded": sorted({part_of(name) for name, p in parameters if isinstance(p, DTensor)}),
+        "sharded": sorted(
+            {part_of(name, OpenQwen2VLPackedModel.parts) for name, p in parameters if isinstance(p, DTensor)}
+        ),
         "tower_dtypes": sorted({str(p.dtype) for name, p in parameters if "vision_tower" in name}),
         "ranks": gather_object(
             [{"step": trainer.state.global_step, "interrupted": trainer.interrupted, "tower": tower}]

@@ -12,8 +12,11 @@ import re
 from collections import Counter
 from typing import Any
 
+from ..families import packed_model
+from ..families.interface import StepWork
+from ..families.open_qwen2vl_model import vision_work
 from ..modeling.configuration_open_qwen2vl import OpenQwen2VLConfig
-from ..trainer.figures.flops import GPUS, Gpu, step_flops
+from ..trainer.figures.flops import GPUS, Gpu
 from .figures import GIB, Estimate
 from .inputs import PARTS, Work, assumed_work, number_of, planned_work, read_config, read_recipe, read_training
 from .memory import MicroBatch, Training, parameters_by_part, step_memory
@@ -83,11 +86,8 @@ def estimate_run(
     batch_size = int(number_of(recipe, "per_device_train_batch_size"))
     packs_per_step = num_gpus * batch_size * training.accumulation
     steps, epochs = _steps(recipe, work, packs_per_step)
-    switches = {f"train_{part}": part in training.trained for part in PARTS}
-    flops = epochs * sum(
-        step_flops(config, each.tokens, each.squared_lengths, each.images, each.image_seq_length, **switches)
-        for each in work
-    )
+    trained = {part: int(part in training.trained) for part in PARTS}
+    flops = epochs * sum(packed_model(config).step_flops(config, _step_work(config, each), trained) for each in work)
     tokens, images = (epochs * sum(getattr(each, field) for each in work) for field in ("tokens", "images"))
     seconds = flops / (num_gpus * gpu.peak_flops * options.mfu)
     price, source = _price(name, options.price_per_hour)
@@ -129,6 +129,11 @@ def _steps(options: dict[str, Any], work: list[Work], packs_per_step: int) -> tu
     if max_steps > 0:
         return max_steps, max_steps / steps_per_epoch
     return math.ceil(epochs * steps_per_epoch), epochs
+
+
+def _step_work(config: OpenQwen2VLConfig, work: Work) -> StepWork:
+    vision = vision_work(config, work.images, work.image_seq_length)
+    return StepWork(work.tokens, work.squared_lengths, work.images, vision)
 
 
 def _memory(

@@ -16,10 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModel, PreTrainedConfig, SiglipVisionModel
 from transformers.initialization import no_init_weights
 
+from ..families import packed_model
+from ..families.open_qwen2vl_model import language_model_parameters
 from ..modeling.loss import CHUNK_BYTES
 from ..modeling.modeling_open_qwen2vl import OpenQwen2VLForConditionalGeneration, OpenQwen2VLMultiModalProjector
-from ..trainer.figures.flops import language_model_parameters
-from ..trainer.optimization import PARTS, part_of
+from ..trainer.optimization import LANGUAGE_MODEL, part_of
 from .figures import GIB
 
 # Context, kernels and libraries of CUDA; and what the allocator cannot use, as a share of the rest.
@@ -107,9 +108,10 @@ def parameters_by_part(config: PreTrainedConfig) -> dict[str, int]:
     with torch.device("meta"):
         model = OpenQwen2VLForConditionalGeneration(config)
     model.tie_weights()
-    counts = dict.fromkeys((*PARTS, "language_model"), 0)
+    parts = packed_model(config).parts
+    counts = dict.fromkeys((*parts, LANGUAGE_MODEL), 0)
     for name, parameter in model.named_parameters():
-        counts[part_of(name)] += parameter.numel()
+        counts[part_of(name, parts)] += parameter.numel()
     return counts
 
 

@@ -1,7 +1,8 @@
 """What a model family tells the pipeline: found by the class of a processor, or by a config's `model_type`.
 
     interface.py      the two protocols that a family implements, and nothing else of it is special anywhere
-    open_qwen2vl.py   the first family              qwen_vl/   Qwen2-VL, Qwen2.5-VL and Qwen3-VL
+    open_qwen2vl.py, open_qwen2vl_model.py   the first family, data and model side
+    qwen_vl/          Qwen2-VL, Qwen2.5-VL and Qwen3-VL
 
 Families are imported when they are first asked for.
 """
@@ -22,7 +23,7 @@ _DOCUMENTS: dict[str, Any] = {
     ),
 }
 _MODELS: dict[str, Any] = {
-    "open_qwen2vl": (_OURS, "OpenQwen2VL"),
+    "open_qwen2vl": (f"{_OURS}_model", "OpenQwen2VLPackedModel"),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), (f"{_QWEN}.model", "QwenVL")),
 }
 
@@ -68,7 +69,7 @@ def packed_model(config: Any) -> "PackedModel":
     model_type = config.model_type
     if model_type not in _MODELS:
         raise ValueError(f"{model_type} is no known model family; known are {', '.join(_MODELS)}")
-    return _load(_MODELS[model_type])()
+    return _load(_MODELS[model_type])(model_type)
 
 
 def register_family(processor_class: str, documents: Any, model_type: str, model: Any = None) -> None:
@@ -78,7 +79,8 @@ def register_family(processor_class: str, documents: Any, model_type: str, model
         processor_class (`str`): name of its processor's class.
         documents (`type`): its [`DocumentProcessor`].
         model_type (`str`): its config's `model_type`.
-        model (`type`, *optional*): its [`PackedModel`]; without it the family packs and does not train.
+        model (`type`, *optional*): its [`PackedModel`], made with the `model_type`; without it the family packs and
+            does not train.
     """
     _DOCUMENTS[processor_class] = documents
     if model is not None:

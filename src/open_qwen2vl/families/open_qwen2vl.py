@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..processing.conversations import named_chat_template, training_chat_template
 from ..processing.text_formats import BOS_TOKEN, END_OF_CHUNK_TOKEN, EOS_TOKEN, IMAGE_TOKEN, TextFormat
@@ -72,14 +72,3 @@ class OpenQwen2VLDocuments:
     def forward_options(self) -> dict[str, Any]:
         """The budget, which the model cannot infer."""
         return {"image_seq_length": self.image_seq_length}
-
-
-class OpenQwen2VL:
-    """The model side."""
-
-    parts = {"projector": "model.multi_modal_projector.", "vision_tower": "model.vision_tower."}
-    block_classes = ("Qwen2DecoderLayer", "SiglipEncoderLayer")
-
-    def prepare(self, model: PreTrainedModel, processor: Any = None) -> PreTrainedModel:
-        """Nothing to do: the model takes packs."""
-        return model

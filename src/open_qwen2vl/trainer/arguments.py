@@ -33,6 +33,9 @@ class PackedArguments:
         max_loss_rise (`float`, *optional*, defaults to 3.0):
             Stop when the loss of a step is so much above its running average (nats per token), and name the samples;
             0 never stops. A loss that is not finite stops always.
+        max_dropped_share (`float`, *optional*, defaults to 0.1):
+            Stop when more than this share of the last 1,000 documents could not be read, and name the commonest
+            reason; 1 never stops.
         eval_tasks (`str`, *optional*):
             Benchmarks of `open-qwen2vl evaluate` to run during the training and at its end, separated by commas.
         eval_tasks_steps (`int`, *optional*):
@@ -83,6 +86,10 @@ class PackedArguments:
     max_loss_rise: float = field(
         default=3.0,
         metadata={"help": "Stop when a step's loss is so far above its running average (nats); 0 never stops."},
+    )
+    max_dropped_share: float = field(
+        default=0.1,
+        metadata={"help": "Stop when more than this share of the last 1,000 documents could not be read; 1 never."},
     )
     eval_tasks: str | None = field(
         default=None, metadata={"help": "Benchmarks to run during training, separated by commas."}

@@ -100,49 +100,11 @@ class PackedSFTTrainer(PackedTraining, _OwnDataAndForward):
             return UnpackedConversations(dataset, self._processor, self._max_length)
         return dataset
 
-    def evaluate(self, eval_dataset: Any = None, **kwargs) -> dict[str, float]:
-        """Evaluate as `Trainer.evaluate` does.
-
-        Args:
-            eval_dataset (*optional*): as for the trainer; the trainer's own by default.
-            kwargs: as for `Trainer.evaluate`.
-
-        Returns:
-            `dict[str, float]`: the metrics.
-        """
-        return super().evaluate(self._readable(eval_dataset), **kwargs)
-
-    def run_record(self) -> dict[str, Any]:
-        """What a checkpoint of this run is marked with: the adapter's kind too, which its weights do not tell.
-
-        Returns:
-            `dict`: as [`ExactCheckpoints.run_record`], with `adapter`.
-        """
-        record = super().run_record()
-        if isinstance(self.model, PeftModel):
-            config = self.model.peft_config[self.model.active_adapter].to_dict()
-            record["adapter"] = {name: _plain(config.get(name)) for name in _ADAPTER_OPTIONS}
-        return record
-
 
 _EXAMPLE = {
     "images": [],
     "messages": [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}],
 }
-_ADAPTER_OPTIONS = (
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "modules_to_save",
-    "use_rslora",
-    "use_dora",
-)
-
-
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set) else value
 
 
 def _with_adapter(

@@ -3,243 +3,135 @@
 Everything of the stock trainers stays: accelerate, FSDP2, schedulers, reporting. Added are the choice of the parts
 that train and their learning rates, the order of the packs, the model's own loss at labelled positions, figures of
 every step over all ranks, an evaluation loss per token, and checkpoints that a killed run continues from exactly.
+
+All that is overridden of a stock trainer stands here, private methods included, and is short: the work is done by
+parts that know no trainer and get what they need as arguments. A test knows the signatures of what is overridden.
 """
 
+import functools
 import inspect
-import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.packing.mixture import PackMixture
 from ..data.packing.pack_order import PackOrder
-from ..processing.collator import PackingCollator
-from .arguments import PackedArguments
-from .checkpoints.saving import ExactCheckpoints
-from .figures.flops import step_flops
-from .figures.loss_watch import LossWatch, stop_training
+from ..families import packed_model
+from . import loading, optimization, sharding
+from .checkpoints import resuming, saving
+from .checkpoints.interruption import StopRequest, only_run_in
+from .checkpoints.run_record import run_record, weights_record
+from .figures.data_watch import DataWatch
+from .figures.loss_watch import LossWatch
 from .figures.profiling import ProfileCallback
 from .figures.progress import ThroughputProgressCallback
 from .figures.steps import StepMeter
-from .figures.throughput import ThroughputCallback, rates
+from .figures.summary import training_summary
+from .figures.throughput import ThroughputCallback
+from .figures.verdicts import StepEnd, account
+from .figures.work import step_work
 from .model_card import write_trainer_card
-from .optimization import PartwiseOptimization, base_model, choose_trained_parts, trained_parameters
-from .packed_evaluation import PackedEvaluation
-from .task_evaluation import TaskEvaluation
+from .packed_evaluation import Evaluated, loss_sum
+from .task_evaluation import TaskEvaluation, latest_scores
 
 
-class PackedTraining(ExactCheckpoints, PartwiseOptimization, PackedEvaluation, TaskEvaluation):
+class PackedTraining:
     """Trains on the batches of a [`PackingCollator`]; to be combined with `Trainer` or a subclass of it.
 
-    Args:
-        model (`PreTrainedModel` or `PeftModel`): with `model.vision_tower`, `model.multi_modal_projector` and
-            `model.language_model`. Its parameters are frozen or not as `args` says.
-        args ([`PackedArguments`]): the arguments.
-        data_collator (`Callable`, *optional*): a [`PackingCollator`] by default, which pads all packs to the plan's
-            length where `torch_compile` is set.
-        callbacks (`list[TrainerCallback]`, *optional*): besides those of this class.
-        kwargs: all else that the stock trainer takes. A `train_dataset` that is a [`PackMixture`] is read in
-            [`PackOrder`], any other in the stock trainer's.
+    The arguments are those of [`PackedTrainer`].
 
-    Raises:
-        ValueError: under FSDP version 1, where FSDP was asked for and accelerate did not start it, or for `eval_tasks`
-            that cannot run.
+    Attributes:
+        stop_request ([`StopRequest`]): set by SIGTERM while training.
+        interrupted (`bool`): whether the training left early because of it, after a checkpoint.
     """
 
     def __init__(self, model: nn.Module, args, data_collator=None, callbacks: list | None = None, **kwargs):
         if args.train_sampling_strategy != "random" and isinstance(kwargs.get("train_dataset"), PackMixture):
             raise ValueError("train_sampling_strategy is not supported: packs come in an order of their own")
-        self._prepare_model(model, args)
+        base = optimization.base_model(model)
+        self._family = packed_model(base.config)
+        self._family.prepare(base, kwargs.get("processing_class"))
+        optimization.choose_trained_parts(model, args, self._family.parts)
+        self._gives_row_losses = "return_row_losses" in inspect.signature(base.forward).parameters
+        self._parts_of_groups: list[str] = []
+        self.part_rates: dict[str, float] = {}
+        self.stop_request = StopRequest()
+        self.interrupted = False
+        self._staging = saving.Staging()
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or self._collator(args, kwargs.get("train_dataset")),
-            callbacks=[ThroughputCallback(), LossWatch(), *(callbacks or [])],
+            data_collator=data_collator or loading.pack_collator(args, kwargs.get("train_dataset")),
+            callbacks=[ThroughputCallback(), LossWatch(), DataWatch(), *(callbacks or [])],
             **kwargs,
         )
-        self._check_fsdp()
-        self.add_callback(_StepEnd(self))
-        if args.profile:
-            self.add_callback(ProfileCallback())
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(ThroughputProgressCallback)
+        # Of every family; some of transformers' classes say no, and Trainer would average micro-batches.
+        self.model_accepts_loss_kwargs = True
+        sharding.check_fsdp_is_on(self.is_fsdp_enabled)
+        if self.is_fsdp_enabled:
+            sharding.configure_fsdp(self.accelerator.state.fsdp_plugin, self.model, self._family)
+        self._tasks = TaskEvaluation(
+            args, self.processing_class, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled
+        )
+        self._add_own_callbacks()
         self._model_class = type(self.model)
-        self._trained = trained_parameters(self.model)
+        self._trained = optimization.trained_parameters(self.model, self._family.parts)
+        self._weights_record = weights_record(self.model, self._family.parts)
         self._order: PackOrder | None = None
+        self._meter = StepMeter(args.device, args.world_size, len(self.source_names))
+        self._evaluated = Evaluated([])
         self._micro_batch_flops = 0
         self._row_losses: torch.Tensor | None = None
         self._grad_norm: torch.Tensor | float = 0.0
-        self._meter = StepMeter(args.device, args.world_size, len(self.source_names))
+        self._step_is_empty = False
 
-    def _prepare_model(self, model: nn.Module, args) -> None:
-        choose_trained_parts(model, args)
-        base = base_model(model)
-        # A cache would join the documents of a pack. Trainer switches it off in the top config only.
-        base.config.text_config.use_cache = False
-        self._gives_row_losses = "return_row_losses" in inspect.signature(base.forward).parameters
+    def _add_own_callbacks(self) -> None:
+        self.add_callback(StepEnd(self._end_step))
+        if self.args.profile:
+            self.add_callback(ProfileCallback())
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(ThroughputProgressCallback)
 
-    @staticmethod
-    def _collator(args: PackedArguments, train_dataset: Dataset | None) -> PackingCollator:
-        # One shape for all batches, so that a compiler compiles once.
-        fixed = args.torch_compile and isinstance(train_dataset, PackMixture)
-        return PackingCollator(pad_to_multiple_of=train_dataset.max_length if fixed else None)
-
-    def _check_fsdp(self) -> None:
-        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not self.is_fsdp_enabled:
-            raise ValueError(
-                "FSDP was asked for, but accelerate starts it on accelerators only and would train with DDP in "
-                "silence; choose a config without FSDP for this machine"
-            )
-        if not self.is_fsdp_enabled:
-            return
-        plugin = self.accelerator.state.fsdp_plugin
-        if plugin.fsdp_version == 1:
-            raise ValueError(
-                "FSDP version 1 flattens parameters, so that weight decay finds no matrix; use fsdp_version: 2"
-            )
-        if plugin.ignored_modules is None and not self.args.train_vision_tower:
-            # A frozen tower has no gradients to shard: each rank keeps it whole and gathers nothing for it.
-            plugin.ignored_modules = r".*vision_tower"
-        if plugin.mixed_precision_policy is not None:
-            # accelerate's policy adds up gradients in bf16, over micro-batches and ranks, and rounds the loss to it.
-            plugin.mixed_precision_policy = MixedPrecisionPolicy(
-                plugin.mixed_precision_policy.param_dtype, reduce_dtype=torch.float32
-            )
+    def _callback(self, kind: type[TrainerCallback]) -> Any:
+        # Looked up each time: Trainer may replace callbacks when it restores their states.
+        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, kind))
 
     @property
     def throughput(self) -> ThroughputCallback:
-        """The run's counters (looked up, because Trainer may replace callbacks when it restores their states)."""
+        """The run's counters."""
         return self._callback(ThroughputCallback)
-
-    def _callback(self, kind: type[TrainerCallback]) -> Any:
-        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, kind))
 
     @property
     def source_names(self) -> list[str]:
         """Names of the training data's sources."""
-        return self.train_dataset.names if isinstance(self.train_dataset, PackMixture) else ["packs"]
-
-    @property
-    def data_fingerprint(self) -> dict[str, Any] | None:
-        """What tells the training data from others; None for data without a `fingerprint`."""
-        return getattr(self.train_dataset, "fingerprint", None)
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if not isinstance(dataset, PackMixture):
-            return super()._get_train_sampler(train_dataset)
-        args = self.args
-        self._order = PackOrder(
-            dataset,
-            args.world_size,
-            args.per_device_train_batch_size,
-            args.gradient_accumulation_steps,
-            args.seed if args.data_seed is None else args.data_seed,
-        )
-        return self._order
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list, torch.Tensor | int | None]:
-        """Take the micro-batches of a step from the loader, and the time that this takes.
-
-        Args:
-            epoch_iterator (`Iterator`): of the loader.
-            num_batches (`int`): micro-batches of the step.
-            device (`torch.device`): the training device.
-
-        Returns:
-            `tuple`: the batches, and the number of labels in them on all ranks.
-        """
-        start = time.perf_counter()
-        batches = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._meter.wait(time.perf_counter() - start)
-        return batches
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
-        """Run a micro-batch as `Trainer` does, and count it.
-
-        Args:
-            model (`nn.Module`): the model, wrapped for training.
-            inputs (`dict`): a batch of the collator; `packing_stats` is taken out of it.
-            num_items_in_batch (`int` or `torch.Tensor`, *optional*): labels in the step, all micro-batches and ranks.
-
-        Returns:
-            `torch.Tensor`: the detached loss.
-        """
-        stats = inputs.pop("packing_stats")
-        self._micro_batch_flops = step_flops(
-            self.model.config,
-            stats["tokens"],
-            stats["squared_lengths"],
-            stats["images"],
-            inputs["image_seq_length"],
-            bool(self._trained["projector"]),
-            bool(self._trained["language_model"]),
-            bool(self._trained["vision_tower"]),
-            self._trained["adapter"],
-        )
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self._meter.micro_batch(stats, self._micro_batch_flops, loss, self._row_losses)
-        return loss
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """The model's own loss, at the labelled positions only, and not that of a trainer in between.
-
-        Args:
-            model (`nn.Module`): the model, wrapped for training.
-            inputs (`dict`): a batch of the collator without `packing_stats`.
-            return_outputs (`bool`, *optional*, defaults to `False`): return the model's output as well.
-            num_items_in_batch (`int` or `torch.Tensor`, *optional*): divides the sum of the losses.
-
-        Returns:
-            `torch.Tensor`, or a tuple of it and the model's output.
-        """
-        if self._gives_row_losses:
-            inputs = {**inputs, "return_row_losses": True}
-        loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
-        self._row_losses = outputs.get("row_losses")
-        return (loss, outputs) if return_outputs else loss
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> torch.Tensor | float:
-        self._grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        return self._grad_norm
-
-    def _end_step(self) -> None:
-        """After each optimizer step, on every rank: account, judge, and leave if asked to."""
-        self._meter.end_step(self.state.global_step, self._grad_norm, self.stop_request.requested)
-        control = self.control
-        self._account(control.should_log or control.should_save or control.should_evaluate or self._at_end)
-        if control.should_training_stop:
-            self._account(True)
+        return loading.source_names(self.train_dataset)
 
     @property
     def _at_end(self) -> bool:
         return self.state.global_step >= self.state.max_steps
 
-    def _account(self, all_steps: bool) -> None:
-        for step in self._meter.finished(all_steps):
-            self.throughput.add(step)
-            verdict = self._callback(LossWatch).verdict(step, self.args.max_loss_rise)
-            if verdict is not None:
-                stop_training(step, verdict, getattr(self.train_dataset, "describe", None), self.args.output_dir)
-            if step.stop_requested and not self._at_end:
-                self.interrupted = self.control.should_save = self.control.should_training_stop = True
+    # ---- data ----
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(dataset, PackMixture):
+            return super()._get_train_sampler(train_dataset)
+        self._order = loading.train_order(dataset, self.args)
+        return self._order
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+        if not isinstance(eval_dataset, PackMixture):
+            return super()._get_eval_sampler(eval_dataset)
+        return loading.evaluation_order(eval_dataset, self.args)
 
     def _run_epoch(self, *args, **kwargs) -> None:
         # Trainer looks only after a step whether it was the last: a finished run, started again, would take one more.
@@ -251,67 +143,254 @@ class PackedTraining(ExactCheckpoints, PartwiseOptimization, PackedEvaluation, T
             self._order.set_epoch(kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        """The micro-batches of a step, and the labels in them on all ranks."""
+        start = time.perf_counter()
+        batches, labels = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._meter.wait(time.perf_counter() - start)
+        self._step_is_empty = loading.no_label_on_any_rank(batches, labels)
+        return batches, labels
+
+    # ---- optimisation ----
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Names of every parameter of two and more dimensions; biases and norms have one."""
+        return optimization.decayed_parameters(model)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer that `args` names, with the learning rates of the parts."""
+        created = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if created:
+            named = (self.model if model is None else model).named_parameters()
+            self._parts_of_groups = optimization.set_part_learning_rates(
+                optimizer, named, self.args, self._family.parts
+            )
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """The schedule that `args` names, without the zeros at its ends."""
+        created = self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps + 1, optimizer)
+        if created:
+            optimization.enter_schedule(scheduler)
+        return scheduler
+
+    def _get_learning_rate(self) -> float:
+        # Trainer asks right before the schedule moves on, and logs the first group's alone.
+        self.part_rates = optimization.rates_by_part(self._parts_of_groups, self.lr_scheduler)
+        return super()._get_learning_rate()
+
+    # ---- a step ----
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Run a micro-batch as `Trainer` does and count it; `packing_stats` is taken out of it."""
+        stats = inputs.pop("packing_stats")
+        config = optimization.base_model(self.model).config
+        self._micro_batch_flops = self._family.step_flops(config, step_work(stats), self._trained)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._meter.micro_batch(stats, self._micro_batch_flops, loss, self._row_losses)
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """The model's own loss, and not that of a trainer in between."""
+        if self._gives_row_losses:
+            inputs = {**inputs, "return_row_losses": True}
+        loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
+        self._row_losses = outputs.get("row_losses")
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> torch.Tensor | float:
+        self._grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self._step_is_empty:
+            # The last thing before the optimizer's step, which then moves nothing.
+            optimization.drop_gradients(model)
+        return self._grad_norm
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """FLOPs of the last micro-batch, for `state.total_flos`; Trainer's own estimate knows no images."""
         return self._micro_batch_flops
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Complete a training log by the figures of its window.
+    def _end_step(self) -> None:
+        """After each optimizer step, on every rank: account, judge, and leave if asked to."""
+        self._meter.end_step(self.state.global_step, self._grad_norm, self.stop_request.requested)
+        control = self.control
+        self._account(control.should_log or control.should_save or control.should_evaluate or self._at_end)
+        if control.should_training_stop:
+            self._account(True)
 
-        Args:
-            logs (`dict`): the log; every rank calls with the same keys.
-            start_time (`float`, *optional*): start of the training.
-        """
+    def _account(self, all_steps: bool) -> None:
+        asked_to_leave = account(
+            self._meter.finished(all_steps),
+            self.throughput,
+            self._callback(LossWatch),
+            self._callback(DataWatch),
+            self.args,
+            getattr(self.train_dataset, "describe", None),
+            self.state.max_steps,
+        )
+        if asked_to_leave and not self._at_end:
+            self.interrupted = self.control.should_save = self.control.should_training_stop = True
+
+    # ---- logs and evaluation ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Complete a training log by the figures of its window; every rank calls with the same keys."""
         if "loss" in logs:
             # Trainer's own loss starts anew after an interruption; the window's does not.
             logs.update(self.throughput.close_window(self.args.device, self.args.world_size, self.source_names))
             logs.update(self.part_rates)
         Trainer.log(self, logs, start_time)
 
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        # Before a checkpoint is saved, so that its log has the scores. Who was asked to leave has seconds.
+        step, last = self.state.global_step, self.state.max_steps
+        if not self.interrupted and self._tasks.are_due(step, last, self.control.should_evaluate):
+            self.evaluate_tasks()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def evaluate_tasks(self) -> dict[str, float]:
+        """Run the tasks of `eval_tasks` on the model as it is and log their scores; every rank must call.
+
+        Returns:
+            `dict[str, float]`: `eval_TASK_METRIC` of each task's main metric, and `eval_tasks_seconds`.
+        """
+        # An adapter's wrapper has autocast in its own forward, which `generate` of the model inside does not call.
+        with self.throughput.paused(), self.accelerator.autocast():
+            scores = self._tasks.run(self.model, self.state.global_step)
+        due = self.control.should_log
+        self.log(scores)
+        # Which a log clears: the training's own is still to come.
+        self.control.should_log = due
+        return scores
+
+    def _readable(self, dataset: Any) -> Any:
+        return dataset
+
+    def evaluate(self, eval_dataset: Any = None, *args, **kwargs) -> dict[str, float]:
+        """Evaluate as `Trainer.evaluate` does, on what the trainer takes as `eval_dataset`."""
+        return super().evaluate(self._readable(eval_dataset), *args, **kwargs)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Loss, logits and labels of a batch, the last two None where only the loss is wanted."""
+        stats = inputs.pop("packing_stats")
+        self._evaluated.dropped += sum(stats["dropped"].values())
+        if not prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            total, row_losses = loss_sum(model, inputs, self._gives_row_losses)
+        self._evaluated.add(total.item(), stats["rows"], row_losses)
+        return total / max(sum(row["labels"] for row in stats["rows"]), 1), None, None
+
+    def evaluation_loop(
+        self, dataloader: DataLoader, *args, metric_key_prefix: str = "eval", **kwargs
+    ) -> EvalLoopOutput:
+        """Evaluate; the loss is a mean over labels, where `Trainer`'s is a mean of the batches' means."""
+        dataset = dataloader.dataset
+        self._evaluated = Evaluated(dataset.names if isinstance(dataset, PackMixture) else [])
+        with self.throughput.paused():
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        metrics = self._evaluated.metrics(self.args.device, self.args.world_size)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    def summary(self) -> dict[str, Any]:
+        """What the whole training did, see [`training_summary`], and the latest scores of `eval_tasks`."""
+        args = self.args
+        summary = training_summary(self.throughput, self.state, self.source_names, args.device, args.world_size)
+        return {**summary, "eval_tasks": latest_scores(self.state.log_history)} if args.eval_tasks else summary
+
     def create_model_card(self, model_name: str | None = None, license: str | None = None, **kwargs) -> None:
         """Write the card of this run into `output_dir`, whence pushes take it; what is not in it is not passed on."""
         write_trainer_card(self, self.args.output_dir, license=license)
 
-    def summary(self) -> dict[str, Any]:
-        """What the whole training did, over all runs that it took.
+    # ---- checkpoints ----
 
-        Returns:
-            `dict`: `steps`, `epochs`, `documents`, `images`, `tokens`, `positions`, `flops`, `train_seconds` (without
-            evaluation and checkpoints), the mean [`rates`], `devices`, `final_loss` (the last log's), `sources`
-            (packs, tokens, labels and share of all tokens by name), `dropped_documents` by reason and, with
-            `eval_tasks`, their latest scores.
+    def run_record(self) -> dict[str, Any]:
+        """What a checkpoint of this run is marked with: all that decides what a step does to the weights."""
+        data = getattr(self.train_dataset, "fingerprint", None)
+        return {**run_record(self.args, data, self._weights_record), "fsdp": self.is_fsdp_enabled}
+
+    def checkpoint_to_resume(self, asked: str | bool | None = True) -> str | None:
+        """The checkpoint that [`train`] would go on from: the one asked for, or the newest complete one."""
+        return resuming.checkpoint_to_resume(asked, self.args.output_dir, self.run_record(), self.model)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> Any:
+        """Train as `Trainer.train` does, alone in `output_dir`, to the end or until SIGTERM.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint's folder, or True for the newest
+                complete one in `output_dir`, if there is any.
+            args: for `Trainer.train`.
+            kwargs: for `Trainer.train`.
+
+        Raises:
+            ValueError: if the checkpoint is incomplete, of another run or model, or `output_dir` is in use.
+            CheckpointError: if a checkpoint cannot be written.
+            TrainingStopped: for a loss that is not finite or rose too far, no labels, or too many lost documents.
         """
-        counters = self.throughput
-        totals = dict(counters.totals)
-        seconds = totals.pop("seconds")
-        speed = rates(totals, seconds, self.args.device, self.args.world_size)
-        del totals["data_wait"]
-        shares = counters.shares(self.source_names)
-        return {
-            "steps": self.state.global_step,
-            "epochs": self.state.epoch,
-            **totals,
-            "train_seconds": seconds,
-            **speed,
-            "devices": self.args.world_size,
-            "final_loss": next((log["loss"] for log in reversed(self.state.log_history) if "loss" in log), None),
-            "sources": {
-                name: {**source, "share": shares[name]}
-                for name, source in zip(self.source_names, counters.sources, strict=False)
-            },
-            "dropped_documents": counters.dropped,
-            **({"eval_tasks": self.task_scores} if self.args.eval_tasks else {}),
-        }
+        checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
+        self.interrupted = False
+        with only_run_in(self.args.output_dir, self.args.should_save), self.stop_request.listening():
+            return super().train(checkpoint, *args, **kwargs)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with resuming.whole_adapters():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-class _StepEnd(TrainerCallback):
-    """Tells the trainer that a step is over, and asks for a log of the last one."""
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # A tied head is not in the file and not missing either; what else differs is no matter for a warning.
+        missing = saving.without_tied(load_result.missing_keys, self.model)
+        resuming.check_weight_names(set(missing), set(load_result.unexpected_keys), "the checkpoint")
 
-    def __init__(self, trainer: PackedTraining):
-        self._trainer = trainer
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging.folder(super()._get_output_dir(trial))
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        """After the optimizer step and before Trainer logs, evaluates and saves."""
-        if state.global_step >= state.max_steps:
-            control.should_log = True
-        self._trainer._end_step()
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        final = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        with self.throughput.paused():
+            save = functools.partial(super()._save_checkpoint, model, trial)
+            # While the data are in doubt the checkpoints from before are worth keeping.
+            limit = (
+                None if self._callback(DataWatch).doubtful(self.args.max_dropped_share) else self.args.save_total_limit
+            )
+            finish = functools.partial(saving.finish_checkpoint, final, self.state, self.run_record(), limit)
+            self._staging.write(final, save, finish, self.accelerator.wait_for_everyone, self.args.should_save)
+        if self.args.push_to_hub:
+            self.create_model_card()
+            super()._push_from_checkpoint(str(final))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Trainer would upload in the background from a folder that is about to be renamed.
+        if not self._staging.active:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as a folder that `from_pretrained` reads, under FSDP too; every rank must call it."""
+        if _internal_call or not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        with saving.consolidated(self.accelerator.state.fsdp_plugin):
+            super().save_model(output_dir)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if state_dict is not None:
+            state_dict = saving.without_tied(state_dict, self.model)
+        with saving.as_class(self.model, self._model_class), saving.own_weight_names(self.model, self._staging.active):
+            super()._save(output_dir, state_dict)

@@ -12,8 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from .arguments import PackedArguments
 from .checkpoints.folders import CheckpointError, newest_complete_checkpoint, save_final_model
 from .checkpoints.interruption import EXIT_CODE, FolderInUse
-from .checkpoints.run_record import check_same_run
-from .figures.loss_watch import LossStopped
+from .figures.loss_watch import TrainingStopped
 from .figures.plots import plot_loss
 from .figures.progress import summary_lines
 from .packed_training import PackedTraining
@@ -38,8 +37,7 @@ def run_recipe(program: str, build_trainer: Callable[[], PackedTraining], args: 
     try:
         checkpoint = asked_checkpoint(args)
         trainer = build_trainer()
-        if checkpoint is not None:
-            check_same_run(checkpoint, trainer.run_record())
+        checkpoint = trainer.checkpoint_to_resume(checkpoint)
     except (ValueError, OSError) as error:
         # Whatever fails later is worth its traceback.
         _fail(program, error, args, code=2)
@@ -50,7 +48,7 @@ def run_recipe(program: str, build_trainer: Callable[[], PackedTraining], args: 
         trainer.train(resume_from_checkpoint=checkpoint)
     except FolderInUse as error:
         _fail(program, error, args, code=2)
-    except (CheckpointError, LossStopped) as error:
+    except (CheckpointError, TrainingStopped) as error:
         _fail(program, error, args, code=1)
     if trainer.interrupted:
         if trainer.is_world_process_zero():

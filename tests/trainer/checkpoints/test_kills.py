@@ -102,7 +102,7 @@ def assert_same(run: Path, whole: Path) -> None:
     for name in ("steps", "tokens", "positions", "documents", "images", "flops", "final_loss", "sources"):
         assert found[name] == expected[name], name
     left = {path.name for path in run.iterdir()} - {f"checkpoint-{step}" for step in checkpoints_by_step(run)}
-    assert left == {".lock", "loss.png", "model", "reads.txt", "train_results.json"}
+    assert left == {"README.md", "loss.png", "model", "reads.txt", "train_results.json"}
     assert len(checkpoints_by_step(run)) == ARGUMENTS["save_total_limit"]
 
 

@@ -4,8 +4,13 @@ import math
 import pytest
 import torch
 
+from open_qwen2vl.trainer.figures import steps
 from open_qwen2vl.trainer.figures.loss_watch import FIRST_STEPS, LossStopped, LossWatch
-from open_qwen2vl.trainer.figures.steps import Step
+
+
+def Step(number, **figures):
+    """A step with labels."""
+    return steps.Step(number, sources=[{"labels": 3, "tokens": 9, "packs": 1}], **figures)
 
 
 def test_a_rise_above_the_running_average_is_wrong_and_noise_is_not():

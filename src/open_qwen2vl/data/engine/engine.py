@@ -22,76 +22,50 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from ...files import remove_temporaries
 from ..storage.tars import TAR_DAMAGE
+from .ray_engine import work_on_ray
+from .worker import LazyWorker, Task
 
 logger = logging.getLogger(__name__)
 
 ENGINES = ("local", "ray")
 LOGGED_SKIPS = 3  # of each reason, and each damaged tar
-RETRIES = 3  # of a Ray actor whose machine is taken away
-Task = TypeVar("Task")
 
 
 class ShardTask(NamedTuple):
-    """One shard's part of a step.
+    """One shard's part of a step."""
 
-    Attributes:
-        source (`Path`): what it is made from, usually a tar; its size is the measure of the work.
-        output (`Path`): the file that is there when the task is done.
-    """
-
-    source: Path
-    output: Path
+    source: Path  # what it is made from, usually a tar; its size is the measure of the work
+    output: Path  # the file that is there when the task is done
 
 
 class Outcome(NamedTuple):
-    """What the main process hears of a finished task.
+    """What the main process hears of a finished task."""
 
-    Attributes:
-        samples (`int`): samples seen, those left out included.
-        skipped (`dict[str, int]`): how many were left out, by reason.
-        examples (`list[tuple[str, ...]]`): file, key, reason and perhaps a detail of some of them, for the log.
-    """
-
-    samples: int
-    skipped: dict[str, int]
-    examples: list[tuple[str, ...]]
+    samples: int  # samples seen, those left out included
+    skipped: dict[str, int]  # how many were left out, by reason
+    examples: list[tuple[str, ...]]  # file, key, reason and perhaps a detail of some of them, for the log
 
     @classmethod
     def of(cls, samples: int, skipped: Sequence[tuple[str, ...]]) -> "Outcome":
-        """From all that was left out.
-
-        Args:
-            samples (`int`): samples seen, those left out included.
-            skipped (`Sequence[tuple[str, ...]]`): file, key, reason and perhaps a detail of each that was left out.
-
-        Returns:
-            [`Outcome`]: with the first examples of each reason and every damaged tar.
-        """
+        """From all that was left out, with examples of each reason and every damaged tar."""
         counts = Counter(row[2] for row in skipped)
         return cls(samples, dict(counts), list(_worth_logging(skipped, Counter())))
 
 
 @dataclass
 class StepReport:
-    """Figures of one run of a step (of one rank's share under `accelerate launch`).
+    """Figures of one run of a step (of one rank's share under `accelerate launch`)."""
 
-    Attributes:
-        samples (`int`): samples of the shards that this run has done.
-        skipped (`Counter`): those left out, by reason.
-        shards (`int`): tasks that this run has done.
-        done_before (`int`): tasks that an earlier run has done.
-    """
-
-    samples: int = 0
-    skipped: Counter = field(default_factory=Counter)
-    shards: int = 0
-    done_before: int = 0
+    samples: int = 0  # samples of the shards that this run has done
+    skipped: Counter = field(default_factory=Counter)  # those left out, by reason
+    shards: int = 0  # tasks that this run has done
+    done_before: int = 0  # tasks that an earlier run has done
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(self.skipped.items()))
@@ -112,26 +86,11 @@ def run_tasks(
     num_gpus: float = 0,
     description: str,
 ) -> StepReport:
-    """Do the tasks whose output is missing.
+    """Do the tasks whose output is missing; that the others were made with the same options is checked before.
 
-    That the outputs which exist were made with the same options is for the caller to check before.
-
-    Args:
-        tasks (`Sequence[ShardTask]`): in any order; no two with the same output.
-        make_worker (`Callable`): makes the function of a task; picklable, as a function of a module or a
-            `functools.partial` of a class.
-        engine (`str`, *optional*, defaults to `"local"`): `"local"` or `"ray"`.
-        num_workers (`int`, *optional*): processes or actors. 1 is, locally, this process. Where not given one per
-            core (with `num_gpus`: as many as the GPUs of the cluster allow), at most one per task.
-        num_gpus (`float`, *optional*, defaults to 0): GPUs of each Ray actor, also a fraction.
-        description (`str`): shown before the progress bar.
-
-    Returns:
-        [`StepReport`].
-
-    Raises:
-        ValueError: for an unknown engine or a number below 1, or what a worker raises.
-        ChildProcessError: if a worker process was killed.
+    `make_worker` makes the function of a task, and can be pickled. `num_workers` are processes or actors (of
+    `num_gpus` each): by default one per core, or as many as the cluster allows; 1 is, locally, this process. A worker
+    that is killed is a `ChildProcessError`.
     """
     rank, ranks = process_rank()
     mine = tasks[rank::ranks]  # by position and not by what is missing, which changes while the other ranks work
@@ -149,11 +108,7 @@ def run_tasks(
 
 
 def process_rank() -> tuple[int, int]:
-    """The place of this process among those of `accelerate launch` or `torchrun`.
-
-    Returns:
-        `tuple[int, int]`: its rank and their number; 0 and 1 without a launcher.
-    """
+    """Rank of this process among those of `accelerate launch` or `torchrun`, and their number; 0 and 1 without."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -165,21 +120,7 @@ def work_through(
     num_workers: int | None = None,
     num_gpus: float = 0,
 ) -> Iterator[tuple[Task, Any]]:
-    """Apply a worker to each of some tasks of any kind.
-
-    Args:
-        tasks (`Sequence`): all are done, for no output is known.
-        make_worker (`Callable`): makes the function of a task; see [`run_tasks`], as for the others.
-        engine (`str`, *optional*, defaults to `"local"`): `"local"` or `"ray"`.
-        num_workers (`int`, *optional*): processes or actors.
-        num_gpus (`float`, *optional*, defaults to 0): GPUs of each Ray actor.
-
-    Yields:
-        `tuple`: a task and what the worker returned, in the order in which they get done.
-
-    Raises:
-        ValueError, ChildProcessError: as [`run_tasks`].
-    """
+    """Each task with what its worker returned, in the order in which they get done; options as of [`run_tasks`]."""
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine}")
     if num_workers is not None and num_workers < 1:
@@ -187,32 +128,12 @@ def work_through(
     if not tasks:
         return iter(())
     if engine == "ray":
-        from .ray_engine import work_on_ray
-
         return work_on_ray(tasks, make_worker, num_workers, num_gpus)
     num_workers = num_workers or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if min(num_workers, len(tasks)) == 1:
         worker = LazyWorker(make_worker)
         return ((task, worker(task)) for task in tasks)
     return _in_processes(tasks, make_worker, min(num_workers, len(tasks)))
-
-
-class LazyWorker:
-    """A worker that is made at its first task, so that what `make_worker` raises is raised by a task.
-
-    Args:
-        make_worker (`Callable`): makes the worker.
-    """
-
-    def __init__(self, make_worker: Callable[[], Callable[[Any], Any]]):
-        self._make_worker = make_worker
-        self._worker: Callable[[Any], Any] | None = None
-
-    def __call__(self, task: Any) -> Any:
-        """Do a task."""
-        if self._worker is None:
-            self._worker = self._make_worker()
-        return self._worker(task)
 
 
 @contextlib.contextmanager
@@ -232,16 +153,7 @@ def collection_paused() -> Iterator[None]:
 
 
 def show_progress(outcomes: Iterable[tuple[int, Outcome]], total: int, description: str) -> Iterator[Outcome]:
-    """Pass outcomes through, with a bar in samples and the first of what is skipped in the log.
-
-    Args:
-        outcomes (`Iterable[tuple[int, Outcome]]`): each with the amount of its work, in bytes or any other unit.
-        total (`int`): amount of all of them.
-        description (`str`): shown before the bar.
-
-    Yields:
-        [`Outcome`].
-    """
+    """Pass outcomes, each with the amount of its work, through a bar in samples; log the first of what is skipped."""
     logged: Counter = Counter()
     skipped: Counter = Counter()
     finished = 0

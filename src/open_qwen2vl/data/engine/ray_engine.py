@@ -7,7 +7,9 @@ must lie where every machine sees them under the same path.
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from .engine import RETRIES, LazyWorker, Task
+from .worker import LazyWorker, Task
+
+RETRIES = 3  # of an actor whose machine is taken away
 
 
 def work_on_ray(
@@ -16,18 +18,6 @@ def work_on_ray(
     """Apply a worker to each task, on the actors of a Ray cluster.
 
     A task whose machine is taken away is done again on another one.
-
-    Args:
-        tasks (`Sequence`): at least one.
-        make_worker (`Callable`): called once in each actor.
-        num_workers (`int`, *optional*): actors; where not given as many as the cluster's cores or GPUs allow now.
-        num_gpus (`float`): of each actor; it takes one core besides.
-
-    Yields:
-        `tuple`: a task and what the worker returned, in the order in which they get done.
-
-    Raises:
-        ValueError: without Ray, if not one actor fits the cluster, or what a worker raises.
     """
     try:
         import ray

@@ -32,27 +32,16 @@ _FUNCTION_WORDS = frozenset(
 
 
 class Coverage(NamedTuple):
-    """Words of captions.
+    """Words of captions."""
 
-    Attributes:
-        pairs (`int`): pairs whose captions were read.
-        tars (`int`): tars that they are in.
-        all_tars (`int`): tars of the pool.
-        words (`int`): distinct words of all their captions.
-        kept_words (`int`): those of the captions that stay.
-        concepts (`int`): words of three letters and more that name something, in `CONCEPT_CAPTIONS` captions or more.
-        kept_concepts (`int`): of these, those that a caption that stays has.
-        lost (`list[tuple[str, int]]`): concepts that no caption that stays has, with their number of captions: the
-            most frequent ones.
-    """
-
-    pairs: int
-    tars: int
-    all_tars: int
-    words: int
-    kept_words: int
-    concepts: int
-    kept_concepts: int
+    pairs: int  # pairs whose captions were read
+    tars: int  # tars that they are in
+    all_tars: int  # tars of the pool
+    words: int  # distinct words of all their captions
+    kept_words: int  # those of the captions that stay
+    concepts: int  # words of three letters and more that name something, in `CONCEPT_CAPTIONS` captions or more
+    kept_concepts: int  # of these, those that a caption that stays has
+    # concepts that no caption that stays has, with their number of captions: the most frequent ones
     lost: list[tuple[str, int]]
 
 

@@ -21,41 +21,24 @@ DUPLICATE_REASONS = {"exact": "same image file as ", "near": "near duplicate of 
 
 
 class Cut(NamedTuple):
-    """What a `top(NAME, FRACTION)` clause comes to.
+    """What a `top(NAME, FRACTION)` clause comes to."""
 
-    Attributes:
-        wanted (`int`): pairs to keep, n: the fraction of those that have the score, rounded down.
-        threshold (`float`): t, the n-th largest score; infinite where n is 0.
-        above (`int`): pairs above t.
-        ties (`int`): pairs at t; each is kept with probability (n - above) / ties.
-    """
-
-    wanted: int
-    threshold: float
-    above: int
-    ties: int
+    wanted: int  # pairs to keep, n: the fraction of those that have the score, rounded down
+    threshold: float  # t, the n-th largest score; infinite where n is 0
+    above: int  # pairs above t
+    ties: int  # pairs at t; each is kept with probability (n - above) / ties
 
 
 class Selection(NamedTuple):
-    """An expression with all that its statements need.
+    """An expression with all that its statements need."""
 
-    Attributes:
-        connection (`DuckDBPyConnection`): with the table `pairs`, later `decided`.
-        term (`Term`): the expression.
-        scores ([`Scores`]): the score files.
-        columns ([`Columns`]): of `pairs`.
-        cuts (`dict[Top, Cut]`): of the `top` clauses.
-        seed (`int`): which of the ties stay.
-        deduplicate (`str`, *optional*): `"exact"` or `"near"`.
-    """
-
-    connection: "duckdb.DuckDBPyConnection"
-    term: Term
-    scores: Scores
-    columns: Columns
-    cuts: dict[Top, Cut]
-    seed: int
-    deduplicate: str | None
+    connection: "duckdb.DuckDBPyConnection"  # with the table `pairs`, later `decided`
+    term: Term  # the expression
+    scores: Scores  # the score files
+    columns: Columns  # of `pairs`
+    cuts: dict[Top, Cut]  # of the `top` clauses
+    seed: int  # which of the ties stay
+    deduplicate: str | None  # `"exact"` or `"near"`
 
     @property
     def kept(self) -> int:
@@ -67,11 +50,7 @@ class Selection(NamedTuple):
         return Statement(self.columns, self.cuts, self.seed, self.scores.reasons)
 
     def reason(self) -> tuple[str, dict[str, Any]]:
-        """Why a row of `decided` was kept or dropped.
-
-        Returns:
-            `tuple[str, dict]`: SQL for a text, and its parameters.
-        """
+        """SQL for why a row of `decided` was kept or dropped, and its parameters."""
         statement = self.statement()
         cases = [
             f"WHEN step = {number} THEN {statement.explanation(term, False)}"
@@ -85,16 +64,7 @@ class Selection(NamedTuple):
 
 
 def find_cuts(connection: "duckdb.DuckDBPyConnection", term: Term, columns: Columns) -> dict[Top, Cut]:
-    """Find the thresholds of an expression's `top` clauses.
-
-    Args:
-        connection (`DuckDBPyConnection`): with the table `pairs`.
-        term (`Term`): the expression.
-        columns ([`Columns`]): of the table.
-
-    Returns:
-        `dict[Top, Cut]`: by clause.
-    """
+    """Find the thresholds of an expression's `top` clauses."""
     cuts = {}
     for clause in clauses(term):
         if not isinstance(clause, Top):
@@ -117,53 +87,25 @@ def find_cuts(connection: "duckdb.DuckDBPyConnection", term: Term, columns: Colu
 
 
 def steps(term: Term) -> tuple[Term, ...]:
-    """What a pair must pass one after the other.
-
-    Args:
-        term (`Term`): the expression.
-
-    Returns:
-        `tuple[Term, ...]`: the terms that the outermost `and` joins; the expression itself where it is something else.
-    """
+    """What a pair must pass one after the other: the terms that the outermost `and` joins."""
     return term.terms if isinstance(term, Group) and term.every else (term,)
 
 
 class Statement:
-    """Writes the parts of one SQL statement.
-
-    Args:
-        columns ([`Columns`]): of the table `pairs`.
-        cuts (`dict[Top, Cut]`): of the `top` clauses.
-        seed (`int`): which of the ties stay.
-        reasons (`Sequence[str]`): texts of the columns `r`.
-    """
+    """Writes the parts of one SQL statement."""
 
     def __init__(self, columns: Columns, cuts: dict[Top, Cut], seed: int, reasons: Sequence[str]):
         self.parameters: dict[str, Any] = {}
         self._columns, self._cuts, self._seed, self._reasons = columns, cuts, seed, list(reasons)
 
     def parameter(self, value: Any) -> str:
-        """A value in the statement.
-
-        Args:
-            value (`Any`): a number, a text or a list of texts.
-
-        Returns:
-            `str`: what stands for it.
-        """
+        """What stands for a value in the statement."""
         name = f"p{len(self.parameters)}"
         self.parameters[name] = value
         return f"${name}"
 
     def condition(self, term: Term) -> str:
-        """Whether a pair is kept.
-
-        Args:
-            term (`Term`): a part of the expression.
-
-        Returns:
-            `str`: true, false, or NULL where a score is missing and decides.
-        """
+        """SQL: whether a pair is kept; NULL where a score is missing and decides."""
         if isinstance(term, Group):
             return "(" + (" AND " if term.every else " OR ").join(map(self.condition, term.terms)) + ")"
         if isinstance(term, Comparison):
@@ -175,28 +117,13 @@ class Statement:
         return f"(NOT {plain})" if term.negated else plain
 
     def first_failing(self, term: Term) -> str:
-        """Where a pair fails.
-
-        Args:
-            term (`Term`): the expression.
-
-        Returns:
-            `str`: index of the first of the `steps` that is not true, or their number.
-        """
+        """SQL: index of the first of the `steps` that is not true, or their number."""
         parts = steps(term)
         cases = " ".join(f"WHEN {self.condition(part)} IS NOT TRUE THEN {n}" for n, part in enumerate(parts))
         return f"(CASE {cases} ELSE {len(parts)} END)::USMALLINT"
 
     def explanation(self, term: Term, true: bool) -> str:
-        """Why a term is true, or why it is not: its clauses with the pair's scores.
-
-        Args:
-            term (`Term`): a part of the expression.
-            true (`bool`): which of the two is known to hold.
-
-        Returns:
-            `str`: text: of the first part that decides, or of all where it takes all.
-        """
+        """SQL: why a term is true, or why it is not: its clauses with the pair's scores."""
         if not isinstance(term, Group):
             return self._shown(term)
         if term.every is true:

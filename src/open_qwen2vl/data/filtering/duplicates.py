@@ -28,19 +28,7 @@ _ROWS_AT_ONCE = 1 << 17
 def find_duplicates(connection: "duckdb.DuckDBPyConnection", hash_files: list[Path], kind: str, distance: int) -> int:
     """Make the table `duplicates` (uid, keeper) from the table `candidates` (uid).
 
-    Of pairs with equal images that with the smallest uid stays.
-
-    Args:
-        connection (`DuckDBPyConnection`): with the table `candidates`.
-        hash_files (`list[Path]`): score files with image hashes.
-        kind (`str`): `"exact"` for equal files, `"near"` for equal or similar pictures.
-        distance (`int`): most bits in which two near pictures differ.
-
-    Returns:
-        `int`: candidates without a hash, which stay.
-
-    Raises:
-        ValueError: if there are no image hashes.
+    Of pairs with equal images that with the smallest uid stays. Returns the number of candidates without a hash.
     """
     if not hash_files:
         raise ValueError(
@@ -81,15 +69,7 @@ def find_duplicates(connection: "duckdb.DuckDBPyConnection", hash_files: list[Pa
 
 
 def block_masks(hashes: int, distance: int) -> list[int]:
-    """The sets of bits in which near hashes are looked for.
-
-    Args:
-        hashes (`int`): how many there are.
-        distance (`int`): most bits in which two near ones differ.
-
-    Returns:
-        `list[int]`: masks of 64 bits; two hashes within the distance agree in all bits of at least one.
-    """
+    """Masks of 64 bits: two hashes within the distance agree in all bits of at least one."""
     blocks = distance + 1
     needed = math.log2(max(2, hashes))
     while _BITS // blocks * (blocks - distance) < needed:

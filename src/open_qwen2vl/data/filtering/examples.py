@@ -21,53 +21,28 @@ THUMBNAIL = 192  # pixels of the longer side
 
 
 class Content(NamedTuple):
-    """What a tar holds of a pair.
+    """What a tar holds of a pair."""
 
-    Attributes:
-        caption (`str`): its text; empty if it cannot be read.
-        picture (`bytes`, *optional*): a JPEG of at most `THUMBNAIL` pixels.
-        problem (`str`): why there is no picture; empty if there is one.
-    """
-
-    caption: str = ""
-    picture: bytes | None = None
-    problem: str = ""
+    caption: str = ""  # its text; empty if it cannot be read
+    picture: bytes | None = None  # a JPEG of at most `THUMBNAIL` pixels
+    problem: str = ""  # why there is no picture; empty if there is one
 
 
 class Example(NamedTuple):
-    """A pair to look at.
+    """A pair to look at."""
 
-    Attributes:
-        step (`int`): `decided.step`.
-        uid (`str`): 32 hex digits.
-        key (`str`, *optional*): of its sample.
-        tar (`str`): name of its file without the suffix.
-        reason (`str`): why it was kept or dropped.
-        scores (`dict[str, float | None]`): by name.
-        content ([`Content`]): what can be seen.
-        twin ([`Content`], *optional*): of a duplicate, the pair that was kept in place of it.
-    """
-
-    step: int
-    uid: str
-    key: str | None
-    tar: str
-    reason: str
-    scores: dict[str, float | None]
-    content: Content
-    twin: Content | None
+    step: int  # `decided.step`
+    uid: str  # 32 hex digits
+    key: str | None  # of its sample
+    tar: str  # name of its file without the suffix
+    reason: str  # why it was kept or dropped
+    scores: dict[str, float | None]  # by name
+    content: Content  # what can be seen
+    twin: Content | None  # of a duplicate, the pair that was kept in place of it
 
 
 def find_examples(selection: Selection, tars: Sequence[Path] | None) -> list[Example]:
-    """Pick pairs to look at, the same ones in every run, and read them from their tars.
-
-    Args:
-        selection ([`Selection`]): with the table `decided`.
-        tars (`Sequence[Path]`, *optional*): where they are looked for; those that the score files name by default.
-
-    Returns:
-        `list[Example]`: by step; up to `EXAMPLES` kept ones and as many dropped ones, these equally from each step.
-    """
+    """Pick pairs to look at, the same ones in every run, and read them from their tars."""
     dropped = max(1, EXAMPLES // (selection.kept + (selection.deduplicate is not None)))
     rows = []
     for step in range(selection.kept + 2):

@@ -33,63 +33,37 @@ _FILE = re.compile(r"\s*(?:'(?P<single>[^']+)'|\"(?P<double>[^\"]+)\"|(?P<plain>
 
 
 class Comparison(NamedTuple):
-    """`NAME >= NUMBER`.
+    """`NAME >= NUMBER`."""
 
-    Attributes:
-        name (`str`): a value of the score files' column `scorer`.
-        operator (`str`): one of `OPERATORS`.
-        number (`float`): what the score is compared with.
-        text (`str`): the clause as it is shown.
-        negated (`bool`): whether `not` stands before it.
-    """
-
-    name: str
-    operator: str
-    number: float
-    text: str
-    negated: bool
+    name: str  # a value of the score files' column `scorer`
+    operator: str  # one of `OPERATORS`
+    number: float  # what the score is compared with
+    text: str  # the clause as it is shown
+    negated: bool  # whether `not` stands before it
 
 
 class Top(NamedTuple):
-    """`top(NAME, FRACTION)`: the best pairs of those that have this score.
+    """`top(NAME, FRACTION)`: the best pairs of those that have this score."""
 
-    Attributes:
-        name (`str`): a value of the score files' column `scorer`.
-        fraction (`Fraction`): above 0, at most 1; exact, so that 0.29 of 100 pairs are 29.
-        text (`str`): the clause as it is shown.
-        negated (`bool`): whether `not` stands before it.
-    """
-
-    name: str
-    fraction: Fraction
-    text: str
-    negated: bool
+    name: str  # a value of the score files' column `scorer`
+    fraction: Fraction  # above 0, at most 1; exact, so that 0.29 of 100 pairs are 29
+    text: str  # the clause as it is shown
+    negated: bool  # whether `not` stands before it
 
 
 class Listed(NamedTuple):
-    """`in(FILE)`: the pairs whose uid stands in a file.
+    """`in(FILE)`: the pairs whose uid stands in a file."""
 
-    Attributes:
-        path (`str`): an `.npy` file of uids.
-        text (`str`): the clause as it is shown.
-        negated (`bool`): whether `not` stands before it.
-    """
-
-    path: str
-    text: str
-    negated: bool
+    path: str  # an `.npy` file of uids
+    text: str  # the clause as it is shown
+    negated: bool  # whether `not` stands before it
 
 
 class Group(NamedTuple):
-    """Several terms, at least two.
+    """Several terms, at least two."""
 
-    Attributes:
-        every (`bool`): `True` for `and`, `False` for `or`.
-        terms (`tuple`): clauses, and groups of the other kind.
-    """
-
-    every: bool
-    terms: "tuple[Term, ...]"
+    every: bool  # `True` for `and`, `False` for `or`
+    terms: "tuple[Term, ...]"  # clauses, and groups of the other kind
 
 
 Clause = Comparison | Top | Listed
@@ -97,29 +71,12 @@ Term = Clause | Group
 
 
 def parse_expression(text: str) -> Term:
-    """Read an expression.
-
-    Args:
-        text (`str`): as `clip >= 0.3 and not in(blocked.npy)`.
-
-    Returns:
-        `Term`: its tree.
-
-    Raises:
-        ValueError: where it is not of the language; names the column, counted from 1.
-    """
+    """Read an expression."""
     return _Parser(text).parse()
 
 
 def clauses(term: Term) -> Iterator[Clause]:
-    """The clauses of an expression.
-
-    Args:
-        term (`Term`): its tree.
-
-    Yields:
-        `Clause`: in the order of the text.
-    """
+    """The clauses of an expression."""
     if isinstance(term, Group):
         for part in term.terms:
             yield from clauses(part)
@@ -128,14 +85,7 @@ def clauses(term: Term) -> Iterator[Clause]:
 
 
 def show(term: Term) -> str:
-    """An expression as text.
-
-    Args:
-        term (`Term`): its tree.
-
-    Returns:
-        `str`: with parentheses where a group stands in a group; reads back as the same tree.
-    """
+    """An expression as text."""
     if not isinstance(term, Group):
         return term.text
     shown = (f"({show(part)})" if isinstance(part, Group) else show(part) for part in term.terms)

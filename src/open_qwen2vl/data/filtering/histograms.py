@@ -16,34 +16,18 @@ _TAILS = 0.002  # of the pairs at each end; they go into the first and the last 
 
 
 class Histogram(NamedTuple):
-    """How a score is spread over kept and dropped pairs.
+    """How a score is spread over kept and dropped pairs."""
 
-    Attributes:
-        name (`str`): the score.
-        low (`float`): where the first bar begins; it also holds what is smaller.
-        width (`float`): of a bar; the last one also holds what is larger.
-        kept (`list[int]`): pairs of each bar.
-        dropped (`list[int]`): pairs of each bar.
-        marks (`list[tuple[str, float]]`): clauses and the numbers that they compare with.
-    """
-
-    name: str
-    low: float
-    width: float
-    kept: list[int]
-    dropped: list[int]
-    marks: list[tuple[str, float]]
+    name: str  # the score
+    low: float  # where the first bar begins; it also holds what is smaller
+    width: float  # of a bar; the last one also holds what is larger
+    kept: list[int]  # pairs of each bar
+    dropped: list[int]  # pairs of each bar
+    marks: list[tuple[str, float]]  # clauses and the numbers that they compare with
 
 
 def histograms(selection: Selection) -> list[Histogram]:
-    """Count the pairs of each score's bars.
-
-    Args:
-        selection ([`Selection`]): with the table `decided`.
-
-    Returns:
-        `list[Histogram]`: of every score of the expression that some pair has.
-    """
+    """Count the pairs of each score's bars."""
     found = []
     for name, number in selection.columns.scores.items():
         marks = [

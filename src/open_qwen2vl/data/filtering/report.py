@@ -12,19 +12,12 @@ SHORT_WORDS = 5  # captions with fewer are often taken for another language
 
 
 class ClauseCounts(NamedTuple):
-    """A clause, looked at alone.
+    """A clause, looked at alone."""
 
-    Attributes:
-        text (`str`): the clause; of a `top` clause with its threshold.
-        true (`int`): pairs of which it is true.
-        false (`int`): pairs of which it is false.
-        no_score (`int`): pairs without the score.
-    """
-
-    text: str
-    true: int
-    false: int
-    no_score: int
+    text: str  # the clause; of a `top` clause with its threshold
+    true: int  # pairs of which it is true
+    false: int  # pairs of which it is false
+    no_score: int  # pairs without the score
 
 
 @dataclass
@@ -119,16 +112,7 @@ def _short_foreign(selection: Selection) -> tuple[int, int] | None:
 
 
 def measure(selection: Selection, unscored: dict[str, int], without_hash: int) -> SelectionReport:
-    """Count.
-
-    Args:
-        selection ([`Selection`]): with the table `decided`.
-        unscored (`dict[str, int]`): uids of each file that no score file names.
-        without_hash (`int`): pairs without an image hash.
-
-    Returns:
-        [`SelectionReport`].
-    """
+    """Count."""
     by_step = dict(selection.connection.execute("SELECT step, count(*) FROM decided GROUP BY step").fetchall())
     return SelectionReport(
         expression=show(selection.term),

@@ -78,16 +78,7 @@ $examples
 
 
 def report_page(report: SelectionReport, histograms: Sequence[Histogram], examples: Sequence[Example]) -> str:
-    """The page.
-
-    Args:
-        report ([`SelectionReport`]): the counts.
-        histograms (`Sequence[Histogram]`): one for each score.
-        examples (`Sequence[Example]`): kept and dropped pairs.
-
-    Returns:
-        `str`: HTML.
-    """
+    """The page."""
     return _PAGE.substitute(
         kept=f"{report.kept:,}",
         pairs=f"{report.pairs:,}",

@@ -38,33 +38,20 @@ _MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?", re.IGNORECASE)
 
 
 class Scores(NamedTuple):
-    """The score files of a selection.
+    """The score files of a selection."""
 
-    Attributes:
-        files (`list[Path]`): those with image hashes last.
-        hash_files (`list[Path]`): those with image hashes.
-        names (`list[str]`): the values of the column `scorer`, sorted.
-        reasons (`list[str]`): why there is no score, sorted.
-        bad_uids (`int`): rows left out because their uid is not 32 hex digits.
-    """
-
-    files: list[Path]
-    hash_files: list[Path]
-    names: list[str]
-    reasons: list[str]
-    bad_uids: int
+    files: list[Path]  # those with image hashes last
+    hash_files: list[Path]  # those with image hashes
+    names: list[str]  # the values of the column `scorer`, sorted
+    reasons: list[str]  # why there is no score, sorted
+    bad_uids: int  # rows left out because their uid is not 32 hex digits
 
 
 class Columns(NamedTuple):
-    """Which columns of `pairs` belong to what.
+    """Which columns of `pairs` belong to what."""
 
-    Attributes:
-        scores (`dict[str, int]`): number of the columns `s` and `r` by the name of the score.
-        files (`dict[str, int]`): number of the column `f` by the file of uids.
-    """
-
-    scores: dict[str, int]
-    files: dict[str, int]
+    scores: dict[str, int]  # number of the columns `s` and `r` by the name of the score
+    files: dict[str, int]  # number of the column `f` by the file of uids
 
     def names(self) -> list[str]:
         """The columns' names in order."""
@@ -74,20 +61,7 @@ class Columns(NamedTuple):
 
 @contextmanager
 def open_database(folder: Path, memory_limit: str, threads: int | None) -> "Iterator[duckdb.DuckDBPyConnection]":
-    """A database in a folder of its own, which is removed at the end, and at the start if a killed run left it.
-
-    Args:
-        folder (`Path`): the folder.
-        memory_limit (`str`): of the process, as `4GB`.
-        threads (`int`, *optional*): of DuckDB; one per core where not given.
-
-    Yields:
-        `DuckDBPyConnection`.
-
-    Raises:
-        ValueError: for a limit that is no size, without duckdb, or for what it cannot do (a damaged file, too little
-            memory or disk).
-    """
+    """A database in a folder of its own, which is removed at the end, and at the start if a killed run left it."""
     try:
         import duckdb
     except ImportError as error:
@@ -115,18 +89,7 @@ def open_database(folder: Path, memory_limit: str, threads: int | None) -> "Iter
 
 
 def find_scores(connection: "duckdb.DuckDBPyConnection", paths: Sequence[str | Path]) -> Scores:
-    """Look at the score files: which scores they hold, and whether each is of one model.
-
-    Args:
-        connection (`DuckDBPyConnection`): from [`open_database`].
-        paths (`Sequence[str | Path]`): score files and folders of them.
-
-    Returns:
-        [`Scores`].
-
-    Raises:
-        ValueError: if there are none, one is of another form, or a score comes from two models.
-    """
+    """Look at the score files: which scores they hold, and whether each is of one model."""
     plain, hashed = [], []
     for path in find_score_files(paths):
         read_score_metadata(path)
@@ -150,14 +113,7 @@ def find_scores(connection: "duckdb.DuckDBPyConnection", paths: Sequence[str | P
 
 
 def score_rows(files: Sequence[Path]) -> str:
-    """SQL for the rows of some files.
-
-    Args:
-        files (`Sequence[Path]`): parquet files.
-
-    Returns:
-        `str`: a table function.
-    """
+    """SQL for the rows of some files."""
     # A bracket stands for itself in brackets; else DuckDB would take such a name for a pattern.
     paths = (quoted(re.sub(r"[*?\[]", r"[\g<0>]", str(path))) for path in files)
     return f"read_parquet([{', '.join(paths)}], hive_partitioning = false)"
@@ -166,61 +122,24 @@ def score_rows(files: Sequence[Path]) -> str:
 def fetch_row(
     connection: "duckdb.DuckDBPyConnection", statement: str, parameters: Mapping[str, Any] | None = None
 ) -> tuple:
-    """The only row of a result.
-
-    Args:
-        connection (`DuckDBPyConnection`): where it is asked for.
-        statement (`str`): with one row as its result.
-        parameters (`Mapping[str, Any]`, *optional*): of the statement.
-
-    Returns:
-        `tuple`: the row. All is fetched: a result that is left open would block the next statement.
-    """
+    """The only row of a result."""
     (row,) = connection.execute(statement, parameters).fetchall()
     return row
 
 
 def one_in(rows: int, wanted: int) -> str:
-    """SQL that is true of some rows, chosen by their uids.
-
-    Args:
-        rows (`int`): how many there are.
-        wanted (`int`): about how many should be left: between this and twice as many.
-
-    Returns:
-        `str`: a condition on `uid`.
-    """
+    """SQL that is true of some rows, chosen by their uids."""
     bits = max(0, (rows // wanted).bit_length() - 1)  # a remainder of 128-bit numbers takes a hundred times as long
     return f"uid::UHUGEINT & {(1 << bits) - 1} = 0"
 
 
 def quoted(text: str) -> str:
-    """A text as SQL.
-
-    Args:
-        text (`str`): any text.
-
-    Returns:
-        `str`: the literal.
-    """
+    """A text as SQL."""
     return "'" + text.replace("'", "''") + "'"
 
 
 def make_pairs(connection: "duckdb.DuckDBPyConnection", scores: Scores, columns: Columns) -> dict[str, int]:
-    """Make the table `pairs`.
-
-    Args:
-        connection (`DuckDBPyConnection`): from [`open_database`].
-        scores ([`Scores`]): what it is made of.
-        columns ([`Columns`]): what it gets.
-
-    Returns:
-        `dict[str, int]`: by file of uids, how many of them no score file names.
-
-    Raises:
-        ValueError: for a file that holds no uids.
-        OSError: if a file cannot be read.
-    """
+    """Make the table `pairs`."""
     name_number = _numbered("scorer", list(columns.scores))
     reason_number = _numbered("reason", scores.reasons)
     place = f"{_PLACE} + CASE WHEN key IS NULL THEN {_WITHOUT_KEY} ELSE 0 END"
@@ -242,14 +161,7 @@ def make_pairs(connection: "duckdb.DuckDBPyConnection", scores: Scores, columns:
 
 
 def keys_of_places(scores: Scores) -> str:
-    """SQL for the keys that the score files name.
-
-    Args:
-        scores ([`Scores`]): the files.
-
-    Returns:
-        `str`: a table of `place` and `key`.
-    """
+    """SQL for the keys that the score files name."""
     return f"(SELECT {_PLACE} AS place, key FROM {score_rows(scores.files)} WHERE key IS NOT NULL)"
 
 

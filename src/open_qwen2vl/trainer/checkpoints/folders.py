@@ -4,18 +4,17 @@ A checkpoint is written to `output_dir/.saving/checkpoint-N`, synced to disk and
 is removed by the next save. Pruning renames first, too.
 """
 
-import json
 import logging
 import os
 import shutil
 from pathlib import Path
 
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
 
 from ...files import publish_folder, remove_folder
 from ...model_folders import checkpoints_by_step
 from ..model_card import write_trainer_card
+from .completeness import missing_part
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +28,8 @@ class CheckpointError(OSError):
 def newest_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """The checkpoint to continue from.
 
-    `trainer_state.json` is written last, also by transformers' own Trainer, which does not rename: where it is missing
-    or cut off, the folder is passed over with a warning.
+    One that lacks a file, or has one cut off, is passed over with a warning: by this trainer checkpoints are whole or
+    absent, but copies may not be, and transformers' own Trainer writes in place.
 
     Args:
         output_dir (`str` or `os.PathLike`): the run's folder; it need not exist.
@@ -39,23 +38,15 @@ def newest_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
         `str`: the path of `checkpoint-<step>`, or None where there is no complete one.
     """
     for folder in reversed(checkpoints_by_step(output_dir).values()):
-        try:
-            json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            logger.warning("%s is incomplete (no whole %s): not used", folder, TRAINER_STATE_NAME)
-            continue
-        return str(folder)
+        missing = missing_part(folder)
+        if missing is None:
+            return str(folder)
+        logger.warning("%s is incomplete (%s): not used", folder, missing)
     return None
 
 
 def prune(output_dir: str | os.PathLike, limit: int | None, keep: str | None) -> None:
-    """Delete the oldest checkpoints.
-
-    Args:
-        output_dir (`str` or `os.PathLike`): the run's folder.
-        limit (`int`, *optional*): how many to keep; all where not given.
-        keep (`str`, *optional*): one that stays in any case and counts, the best.
-    """
+    """Delete all but the newest `limit` checkpoints; `keep`, the best, stays in any case and counts."""
     if not limit:
         return
     folders = [f for f in checkpoints_by_step(output_dir).values() if keep is None or str(f) != os.path.normpath(keep)]

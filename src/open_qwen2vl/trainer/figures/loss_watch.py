@@ -19,7 +19,11 @@ FIRST_STEPS = 20  # the loss may do anything in these
 NAMED_PACKS = 3  # in the message; the file has all
 
 
-class LossStopped(RuntimeError):
+class TrainingStopped(RuntimeError):
+    """A training that does no good was ended; the message says why and where."""
+
+
+class LossStopped(TrainingStopped):
     """A step's loss was not finite or rose too far."""
 
 
@@ -45,23 +49,17 @@ class LossWatch(TrainerCallback, ExportableState):
             setattr(self, name, value)
 
     def verdict(self, step: Step, max_rise: float) -> str | None:
-        """Judge a step, and take it into the average if it is sound.
-
-        Args:
-            step ([`Step`]): its figures.
-            max_rise (`float`): nats above the average that stop; 0 for any.
-
-        Returns:
-            `str`: what is wrong, or None.
-        """
+        """What is wrong with a step, if anything; a sound one with labels is taken into the average."""
         for name in ("loss", "grad_norm"):
             if not math.isfinite(getattr(step, name)):
                 return f"the {name} of step {step.number} is {getattr(step, name)}"
-        if max_rise and self.steps >= FIRST_STEPS and step.loss > self.average + max_rise:
+        if step.labels and max_rise and self.steps >= FIRST_STEPS and step.loss > self.average + max_rise:
             return (
                 f"the loss of step {step.number} is {step.loss:.4f}, more than max_loss_rise ({max_rise:g}) above the "
                 f"average {self.average:.4f} of the steps before it"
             )
+        if not step.labels:
+            return None
         self.steps += 1
         self.average += (step.loss - self.average) / min(self.steps, AVERAGED_STEPS)
         return None
@@ -70,16 +68,9 @@ class LossWatch(TrainerCallback, ExportableState):
 def stop_training(
     step: Step, verdict: str, describe: Callable[[int], dict[str, Any]] | None, output_dir: str | os.PathLike
 ) -> None:
-    """End the training; every rank must call.
+    """End the training with a [`LossStopped`] that names the worst packs; every rank must call.
 
-    Args:
-        step ([`Step`]): the step that went wrong.
-        verdict (`str`): how.
-        describe (`Callable[[int], dict]`, *optional*): source and documents of a pack by its number.
-        output_dir (`str` or `os.PathLike`): gets `stopped-at-step-N.json` with all packs of the step, worst first.
-
-    Raises:
-        LossStopped: always, with the verdict, the worst packs and the file's name.
+    `output_dir/stopped-at-step-N.json` gets all packs of the step; `describe` gives source and documents of one.
     """
     own = [
         {"pack": row["pack"], "loss": loss / max(row["labels"], 1)}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate.utils import reduce
+from accelerate.utils import gather_object, reduce
 
 COUNTS = ("tokens", "positions", "documents", "images", "flops", "dropped", "data_wait")
 BY_SOURCE = ("labels", "tokens", "packs")
@@ -30,7 +30,8 @@ class Step:
         sources (`list[dict[str, int]]`): [`BY_SOURCE`] of each source.
         rows (`list[dict[str, int]]`): the rows of this rank, as the collator describes them.
         row_losses (`torch.Tensor` of shape `(rows,)`): sum of the losses of each of these rows' labels.
-        dropped (`Counter`): documents that this rank could not read, by reason.
+        dropped (`Counter`): documents that could not be read, by reason.
+        places (`dict[str, str]`): where the first of each reason lies.
     """
 
     number: int
@@ -43,16 +44,16 @@ class Step:
     rows: list[dict[str, int]] = field(default_factory=list)
     row_losses: torch.Tensor | None = None
     dropped: Counter = field(default_factory=Counter)
+    places: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> int:
+        """Labels in it, on all ranks."""
+        return sum(source["labels"] for source in self.sources)
 
 
 class StepMeter:
-    """Adds up the micro-batches of a step, then the ranks.
-
-    Args:
-        device (`torch.device`): the training device.
-        world_size (`int`): number of ranks.
-        num_sources (`int`): sources of the training data.
-    """
+    """Adds up the micro-batches of a step, then the ranks."""
 
     def __init__(self, device: torch.device, world_size: int, num_sources: int):
         self.device = device
@@ -67,6 +68,7 @@ class StepMeter:
         self._rows: list[dict[str, int]] = []
         self._row_losses: list[torch.Tensor] = []
         self._dropped: Counter = Counter()
+        self._places: dict[str, str] = {}
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
 
     def wait(self, seconds: float) -> None:
@@ -76,17 +78,11 @@ class StepMeter:
     def micro_batch(
         self, stats: dict[str, Any], flops: int, loss: torch.Tensor, row_losses: torch.Tensor | None
     ) -> None:
-        """Add a micro-batch of this rank.
-
-        Args:
-            stats (`dict`): the collator's `packing_stats`.
-            flops (`int`): its FLOPs.
-            loss (`torch.Tensor`): its share of the step's loss, times the number of ranks.
-            row_losses (`torch.Tensor` of shape `(rows,)`, *optional*): where the model gives them.
-        """
+        """Add a micro-batch of this rank: `packing_stats`, its share of the step's loss times ranks, `(rows,)`."""
         self._counts.update({name: stats[name] for name in ("tokens", "positions", "documents", "images")})
         self._counts.update(flops=flops, dropped=sum(stats["dropped"].values()))
         self._dropped.update(stats["dropped"])
+        self._places = {**stats.get("dropped_places", {}), **self._places}
         self._loss += loss
         self._rows += stats["rows"]
         self._row_losses.append(
@@ -99,13 +95,7 @@ class StepMeter:
             source["packs"] += row["tokens"] > 0
 
     def end_step(self, number: int, grad_norm: torch.Tensor | float, stop_requested: bool) -> None:
-        """Send the step's figures around; every rank must call.
-
-        Args:
-            number (`int`): the global step.
-            grad_norm (`float` or `torch.Tensor`): the gradient's norm, the same on all ranks.
-            stop_requested (`bool`): whether this rank was asked to leave.
-        """
+        """Send the figures of global step `number` around; every rank must call, `stop_requested` is its own."""
         row_losses = torch.cat(self._row_losses).detach()
         source_of_row = torch.tensor([row["source"] for row in self._rows], device=self.device)
         source_losses = torch.zeros(self.num_sources, dtype=torch.float64, device=self.device)
@@ -122,25 +112,21 @@ class StepMeter:
         )
         if self.world_size > 1:
             figures = reduce(figures, "sum")
-        step = Step(number, rows=self._rows, row_losses=row_losses, dropped=self._dropped)
+        step = Step(number, rows=self._rows, row_losses=row_losses, dropped=self._dropped, places=self._places)
         self._pending.append((step, *_to_host(figures)))
         self._begin()
 
     def finished(self, all_steps: bool) -> Iterator[Step]:
-        """Steps whose figures have not been given yet.
-
-        Args:
-            all_steps (`bool`): wait for the device; else, on a GPU, the last step is left for the next call.
-
-        Yields:
-            [`Step`]: in order.
-        """
+        """Steps whose figures have not been given yet; on a GPU the last is left for later unless `all_steps`."""
         left = 0 if all_steps or self.device.type == "cpu" else 1
         while len(self._pending) > left:
             step, figures, arrived = self._pending.popleft()
             if arrived is not None:
                 arrived.synchronize()
-            yield self._read(step, iter(figures.tolist()))
+            step = self._read(step, iter(figures.tolist()))
+            if step.counts["dropped"]:
+                _gather_dropped(step)
+            yield step
 
     def _read(self, step: Step, figures: Iterator[float]) -> Step:
         step.loss, step.grad_norm = next(figures), next(figures)
@@ -149,6 +135,13 @@ class StepMeter:
         step.counts = {name: next(figures) for name in COUNTS}
         step.sources = [{name: int(next(figures)) for name in BY_SOURCE} for _ in range(self.num_sources)]
         return step
+
+
+def _gather_dropped(step: Step) -> None:
+    """Reasons and places of all ranks; they are words, so only when there is something to tell."""
+    found = gather_object([(dict(step.dropped), step.places)])
+    step.dropped = sum((Counter(dropped) for dropped, _ in found), Counter())
+    step.places = {reason: place for _, places in reversed(found) for reason, place in places.items()}
 
 
 def _to_host(figures: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:

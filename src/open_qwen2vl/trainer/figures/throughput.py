@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, reduce
+from accelerate.utils import reduce
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -22,18 +22,9 @@ WORK = ("tokens", "positions", "documents", "images", "flops", "data_wait")
 
 
 def rates(work: dict[str, float], seconds: float, device: torch.device, world_size: int) -> dict[str, float]:
-    """Work done to speed.
+    """Work of all ranks to speed: tokens and images of all ranks, TFLOP/s and MFU (where known) of one device.
 
-    Args:
-        work (`dict`): the counts `tokens`, `positions`, `images`, `flops`, and `data_wait` in seconds, of all ranks.
-        seconds (`float`): the time that they took.
-        device (`torch.device`): the training device.
-        world_size (`int`): number of ranks.
-
-    Returns:
-        `dict`: `tokens_per_second` and `images_per_second` of all ranks together, `tflops_per_second` of one device,
-        `data_wait` (0 to 1: the part of the time in which a rank waited for its loader), `fill` (0 to 1: tokens by
-        positions) and `mfu` (0 to 1) where the device's [`peak_flops`] is known.
+    `data_wait` becomes the part of the time in which a rank waited for its loader, `fill` is tokens by positions.
     """
     seconds = max(seconds, 1e-9)
     flops_per_device = work["flops"] / seconds / world_size
@@ -49,31 +40,14 @@ def rates(work: dict[str, float], seconds: float, device: torch.device, world_si
 
 
 def sum_over_ranks(values: list[float], device: torch.device, world_size: int) -> list[float]:
-    """Add up figures of all ranks; every rank must call it.
-
-    Args:
-        values (`list[float]`): this rank's figures; whole numbers stay exact up to 2**53.
-        device (`torch.device`): the training device.
-        world_size (`int`): number of ranks.
-
-    Returns:
-        `list[float]`: their sums.
-    """
+    """Sums over ranks, every one of which must call; whole numbers stay exact up to 2**53."""
     if world_size == 1:
         return values
     return reduce(torch.tensor(values, dtype=torch.float64, device=device), "sum").tolist()
 
 
 def saved_attributes(callback: ExportableState, state: TrainerState) -> dict[str, Any]:
-    """The attributes that training continues with.
-
-    Args:
-        callback (`ExportableState`): one of a run's callbacks.
-        state (`TrainerState`): the run's state, from a checkpoint or new.
-
-    Returns:
-        `dict`: those in the checkpoint, or those of a new callback where there is none.
-    """
+    """The attributes that a callback goes on with: those in the checkpoint, or new ones where there is none."""
     new = type(callback)().state()
     saved = new if state.global_step == 0 else state.stateful_callbacks.get(type(callback).__name__, new)
     return saved["attributes"]
@@ -103,13 +77,10 @@ class ThroughputCallback(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
 
     def add(self, step: Step) -> None:
-        """Add a step; every rank must call.
-
-        Args:
-            step ([`Step`]): its figures.
-        """
+        """Add a step; one without a label has no loss."""
         window = self.window
-        window["losses"].append(step.loss)
+        if step.labels:
+            window["losses"].append(step.loss)
         for name in WORK:
             window[name] += step.counts[name]
             self.totals[name] += step.counts[name] if name == "data_wait" else int(step.counts[name])
@@ -124,22 +95,14 @@ class ThroughputCallback(TrainerCallback, ExportableState):
                 total[name] += counts[name]
             part[0] += loss
             part[1] += counts["labels"]
-        if step.counts["dropped"]:
-            # The reasons are words, so they are gathered only when there is something to tell.
-            for reasons in gather_object([dict(step.dropped)]):
-                self.dropped = dict(Counter(self.dropped) + Counter(reasons))
+        if step.dropped:
+            self.dropped = dict(Counter(self.dropped) + step.dropped)
 
     def close_window(self, device: torch.device, world_size: int, names: Sequence[str]) -> dict[str, float]:
         """End the window at this moment and open the next.
 
-        Args:
-            device (`torch.device`): the training device.
-            world_size (`int`): number of ranks.
-            names (`Sequence[str]`): the sources' names.
-
-        Returns:
-            `dict`: `loss`, [`rates`], since the start `train_seconds` and `dropped_documents`, and where there are
-            several sources `loss/NAME` of the window and `share/NAME`, the part of all tokens so far.
+        Its figures are `loss`, [`rates`], since the start `train_seconds` and `dropped_documents`, and where there are
+        several sources `loss/NAME` of the window and `share/NAME`, the part of all tokens so far.
         """
         self._add_time()
         window, self.window = self.window, _new_window()
@@ -157,14 +120,7 @@ class ThroughputCallback(TrainerCallback, ExportableState):
         return figures
 
     def shares(self, names: Sequence[str]) -> dict[str, float]:
-        """The part of all tokens so far that each source gave.
-
-        Args:
-            names (`Sequence[str]`): the sources' names.
-
-        Returns:
-            `dict[str, float]`: by name, 0 to 1.
-        """
+        """The part of all tokens so far that each source gave, 0 to 1 by name."""
         tokens = max(sum(source["tokens"] for source in self.sources), 1)
         return {name: source["tokens"] / tokens for name, source in zip(names, self.sources, strict=False)}
 

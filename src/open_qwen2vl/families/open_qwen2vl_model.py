@@ -1,0 +1,68 @@
+"""The model side of Open-Qwen2VL: its parts, its blocks, what a step of it costs."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .interface import StepWork, VisionWork
+
+
+class OpenQwen2VLPackedModel:
+    """[`PackedModel`] of Open-Qwen2VL, whose own forward takes packed batches."""
+
+    parts = {"vision_tower": "model.vision_tower.", "projector": "model.multi_modal_projector."}
+    block_classes = ("Qwen2DecoderLayer", "SiglipEncoderLayer")
+
+    def __init__(self, model_type: str = "open_qwen2vl"):
+        self.model_type = model_type
+
+    def prepare(self, model: PreTrainedModel, processor: Any = None) -> PreTrainedModel:
+        """Switch off the cache, which would join the documents of a pack; Trainer does so in the top config only."""
+        model.config.text_config.use_cache = False
+        return model
+
+    def step_flops(self, config: PreTrainedConfig, work: StepWork, trained: dict[str, int]) -> int:
+        """FLOPs that a forward and backward over packed documents need, a multiply-add being two.
+
+        A forward is 2 FLOPs per parameter and position, gradients of the activations 2 more, gradients of the weights
+        2 more; what nothing before it needs is left out. The head is counted at every real position, as is usual,
+        though only labelled ones are computed. Attention is causal within documents, and full within images.
+        """
+        text, vision = config.text_config, config.vision_config
+        # 6 N per position where it is trained; 4 N where gradients only pass through to the image features.
+        language = (6 if trained["language_model"] else 4) * language_model_parameters(text) * work.tokens
+        language += 6 * text.num_hidden_layers * text.hidden_size * work.squared_lengths
+        language += 6 * trained.get("adapter", 0) * work.tokens
+
+        projector_parameters = (vision.hidden_size + 1 + text.hidden_size + 1) * text.hidden_size
+        projector_passes = 3 if trained["projector"] else 2 if trained["vision_tower"] else 1
+        projector = 2 * projector_passes * projector_parameters * work.vision.tokens
+
+        # Every image is one square; a plan that was made without the model does not know of how many patches.
+        patches = config.patches_per_side**2
+        tower = 2 * vision_parameters(config) * patches
+        tower += 4 * config.num_vision_blocks * vision.hidden_size * patches**2
+        return language + projector + (3 if trained["vision_tower"] else 1) * tower * work.media
+
+
+def vision_work(config: PreTrainedConfig, images: int, image_seq_length: int) -> VisionWork:
+    """What encoding so many images costs, each in so many tokens."""
+    patches = config.patches_per_side**2
+    return VisionWork(images * patches, images * patches**2, images * image_seq_length)
+
+
+def language_model_parameters(config: PreTrainedConfig) -> int:
+    """Parameters of a Qwen2 text config, embeddings and head counted once (1,543,714,304 for Qwen2.5-1.5B)."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    queries, keys_values = heads * head_dim, 2 * config.num_key_value_heads * head_dim
+    attention = (hidden + 1) * (queries + keys_values) + queries * hidden
+    block = attention + 3 * hidden * config.intermediate_size + 2 * hidden
+    return config.num_hidden_layers * block + hidden + config.vocab_size * hidden
+
+
+def vision_parameters(config: PreTrainedConfig) -> int:
+    """Parameters of the vision blocks that run (26 of the 27 of SigLIP-SO400M); embeddings and norm are no blocks."""
+    width, inner = config.vision_config.hidden_size, config.vision_config.intermediate_size
+    block = 4 * (width + 1) * width + (width + 1) * inner + (inner + 1) * width + 4 * width
+    return config.num_vision_blocks * block

@@ -1,0 +1,59 @@
+"""Which checkpoint a training goes on from: a whole one, of the very same run, with the weights of this model."""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from .completeness import missing_part, weight_names
+from .folders import newest_complete_checkpoint
+from .run_record import check_same_run
+from .saving import without_tied
+
+NAMED = 3  # weights in a message
+
+
+def checkpoint_to_resume(
+    asked: str | os.PathLike | bool | None, output_dir: str, record: dict[str, Any], model: nn.Module
+) -> str | None:
+    """The checkpoint that was asked for, or for True the newest complete one in `output_dir`, if there is any.
+
+    Raises:
+        ValueError: if it is incomplete, was trained with other options or data, or is of another model.
+    """
+    if asked is True:
+        asked = newest_complete_checkpoint(output_dir)
+    if not asked:
+        return None
+    if missing := missing_part(asked):
+        raise ValueError(f"{asked} is no checkpoint to go on from: {missing}")
+    check_same_run(asked, record)
+    if (saved := weight_names(asked)) is not None and not hasattr(model, "peft_config"):
+        expected = set(without_tied(list(model.state_dict()), model))
+        check_weight_names(expected - saved, saved - set(model.state_dict()), str(asked))
+    return str(asked)
+
+
+def check_weight_names(missing: set[str], unexpected: set[str], where: str) -> None:
+    """Refuse weights that are not the model's: a trainer would go on with fresh ones."""
+    problems = [
+        f"{len(names)} {what} ({', '.join(sorted(names)[:NAMED])}{', ...' if len(names) > NAMED else ''})"
+        for what, names in (("missing", missing), ("unknown", unexpected))
+        if names
+    ]
+    if problems:
+        raise ValueError(f"{where}: the weights are not this model's: {' and '.join(problems)}")
+
+
+@contextlib.contextmanager
+def whole_adapters() -> Iterator[None]:
+    """PEFT goes on with fresh weights where it finds none: an error here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            yield
+        except UserWarning as warning:
+            raise ValueError(f"the checkpoint's adapter is not this model's: {warning}") from warning

@@ -1,0 +1,38 @@
+"""What a whole training did, over all runs that it took."""
+
+from typing import Any
+
+import torch
+from transformers import TrainerState
+
+from .throughput import ThroughputCallback, rates
+
+
+def training_summary(
+    counters: ThroughputCallback, state: TrainerState, names: list[str], device: torch.device, world_size: int
+) -> dict[str, Any]:
+    """What `PackedTrainer.summary` gives, but for the scores of tasks.
+
+    Returns:
+        `dict`: `steps`, `epochs`, `documents`, `images`, `tokens`, `positions`, `flops`, `train_seconds` (without
+        evaluation and checkpoints), the mean [`rates`], `devices`, `final_loss` (the last log's), `sources` (packs,
+        tokens, labels and share of all tokens by name) and `dropped_documents` by reason.
+    """
+    totals = dict(counters.totals)
+    seconds = totals.pop("seconds")
+    speed = rates(totals, seconds, device, world_size)
+    del totals["data_wait"]
+    shares = counters.shares(names)
+    return {
+        "steps": state.global_step,
+        "epochs": state.epoch,
+        **totals,
+        "train_seconds": seconds,
+        **speed,
+        "devices": world_size,
+        "final_loss": next((log["loss"] for log in reversed(state.log_history) if "loss" in log), None),
+        "sources": {
+            name: {**source, "share": shares[name]} for name, source in zip(names, counters.sources, strict=False)
+        },
+        "dropped_documents": counters.dropped,
+    }

@@ -1,0 +1,54 @@
+"""FSDP as packs need it: really on, version 2, gradients added up in fp32, a frozen tower whole on each rank."""
+
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from ..families.interface import PackedModel
+from .optimization import Parts, part_of
+
+
+def check_fsdp_is_on(enabled: bool) -> None:
+    """Refuse FSDP that accelerate did not start: it would train with DDP in silence."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not enabled:
+        raise ValueError(
+            "FSDP was asked for, but accelerate starts it on accelerators only and would train with DDP in "
+            "silence; choose a config without FSDP for this machine"
+        )
+
+
+def configure_fsdp(plugin: Any, model: nn.Module, family: PackedModel) -> None:
+    """Complete accelerate's FSDP plugin before the model is wrapped."""
+    if plugin.fsdp_version == 1:
+        raise ValueError(
+            "FSDP version 1 flattens parameters, so that weight decay finds no matrix; use fsdp_version: 2"
+        )
+    classes = {type(module).__name__ for module in model.modules()}
+    if not set(plugin.transformer_cls_names_to_wrap or []) <= classes or not plugin.transformer_cls_names_to_wrap:
+        # The config names the blocks of another family, or none.
+        plugin.transformer_cls_names_to_wrap = [name for name in family.block_classes if name in classes]
+    if plugin.ignored_modules is None and (frozen := list(frozen_tower(model, family.parts))):
+        # A frozen tower has no gradients to shard: each rank keeps it whole and gathers nothing for it.
+        plugin.ignored_modules = "|".join(f"(.*\\.)?{re.escape(name)}" for name in frozen)
+    if plugin.mixed_precision_policy is not None:
+        # accelerate's policy adds up gradients in bf16, over micro-batches and ranks, and rounds the loss to it.
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            plugin.mixed_precision_policy.param_dtype, reduce_dtype=torch.float32
+        )
+
+
+def frozen_tower(model: nn.Module, parts: Parts) -> Iterator[str]:
+    """Names of the largest modules that hold nothing but frozen parameters of the vision tower."""
+    taken: list[str] = []
+    for name, module in model.named_modules():
+        parameters = [(f"{name}.{inner}", parameter) for inner, parameter in module.named_parameters()]
+        if not parameters or any(name.startswith(f"{outer}.") for outer in taken):
+            continue
+        if all(part_of(full, parts) == "vision_tower" and not p.requires_grad for full, p in parameters):
+            taken.append(name)
+            yield name
