@@ -3,12 +3,9 @@
 Text that comes from data or from the model is escaped, pictures are embedded, and nothing is loaded from elsewhere.
 """
 
-import base64
-import html
 import io
 import random
 from pathlib import Path
-from string import Template
 from textwrap import fill, wrap
 from typing import Any
 
@@ -17,7 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from open_qwen2vl.files import renamed_when_whole, write_text
+from open_qwen2vl import pages
+from open_qwen2vl.files import renamed_when_whole
+from open_qwen2vl.pages import escape
 from open_qwen2vl.processing.images import decode_image
 
 ATTRIBUTION = (
@@ -28,41 +27,11 @@ TITLE = "A small Open-Qwen2VL, pre-trained from scratch on emoji"
 RIGHT, WRONG, INK, MUTED = "#1a7f4b", "#c0392b", "#22272e", "#6b7480"
 GRID_COLUMNS, GRID_ROWS, SAMPLE_SEED = 8, 3, 1
 
-PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>$title</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; color: #22272e; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-p.note, footer { color: #6b7480; font-size: .9rem; }
-.figures { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1.5rem 0; }
-.figures div { flex: 1 1 9rem; background: #f5f6f8; border-radius: 10px; padding: .8rem 1rem; }
-.figures b { display: block; font-size: 1.5rem; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: .8rem; }
-figure { margin: 0; padding: .6rem; border: 1px solid #e3e6ea; border-radius: 10px; text-align: center; }
-figure img { width: 96px; height: 96px; } figcaption { font-size: .78rem; line-height: 1.3; }
-.right { color: #1a7f4b; } .wrong { color: #c0392b; } .truth { color: #6b7480; }
-img.curve { max-width: 100%; } td { padding: .1rem 1.2rem .1rem 0; vertical-align: top; }
-</style>
-</head>
-<body>
-<h1>$title</h1>
-<p class="note">$subtitle</p>
-<div class="figures">$figures</div>
-<h2>Training loss</h2>
-<img class="curve" alt="loss by step" src="data:image/png;base64,$curve">
-<h2>Held-out pictures that the model names wrongly ($wrong_count)</h2>
-<div class="grid">$wrong</div>
-<h2>Held-out pictures that it names rightly ($right_count)</h2>
-<div class="grid">$right</div>
-<h2>Where and with what</h2>
-<table>$environment</table>
-<footer><p>$attribution</p></footer>
-</body>
-</html>
-""")
+STYLE = """
+.grid { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
+figure { text-align: center; } figure img { width: 96px; height: 96px; } img { max-width: 100%; }
+td { padding: .1rem 1.2rem .1rem 0; vertical-align: top; } table { width: auto; }
+"""
 
 
 def headline(metrics: dict[str, Any]) -> list[tuple[str, str]]:
@@ -171,12 +140,17 @@ def curve_png(history: list[dict[str, float]]) -> bytes:
 
 def example_html(example: Any) -> str:
     """One picture with its captions; both are text from outside and are escaped."""
-    png = base64.b64encode(example.png).decode()
-    generated = html.escape(example.generated or "(nothing)")
     kind = "right" if example.right else "wrong"
-    truth = html.escape(example.caption)
+    truth, generated = escape(example.caption), escape(example.generated or "(nothing)")
     captions = f'<span class="truth">{truth}</span><br><span class="{kind}">{generated}</span>'
-    return f'<figure><img alt="" src="data:image/png;base64,{png}"><figcaption>{captions}</figcaption></figure>'
+    return f"<figure>{pages.picture(example.png)}<figcaption>{captions}</figcaption></figure>"
+
+
+def machine(metrics: dict[str, Any]) -> str:
+    """Where and with what, as a table."""
+    return (
+        f"<h2>Where and with what</h2><table>{pages.rows((metrics['machine'] | metrics['versions']).items())}</table>"
+    )
 
 
 def write_html(path: Path, metrics: dict[str, Any], history: list[dict[str, float]], examples: list[Any]) -> None:
@@ -189,23 +163,15 @@ def write_html(path: Path, metrics: dict[str, Any], history: list[dict[str, floa
         examples (`list[Example]`): captioned held-out pictures.
     """
     wrong, right = ([e for e in examples if e.right is outcome] for outcome in (False, True))
-    figures = "".join(
-        f"<div><b>{html.escape(value)}</b>{html.escape(meaning)}</div>" for value, meaning in headline(metrics)
+    body = (
+        f'<h1>{escape(TITLE)}</h1><p class="note">{escape(subtitle(metrics))}</p>',
+        pages.figures(headline(metrics)),
+        f"<h2>Training loss</h2>{pages.picture(curve_png(history), alt='loss by step')}",
+        f"<h2>Held-out pictures that the model names wrongly ({len(wrong)})</h2>",
+        f'<div class="grid">{"".join(map(example_html, wrong))}</div>',
+        f"<h2>Held-out pictures that it names rightly ({len(right)})</h2>",
+        f'<div class="grid">{"".join(map(example_html, right))}</div>',
+        machine(metrics),
+        f"<footer><p>{escape(ATTRIBUTION)}</p></footer>",
     )
-    environment = "".join(
-        f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(value))}</td></tr>"
-        for name, value in (metrics["machine"] | metrics["versions"]).items()
-    )
-    page = PAGE.substitute(
-        title=html.escape(TITLE),
-        subtitle=html.escape(subtitle(metrics)),
-        figures=figures,
-        curve=base64.b64encode(curve_png(history)).decode(),
-        wrong="".join(map(example_html, wrong)),
-        wrong_count=len(wrong),
-        right="".join(map(example_html, right)),
-        right_count=len(right),
-        environment=environment,
-        attribution=html.escape(ATTRIBUTION),
-    )
-    write_text(path, page)
+    pages.write_page(path, pages.page(TITLE, "\n".join(body), STYLE))

@@ -3,12 +3,9 @@
 Text that comes from data or from the model is escaped, pictures are embedded, and nothing is loaded from elsewhere.
 """
 
-import base64
-import html
 import io
 import random
 from pathlib import Path
-from string import Template
 from textwrap import fill, wrap
 from typing import Any
 
@@ -17,7 +14,9 @@ import report_pages
 from matplotlib.axes import Axes
 from report_pages import INK, MUTED, RIGHT, WRONG, new_figure
 
-from open_qwen2vl.files import renamed_when_whole, write_text
+from open_qwen2vl import pages
+from open_qwen2vl.files import renamed_when_whole
+from open_qwen2vl.pages import escape
 from open_qwen2vl.processing.images import decode_image
 
 ATTRIBUTION = (
@@ -35,27 +34,6 @@ BARS = (("by_type", "the model", RIGHT), ("blanked_by_type", "with grey pictures
 BARS += (("majority_by_type", "commonest answer of the type", "#d5dae0"),)
 GRID_COLUMNS, GRID_ROWS, SAMPLE_SEED = 8, 2, 1
 MOST_SHOWN = 48
-
-# The head and the style are those of the first half's page.
-HEAD = report_pages.PAGE.template.partition("<h1>")[0]
-PAGE = Template(
-    HEAD
-    + """<h1>$title</h1>
-<p class="note">$subtitle</p>
-<div class="figures">$figures</div>
-<h2>Accuracy by type of question</h2>
-<img class="curve" alt="accuracy by type of question" src="data:image/png;base64,$chart">
-<h2>Wrong answers ($wrong_count)</h2>
-<div class="grid">$wrong</div>
-<h2>Right answers ($right_count)</h2>
-<div class="grid">$right</div>
-<h2>Where and with what</h2>
-<table>$environment</table>
-<footer><p>Of each kind $shown are shown at most, drawn at random. $attribution</p></footer>
-</body>
-</html>
-"""
-)
 
 
 def headline(metrics: dict[str, Any]) -> list[tuple[str, str]]:
@@ -164,13 +142,11 @@ def chart_png(metrics: dict[str, Any]) -> bytes:
 
 def question_html(question: Any) -> str:
     """One picture with question and answers; all are text from outside and are escaped."""
-    png = base64.b64encode(question.picture.read_bytes()).decode()
     kind = "right" if question.right else "wrong"
-    answer, truth = map(html.escape, answer_texts(question))
-    caption = (
-        f'{html.escape(question.question)}<br><span class="{kind}">{answer}</span> <span class="truth">{truth}</span>'
-    )
-    return f'<figure><img alt="" src="data:image/png;base64,{png}"><figcaption>{caption}</figcaption></figure>'
+    answer, truth = map(escape, answer_texts(question))
+    caption = f'{escape(question.question)}<br><span class="{kind}">{answer}</span> <span class="truth">{truth}</span>'
+    picture = pages.picture(question.picture.read_bytes())
+    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
 
 
 def write_html(path: Path, metrics: dict[str, Any], questions: list[Any]) -> None:
@@ -182,24 +158,16 @@ def write_html(path: Path, metrics: dict[str, Any], questions: list[Any]) -> Non
         questions (`list[Question]`): answered test questions.
     """
     wrong, right = ([q for q in questions if q.right is outcome] for outcome in (False, True))
-    figures = "".join(
-        f"<div><b>{html.escape(value)}</b>{html.escape(meaning)}</div>" for value, meaning in headline(metrics)
+    chart = pages.picture(chart_png(metrics), alt="accuracy by type of question")
+    body = (
+        f'<h1>{escape(TITLE)}</h1><p class="note">{escape(subtitle(metrics))}</p>',
+        pages.figures(headline(metrics)),
+        f"<h2>Accuracy by type of question</h2>{chart}",
+        f"<h2>Wrong answers ({len(wrong):,})</h2>",
+        f'<div class="grid">{"".join(map(question_html, sample(wrong, MOST_SHOWN)))}</div>',
+        f"<h2>Right answers ({len(right):,})</h2>",
+        f'<div class="grid">{"".join(map(question_html, sample(right, MOST_SHOWN)))}</div>',
+        report_pages.machine(metrics),
+        f"<footer><p>Of each kind {MOST_SHOWN} are shown at most, drawn at random. {escape(ATTRIBUTION)}</p></footer>",
     )
-    environment = "".join(
-        f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(value))}</td></tr>"
-        for name, value in (metrics["machine"] | metrics["versions"]).items()
-    )
-    page = PAGE.substitute(
-        title=html.escape(TITLE),
-        subtitle=html.escape(subtitle(metrics)),
-        figures=figures,
-        chart=base64.b64encode(chart_png(metrics)).decode(),
-        wrong="".join(map(question_html, sample(wrong, MOST_SHOWN))),
-        wrong_count=f"{len(wrong):,}",
-        right="".join(map(question_html, sample(right, MOST_SHOWN))),
-        right_count=f"{len(right):,}",
-        shown=MOST_SHOWN,
-        environment=environment,
-        attribution=html.escape(ATTRIBUTION),
-    )
-    write_text(path, page)
+    pages.write_page(path, pages.page(TITLE, "\n".join(body), report_pages.STYLE))

@@ -71,11 +71,10 @@ def page(title: str, body: str, style: str = "", script: str = "") -> str:
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{escape("; ".join(policy), quote=True)}">
+<meta http-equiv="Content-Security-Policy" content="{"; ".join(policy)}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta name="referrer" content="no-referrer">
-<link rel="icon" href="data:,">
 <title>{escape(title)}</title>
 <style>{rules}</style>
 </head>

@@ -4,12 +4,11 @@ Text that comes from the data is escaped, pictures are embedded, nothing is load
 itself), and the same selection gives the same bytes.
 """
 
-import base64
-import html
 import re
 from collections.abc import Sequence
-from string import Template
 
+from ... import pages
+from ...pages import escape
 from .examples import Content, Example
 from .histograms import Histogram
 from .report import ClauseCounts, SelectionReport
@@ -17,79 +16,51 @@ from .report import ClauseCounts, SelectionReport
 _WIDTH, _HEIGHT, _MARGIN = 480, 150, 22  # of a histogram; the margin holds the numbers below it
 _CAPTION_CHARACTERS = 300
 
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>Filter: $kept of $pairs pairs kept</title>
-<style>
-:root { --kept: #1a7f4b; --dropped: #c9ced6; --ink: #22272e; --muted: #6b7480; --line: #e3e6ea; --mark: #c0392b; }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 1120px; margin: 2rem auto;
-  padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; }
-p.note, .hint { color: var(--muted); font-size: .9rem; margin: .2rem 0; }
-code { font: .88em/1.5 ui-monospace, monospace; overflow-wrap: anywhere; }
-.expression { display: block; background: #f5f6f8; border-radius: 10px; padding: .7rem 1rem; margin: 1rem 0; }
-.figures { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1rem 0; }
-.figures div { flex: 1 1 9rem; background: #f5f6f8; border-radius: 10px; padding: .7rem 1rem; }
-.figures b { display: block; font-size: 1.5rem; font-weight: 650; }
-table { border-collapse: collapse; width: 100%; }
-th { text-align: left; font-weight: 600; color: var(--muted); font-size: .85rem; }
+_STYLE = """
+:root { --kept: #1a7f4b; --dropped: #aab2bd; --mark: #c0392b; }
+@media (prefers-color-scheme: dark) { :root { --kept: #57c492; --dropped: #4a5564; --mark: #ff9a90; } }
+.expression { display: block; background: var(--card); border: 1px solid var(--line); border-radius: 12px;
+  padding: .7rem 1rem; margin: 1rem 0; }
+th { color: var(--muted); font-size: .85rem; }
 th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: middle; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.bar { width: 40%; } td.bar i { display: block; height: 12px; border-radius: 3px; background: var(--kept); }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); gap: .8rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(480px, 100%), 1fr)); gap: 1.4rem; }
 svg { width: 100%; height: auto; display: block; } svg text { font: 11px system-ui, sans-serif; fill: var(--muted); }
-figure { margin: 0; padding: .6rem; border: 1px solid var(--line); border-radius: 10px; border-top-width: 4px; }
+figure { border-top-width: 4px; }
 figure.kept { border-top-color: var(--kept); } figure.dropped { border-top-color: var(--mark); }
-.picture { height: 140px; display: flex; gap: 4px; align-items: center; justify-content: center; background: #f5f6f8;
-  border-radius: 6px; color: var(--muted); font-size: .8rem; margin-bottom: .5rem; overflow: hidden; }
+.picture { height: 140px; display: flex; gap: 4px; align-items: center; justify-content: center;
+  background: var(--track); border-radius: 6px; color: var(--muted); font-size: .8rem; margin-bottom: .5rem;
+  overflow: hidden; }
 .picture img { max-width: 100%; max-height: 140px; min-width: 0; } .picture:has(.twin) img { max-height: 80px; }
 .twin { border-left: 2px dashed var(--mark); padding-left: 4px; display: flex; align-items: center; }
-figcaption { font-size: .82rem; line-height: 1.4; overflow-wrap: anywhere; } figcaption p { margin: 0 0 .4rem; }
+figcaption p { margin: 0 0 .4rem; }
 .reason, figcaption td { font-size: .74rem; line-height: 1.35; overflow-wrap: break-word; }
 .kept .reason { color: var(--kept); } .dropped .reason { color: var(--mark); }
-figcaption td { padding: 0; border: 0; color: var(--muted); overflow-wrap: break-word; vertical-align: top; }
+figcaption td { padding: 0; border: 0; color: var(--muted); vertical-align: top; }
 figcaption td + td { text-align: right; padding-left: .5rem; white-space: nowrap; }
 p.where { color: var(--muted); font-size: .66rem; margin: .4rem 0 0; }
 .key i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin: 0 .3em 0 1em; }
 .key i.line { width: 0; border-left: 2px dashed var(--mark); border-radius: 0; vertical-align: -.1em; }
-</style>
-</head>
-<body>
-<h1>Which pairs were kept, and why</h1>
-<code class="expression">$expression</code>
-<div class="figures">$figures</div>
-<h2>Step by step</h2>
-<table><tr><th>pairs that pass</th><th></th><th class="n">left</th><th class="n">dropped here</th></tr>$funnel</table>
-<h2>Each clause alone</h2>
-<table>
-<tr><th>clause</th><th class="n">true</th><th class="n">false</th><th class="n">no score</th></tr>
-$clauses</table>
-$notes
-$plots
-$examples
-</body>
-</html>
-""")
+.key i.k { background: var(--kept); } .key i.d { background: var(--dropped); }
+"""
 
 
 def report_page(report: SelectionReport, histograms: Sequence[Histogram], examples: Sequence[Example]) -> str:
-    """The page."""
-    return _PAGE.substitute(
-        kept=f"{report.kept:,}",
-        pairs=f"{report.pairs:,}",
-        expression=html.escape(report.expression),
-        figures="".join(f"<div><b>{value}</b>{name}</div>" for value, name in _figures(report)),
-        funnel=_funnel(report),
-        notes="".join(f'<p class="note">{html.escape(note)}</p>' for note in _notes(report)),
-        clauses="".join(map(_clause, report.clauses)),
-        plots=_plots(histograms),
-        examples=_examples(report, examples),
+    """The counts, a histogram for each score, and kept and dropped pairs, as HTML."""
+    funnel_head = '<tr><th>pairs that pass</th><th></th><th class="n">left</th><th class="n">dropped here</th></tr>'
+    clause_head = '<tr><th>clause</th><th class="n">true</th><th class="n">false</th><th class="n">no score</th></tr>'
+    body = (
+        "<h1>Which pairs were kept, and why</h1>",
+        f'<code class="expression">{escape(report.expression)}</code>',
+        pages.figures(_figures(report)),
+        f"<h2>Step by step</h2><table>{funnel_head}{_funnel(report)}</table>",
+        f"<h2>Each clause alone</h2><table>{clause_head}{''.join(map(_clause, report.clauses))}</table>",
+        *(f'<p class="note">{escape(note)}</p>' for note in _notes(report)),
+        _plots(histograms),
+        _examples(report, examples),
     )
+    return pages.page(f"Filter: {report.kept:,} of {report.pairs:,} pairs kept", "\n".join(body), _STYLE)
 
 
 def _figures(report: SelectionReport) -> list[tuple[str, str]]:
@@ -107,7 +78,7 @@ def _funnel(report: SelectionReport) -> str:
     steps = report.steps if report.duplicates is None else [*report.steps, ("no duplicate", report.duplicates)]
     for text, dropped in steps:
         left -= dropped
-        rows.append((f"<code>{html.escape(text)}</code>", left, f"{dropped:,}"))
+        rows.append((f"<code>{escape(text)}</code>", left, f"{dropped:,}"))
     return "".join(
         f'<tr><td>{text}</td><td class="bar"><i style="width:{100 * left / max(1, report.pairs):.2f}%"></i></td>'
         f'<td class="n">{left:,}</td><td class="n">{dropped}</td></tr>'
@@ -136,15 +107,15 @@ def _notes(report: SelectionReport) -> list[str]:
 def _clause(clause: ClauseCounts) -> str:
     numbers = (clause.true, clause.false, clause.no_score)
     cells = "".join(f'<td class="n">{number:,}</td>' for number in numbers)
-    return f"<tr><td><code>{html.escape(clause.text)}</code></td>{cells}</tr>"
+    return f"<tr><td><code>{escape(clause.text)}</code></td>{cells}</tr>"
 
 
 def _plots(histograms: Sequence[Histogram]) -> str:
     if not histograms:
         return ""
-    key = '<i style="background:var(--kept)"></i>kept<i style="background:var(--dropped)"></i>dropped'
+    key = '<i class="k"></i>kept<i class="d"></i>dropped'
     key += '<i class="line"></i>threshold'
-    plots = "".join(f"<div><b>{html.escape(plot.name)}</b>{_plot(plot)}</div>" for plot in histograms)
+    plots = "".join(f"<div><b>{escape(plot.name)}</b>{_plot(plot)}</div>" for plot in histograms)
     return f'<h2>Scores <span class="hint key">{key}</span></h2><div class="plots">{plots}</div>'
 
 
@@ -172,7 +143,7 @@ def _plot(plot: Histogram) -> str:
         x = min(max((value - plot.low) / plot.width * width, 1), _WIDTH - 1)
         parts.append(
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="14" y2="{base}" stroke="var(--mark)" stroke-dasharray="4 3">'
-            f"<title>{html.escape(text)}: {value:.6g}</title></line>"
+            f"<title>{escape(text)}: {value:.6g}</title></line>"
         )
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'
 
@@ -198,7 +169,7 @@ def _examples(report: SelectionReport, examples: Sequence[Example]) -> str:
             hint = f"{len(shown)} of them, drawn at random" if len(shown) < count else "all of them"
             cards = "".join(_example(example, step == kept) for example in shown)
             sections.append(
-                f'<h2>{html.escape(title)} <span class="hint">{hint}</span></h2><div class="grid">{cards}</div>'
+                f'<h2>{escape(title)} <span class="hint">{hint}</span></h2><div class="grid">{cards}</div>'
             )
     return "".join(sections)
 
@@ -216,21 +187,21 @@ def _example(example: Example, kept: bool) -> str:
     rows = "".join(f"<tr><td>{_breakable(name)}</td><td>{value}</td></tr>" for name, value in scores)
     return (
         f'<figure class="{"kept" if kept else "dropped"}"><div class="picture">{pictures}</div><figcaption>'
-        f'<p>{html.escape(caption)}</p><p class="reason">{reason}</p><table>{rows}</table>'
-        f'<p class="where">{html.escape(place)}<br>{html.escape(example.uid)}</p>'
+        f'<p>{escape(caption)}</p><p class="reason">{reason}</p><table>{rows}</table>'
+        f'<p class="where">{escape(place)}<br>{escape(example.uid)}</p>'
         "</figcaption></figure>"
     )
 
 
 def _breakable(text: str) -> str:
     """The text with places where a line may end, so that long names of scores do not break within a word."""
-    return re.sub(r"([._/])(?=[A-Za-z])", r"\1<wbr>", html.escape(text))
+    return re.sub(r"([._/])(?=[A-Za-z])", r"\1<wbr>", escape(text))
 
 
 def _picture(content: Content) -> str:
     if content.picture is None:
-        return html.escape(content.problem)
-    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(content.picture).decode()}">'
+        return escape(content.problem)
+    return pages.picture(content.picture, "jpeg")
 
 
 def _percent(part: int, whole: int) -> str:

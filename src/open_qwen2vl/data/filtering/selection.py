@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from ...files import remove_temporaries, renamed_when_whole, write_text
+from ...files import remove_temporaries, renamed_when_whole
 from ...output_lock import only_writer
+from ...pages import write_page
 from ..storage.tars import find_shards
 from ..storage.uids import UID_DTYPE, write_uids
 from .coverage import measure_coverage
@@ -88,7 +89,7 @@ def _select(
         _advance(bar, "writing the report")
         figures.coverage, figures.train_samples = measure_coverage(selection, tars), options.train_samples
         page = report_page(figures, histograms(selection), find_examples(selection, tars))
-        write_text(folder / PAGE_NAME, page)
+        write_page(folder / PAGE_NAME, page)
         _advance(bar, "filtered")
     write_uids(output, uids)
     return figures
