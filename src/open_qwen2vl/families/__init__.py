@@ -69,7 +69,21 @@ def packed_model(config: Any) -> "PackedModel":
     model_type = config.model_type
     if model_type not in _MODELS:
         raise ValueError(f"{model_type} is no known model family; known are {', '.join(_MODELS)}")
-    return _load(_MODELS[model_type])(model_type)
+    return _load(_MODELS[model_type])()
+
+
+def part_modules(model_type: str | None = None, part: str | None = None) -> list[str]:
+    """Full names of the modules that make up the parts beside the language model, of one family or of all."""
+    names: dict[str, None] = {}
+    for known in _MODELS if model_type is None else (model_type,):
+        for name, prefixes in _load(_MODELS[known])().parts.items():
+            if part in (None, name):
+                names |= dict.fromkeys(prefix.rstrip(".") for prefix in _as_tuple(prefixes))
+    return list(names)
+
+
+def _as_tuple(prefixes: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (prefixes,) if isinstance(prefixes, str) else prefixes
 
 
 def register_family(processor_class: str, documents: Any, model_type: str, model: Any = None) -> None:
@@ -79,8 +93,7 @@ def register_family(processor_class: str, documents: Any, model_type: str, model
         processor_class (`str`): name of its processor's class.
         documents (`type`): its [`DocumentProcessor`].
         model_type (`str`): its config's `model_type`.
-        model (`type`, *optional*): its [`PackedModel`], made with the `model_type`; without it the family packs and
-            does not train.
+        model (`type`, *optional*): its [`PackedModel`]; without it the family packs and does not train.
     """
     _DOCUMENTS[processor_class] = documents
     if model is not None:

@@ -13,9 +13,6 @@ class OpenQwen2VLPackedModel:
     parts = {"vision_tower": "model.vision_tower.", "projector": "model.multi_modal_projector."}
     block_classes = ("Qwen2DecoderLayer", "SiglipEncoderLayer")
 
-    def __init__(self, model_type: str = "open_qwen2vl"):
-        self.model_type = model_type
-
     def prepare(self, model: PreTrainedModel, processor: Any = None) -> PreTrainedModel:
         """Switch off the cache, which would join the documents of a pack; Trainer does so in the top config only."""
         model.config.text_config.use_cache = False
