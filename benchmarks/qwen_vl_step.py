@@ -13,8 +13,8 @@ from transformers import (
     Qwen2VLImageProcessor,
 )
 
-from open_qwen2vl.families.qwen_vl.images import image_patches
 from open_qwen2vl import prepare_for_packing
+from open_qwen2vl.families.qwen_vl.images import image_patches
 from open_qwen2vl.families.qwen_vl.positions import mrope_positions
 from open_qwen2vl.families.qwen_vl.sizes import ImageSizes
 from open_qwen2vl.processing.images import decode_image

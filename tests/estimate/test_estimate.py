@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from open_qwen2vl import OpenQwen2VLConfig
 from open_qwen2vl.cli import main
@@ -14,7 +15,7 @@ from open_qwen2vl.estimate.figures import duration
 from open_qwen2vl.estimate.inputs import DEFAULTS, assumed_work, planned_work, read_recipe, read_training
 from open_qwen2vl.estimate.options import EstimateOptions
 from open_qwen2vl.families.interface import StepWork
-from open_qwen2vl.families.open_qwen2vl_model import OpenQwen2VLPackedModel, vision_work
+from open_qwen2vl.families.open_qwen2vl_model import OpenQwen2VLPackedModel
 from open_qwen2vl.trainer.figures.flops import GPUS
 from tests.tars import write_caption_tar
 
@@ -77,9 +78,10 @@ def test_figures_follow_from_the_flops_and_the_peak(plans):
     on = EstimateOptions("", "h100", 2, mfu=0.4, price_per_hour=3)
     result = estimate_run({**options, "max_steps": 5}, config, [work], on)
     # The five packs are filled up to one step of twelve; five steps read them five times.
-    step = StepWork(work.tokens, totals["tokens"] ** 2 / 24, 24, vision_work(config, 24, 4))
+    family = OpenQwen2VLPackedModel()
+    step = StepWork(work.tokens, totals["tokens"] ** 2 / 24, 24, family.vision_work(config, 24, 24 * 4))
     trained = {"projector": 1, "language_model": 1, "vision_tower": 0}
-    flops = 5 * OpenQwen2VLPackedModel().step_flops(config, step, trained)
+    flops = 5 * family.step_flops(config, step, trained)
     assert (work.packs, result.steps, result.packs_per_step) == (5, 5, 12)
     assert result.flops == pytest.approx(flops)
     assert result.hours * 3600 == pytest.approx(flops / (2 * 0.4 * GPUS["h100"].peak_flops))
@@ -92,7 +94,7 @@ def test_figures_follow_from_the_flops_and_the_peak(plans):
 def test_sources_count_by_epochs_and_weights(plans):
     entries = [{"path": str(plans / "small"), "epochs": 2}, {"path": str(plans / "large")}]
     small, large = planned_work(entries)
-    assert (small.images, small.image_seq_length) == (48, 4) and (large.images, large.image_seq_length) == (10, 16)
+    assert (small.images, small.media_tokens) == (48, 48 * 4) and (large.images, large.media_tokens) == (10, 160)
     once = planned_work(str(plans / "small"))[0]
     weighted = planned_work([{**entry, "weight": 1, "epochs": None} for entry in entries])
     assert weighted[0].packs == weighted[1].packs == max(once.packs, large.packs)
@@ -145,6 +147,30 @@ def test_a_checkpoint_is_described_by_its_config(recipe, tiny_model, tmp_path, c
     assert main(["estimate", path, "--gpu", "h100", "--json"]) == 0
     parameters = json.loads(capsys.readouterr().out)["parameters"]
     assert sum(parameters.values()) == sum(parameter.numel() for parameter in tiny_model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_other_families_are_estimated_by_their_config(kind, qwen_vl_folder, recipe, tmp_path, capsys):
+    folder = qwen_vl_folder(kind)
+    write_caption_tar(tmp_path / "pool.tar", ["a cat " * (i % 4 + 1) for i in range(12)])
+    options = {"max_length": 256, "num_workers": 1}
+    plan_packs([tmp_path / "pool.tar"], tmp_path / "packs", AutoProcessor.from_pretrained(folder), **options)
+    totals = json.loads((tmp_path / "packs" / "plan.json").read_text())["totals"]
+    model = {"vision_model": None, "text_model": None, "image_seq_length": None, "model_name_or_path": str(folder)}
+    path = recipe(**model, train_packs=str(tmp_path / "packs"))
+    assert main(["estimate", path, "--gpu", "h100", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    loaded = AutoModelForImageTextToText.from_pretrained(folder)
+    assert sum(figures["parameters"].values()) == sum(parameter.numel() for parameter in loaded.parameters())
+    assert (figures["images"], figures["tokens"]) == (12, totals["tokens"])
+    # At least 6 FLOPs for each trained parameter of a block and position.
+    assert figures["flops"] > 6 * totals["tokens"] * 1000 and figures["memory"]["one_gpu"]["activations"] > 0
+    trained = figures["parameters"]["language_model"] + figures["parameters"]["projector"]
+    assert figures["memory"]["one_gpu"]["optimizer"] == 8 * trained
+    pairs = [path, "--gpu", "h100", "--pairs", "1e6"]
+    assert main(["estimate", *pairs]) == 2
+    assert f"--pairs with {kind} needs --tokens-per-image" in capsys.readouterr().err
+    assert main(["estimate", *pairs, "--tokens-per-image", "100"]) == 0
 
 
 RECIPES = [path for path in sorted((ROOT / "recipes").rglob("*.yaml")) if path.parent.name != "accelerate"]

@@ -12,12 +12,12 @@ from open_qwen2vl.estimate.memory import (
     MicroBatch,
     Training,
     activation_bytes,
-    language_model_kept,
     optimizer_bytes,
     parameters_by_part,
     step_memory,
-    vision_tower_kept,
 )
+from open_qwen2vl.families import packed_model
+from open_qwen2vl.families.open_qwen2vl_memory import language_model_kept, vision_tower_kept
 
 SCRIPT = Path(__file__).with_name("peak_memory.py")
 PRETRAINING = frozenset({"projector", "language_model"})
@@ -49,6 +49,11 @@ def small_config():
         image_token_id=4095,
         image_seq_length=4,
     )
+
+
+def micro_batch(config, positions, images, labels, tokens_per_image):
+    vision = packed_model(config).vision_work(config, images, images * tokens_per_image)
+    return MicroBatch(positions, images, labels, vision)
 
 
 def kept_bytes(model, run):
@@ -111,14 +116,14 @@ def test_a_real_step_takes_what_was_estimated(tmp_path, checkpoint_every):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     training = Training(PRETRAINING, bf16=False, accumulation=2, checkpoint_every=checkpoint_every)
-    estimate = step_memory(config, training, MicroBatch(16 * 128, 0, 200, 4))
+    estimate = step_memory(config, training, micro_batch(config, 16 * 128, 0, 200, 4))
     del estimate["reserve"]  # of CUDA
     assert int(done.stdout) == pytest.approx(sum(estimate.values()), rel=TOLERANCE), json.dumps(estimate)
 
 
 def test_full_size_by_hand():
     """16 bytes of fp32 weight, gradient and AdamW for each trained parameter, 2 for each of the frozen tower."""
-    batch, trained, tower = MicroBatch(8192, 46, 1200, 144), 1_547_846_144, 397_745_440
+    batch, trained, tower = micro_batch(OpenQwen2VLConfig(), 8192, 46, 1200, 144), 1_547_846_144, 397_745_440
     one = step_memory(OpenQwen2VLConfig(), Training(PRETRAINING), batch)
     assert one["weights"] == 4 * trained + 2 * tower
     assert (one["gradients"], one["optimizer"], one["buckets"], one["gathered"]) == (4 * trained, 8 * trained, 0, 0)
@@ -129,13 +134,14 @@ def test_full_size_by_hand():
 
 
 def test_activations_follow_batch_checkpointing_and_what_trains():
-    config, batch = small_config(), MicroBatch(1024, 8, 200, 4)
+    config = small_config()
+    batch = micro_batch(config, 1024, 8, 200, 4)
 
     def kept(trained=PRETRAINING, batch=batch, **options):
         return activation_bytes(config, Training(frozenset(trained), **options), batch)
 
     whole = kept(bf16=False)
-    assert kept(bf16=False, batch=MicroBatch(2048, 16, 400, 4)) == pytest.approx(2 * whole)
+    assert kept(bf16=False, batch=micro_batch(config, 2048, 16, 400, 4)) == pytest.approx(2 * whole)
     assert kept(bf16=False, checkpoint_every=1) < kept(bf16=False, checkpoint_every=2) < whole
     assert kept({"projector"}, bf16=False) < whole < kept({*PRETRAINING, "vision_tower"}, bf16=False)
     assert kept(bf16=True) < whole

@@ -8,7 +8,6 @@ from open_qwen2vl.families.open_qwen2vl_model import (
     OpenQwen2VLPackedModel,
     language_model_parameters,
     vision_parameters,
-    vision_work,
 )
 
 
@@ -29,7 +28,7 @@ def test_parameter_counts_are_those_of_the_models(tiny_model):
 
 def step_flops(config, tokens, squared, images, budget, **trained):
     """Of all parts but the vision tower, where `trained` says nothing else."""
-    work = StepWork(tokens, squared, images, vision_work(config, images, budget))
+    work = StepWork(tokens, squared, images, OpenQwen2VLPackedModel().vision_work(config, images, images * budget))
     parts = {"projector": 1, "language_model": 1, "vision_tower": 0, "adapter": 0}
     return OpenQwen2VLPackedModel().step_flops(config, work, {**parts, **trained})
 

@@ -12,10 +12,10 @@ import re
 from collections import Counter
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from ..families import packed_model
 from ..families.interface import StepWork
-from ..families.open_qwen2vl_model import vision_work
-from ..modeling.configuration_open_qwen2vl import OpenQwen2VLConfig
 from ..trainer.figures.flops import GPUS, Gpu
 from .figures import GIB, Estimate
 from .inputs import PARTS, Work, assumed_work, number_of, planned_work, read_config, read_recipe, read_training
@@ -49,10 +49,14 @@ def estimate_recipe(options: EstimateOptions) -> Estimate:
     find_gpu(options)
     recipe = read_recipe(options.recipe)
     config = read_config(recipe)
+    packed_model(config)  # known, or an error before anything is read
     if options.pairs is None:
         work = planned_work(recipe.get("train_packs"))
     else:
-        work = assumed_work(options.pairs, options.tokens_per_pair, options.images_per_pair, config.image_seq_length)
+        per_image = options.tokens_per_image or getattr(config, "image_seq_length", None)
+        if per_image is None:
+            raise ValueError(f"--pairs with {config.model_type} needs --tokens-per-image: its images differ in size")
+        work = assumed_work(options.pairs, options.tokens_per_pair, options.images_per_pair, per_image)
     return estimate_run(recipe, config, work, options)
 
 
@@ -78,7 +82,7 @@ def find_gpu(options: EstimateOptions) -> tuple[str, Gpu]:
 
 
 def estimate_run(
-    recipe: dict[str, Any], config: OpenQwen2VLConfig, work: list[Work], options: EstimateOptions
+    recipe: dict[str, Any], config: PreTrainedConfig, work: list[Work], options: EstimateOptions
 ) -> Estimate:
     """Put it all together, for an epoch's work of a recipe's options and config."""
     name, gpu = find_gpu(options)
@@ -121,9 +125,9 @@ def _price(gpu: str, given: float | None) -> tuple[float | None, str]:
 
 def _steps(options: dict[str, Any], work: list[Work], packs_per_step: int) -> tuple[int, float]:
     """Optimizer steps and epochs; sources of one number of tokens per image fill up whole steps together."""
-    phases: Counter[int] = Counter()
+    phases: Counter[float] = Counter()
     for each in work:
-        phases[each.image_seq_length] += each.packs
+        phases[each.media_tokens / each.images if each.images else 0] += each.packs
     steps_per_epoch = sum(math.ceil(packs / packs_per_step) for packs in phases.values())
     epochs, max_steps = number_of(options, "num_train_epochs"), int(number_of(options, "max_steps"))
     if max_steps > 0:
@@ -131,21 +135,22 @@ def _steps(options: dict[str, Any], work: list[Work], packs_per_step: int) -> tu
     return math.ceil(epochs * steps_per_epoch), epochs
 
 
-def _step_work(config: OpenQwen2VLConfig, work: Work) -> StepWork:
-    vision = vision_work(config, work.images, work.image_seq_length)
+def _step_work(config: PreTrainedConfig, work: Work) -> StepWork:
+    vision = packed_model(config).vision_work(config, work.images, work.media_tokens)
     return StepWork(work.tokens, work.squared_lengths, work.images, vision)
 
 
 def _memory(
-    config: OpenQwen2VLConfig, training: Training, work: list[Work], batch_size: int, num_gpus: int
+    config: PreTrainedConfig, training: Training, work: list[Work], batch_size: int, num_gpus: int
 ) -> dict[str, dict[str, float]]:
-    """Of full packs, those with the most images and those with the most text."""
-    most_text = max((each.tokens - each.images * each.image_seq_length) / each.packs for each in work)
+    """Of full packs, those with the most images and those with the most labels."""
+    images = round(batch_size * max(each.most_images for each in work))
+    per_image = max(each.media_tokens / each.images if each.images else 0 for each in work)
     batch = MicroBatch(
         positions=batch_size * max(each.max_length for each in work),
-        images=round(batch_size * max(each.most_images for each in work)),
-        labels=round(batch_size * most_text),
-        image_seq_length=max(each.image_seq_length for each in work),
+        images=images,
+        labels=round(batch_size * max(each.labels / each.packs for each in work)),
+        vision=packed_model(config).vision_work(config, images, images * per_image),
     )
     if num_gpus == 1:
         return {"one_gpu": step_memory(config, training, batch)}

@@ -24,40 +24,20 @@ DEFAULTS = {name: field.default for name, field in PackedTrainingArguments.__dat
 
 @dataclass(frozen=True)
 class Work:
-    """Packs of an epoch of the run that have the same number of tokens per image.
+    """Packs of an epoch of the run that fill up whole steps together: a source, or what takes its place."""
 
-    Attributes:
-        packs (`float`): packs, each as often as it is read.
-        tokens (`float`): real positions.
-        images (`float`): images.
-        squared_lengths (`float`): sum over documents of their length squared.
-        image_seq_length (`int`): tokens per image.
-        max_length (`int`): positions of a pack.
-        most_images (`float`): images of the pack that has the most.
-    """
-
-    packs: float
-    tokens: float
+    packs: float  # each as often as it is read
+    tokens: float  # real positions
     images: float
-    squared_lengths: float
-    image_seq_length: int
-    max_length: int
-    most_images: float
+    media_tokens: float  # positions of the images
+    labels: float  # labelled positions
+    squared_lengths: float  # sum over documents of their length squared
+    max_length: int  # positions of a pack
+    most_images: float  # images of the pack that has the most
 
 
 def planned_work(train_packs: str | list[dict[str, Any]]) -> list[Work]:
-    """Read what the plans of a recipe's packs add up to.
-
-    Args:
-        train_packs (`str | list[dict]`): the recipe's option.
-
-    Returns:
-        `list[Work]`: one for each source. The squares of the lengths are those of documents of mean length, a little
-        below the true ones.
-
-    Raises:
-        ValueError: for a plan that is not there or holds no packs.
-    """
+    """Read what the plans of a recipe's packs add up to."""
     sources = parse_sources(train_packs)
     plans = [read_plan(Path(source.path)) for source in sources]
     for source, plan in zip(sources, plans, strict=True):
@@ -70,60 +50,54 @@ def planned_work(train_packs: str | list[dict[str, Any]]) -> list[Work]:
         times = packs / totals["packs"]
         work.append(
             Work(
-                packs,
-                totals["tokens"] * times,
-                totals["images"] * times,
-                totals["tokens"] ** 2 / totals["documents"] * times,
-                plan["vision"]["image_seq_length"],
-                plan["max_length"],
-                totals["images_per_pack"][1],
+                packs=packs,
+                tokens=totals["tokens"] * times,
+                images=totals["images"] * times,
+                media_tokens=_media_tokens(plan) * times,
+                labels=totals["labels"] * times,
+                squared_lengths=totals["tokens"] ** 2 / totals["documents"] * times,
+                max_length=plan["max_length"],
+                most_images=totals["images_per_pack"][1],
             )
         )
     return work
 
 
+def _media_tokens(plan: dict[str, Any]) -> float:
+    """Positions of a plan's images: one number an image, or by their patches."""
+    vision, totals = plan["vision"], plan["totals"]
+    if "image_seq_length" in vision:
+        return totals["images"] * vision["image_seq_length"]
+    return totals["patches"] / vision["merge_size"] ** 2
+
+
 def assumed_work(
-    pairs: float, tokens_per_pair: float, images_per_pair: float, image_seq_length: int, max_length: int = 4096
+    pairs: float, tokens_per_pair: float, images_per_pair: float, tokens_per_image: float, max_length: int = 4096
 ) -> list[Work]:
-    """The same for image-text pairs that are not planned yet, in full packs.
-
-    Args:
-        pairs (`float`): their number.
-        tokens_per_pair (`float`): mean tokens, those of its images included.
-        images_per_pair (`float`): mean images.
-        image_seq_length (`int`): tokens per image.
-        max_length (`int`, *optional*, defaults to 4096): positions of a pack.
-
-    Returns:
-        `list[Work]`: of one source.
-
-    Raises:
-        ValueError: if a pair has fewer tokens than its images take.
-    """
-    if tokens_per_pair <= images_per_pair * image_seq_length:
+    """The same for image-text pairs that are not planned yet, in full packs; a `ValueError` without room for text."""
+    if tokens_per_pair <= images_per_pair * tokens_per_image:
         raise ValueError(
             f"--tokens-per-pair {tokens_per_pair:g} leaves no room for text beside {images_per_pair:g} images of "
-            f"{image_seq_length} tokens"
+            f"{tokens_per_image:g} tokens"
         )
-    tokens, per_pack = pairs * tokens_per_pair, max_length / tokens_per_pair * images_per_pair
-    squared = tokens * tokens_per_pair
+    tokens, images = pairs * tokens_per_pair, pairs * images_per_pair
+    media_tokens = images * tokens_per_image
     return [
-        Work(tokens / max_length, tokens, pairs * images_per_pair, squared, image_seq_length, max_length, per_pack)
+        Work(
+            packs=tokens / max_length,
+            tokens=tokens,
+            images=images,
+            media_tokens=media_tokens,
+            labels=tokens - media_tokens,
+            squared_lengths=tokens * tokens_per_pair,
+            max_length=max_length,
+            most_images=max_length / tokens_per_pair * images_per_pair,
+        )
     ]
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """Options of a recipe's YAML file.
-
-    Args:
-        path (`str` or `Path`): the file.
-
-    Returns:
-        `dict`: all options, those that it does not name at the recipe's defaults.
-
-    Raises:
-        ValueError: if it is no such file.
-    """
+    """Options of a recipe's YAML file."""
     try:
         options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError) as error:
@@ -133,18 +107,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     return {**DEFAULTS, "dtype": "float32", **options}
 
 
-def read_config(options: dict[str, Any]) -> OpenQwen2VLConfig:
-    """The config of the model that a recipe trains; no weights are read.
-
-    Args:
-        options (`dict`): from [`read_recipe`].
-
-    Returns:
-        [`OpenQwen2VLConfig`].
-
-    Raises:
-        ValueError: if the recipe names no model, or one whose config cannot be read.
-    """
+def read_config(options: dict[str, Any]) -> PreTrainedConfig:
+    """The config of the model that a recipe trains; no weights are read."""
     if options.get("model_name_or_path"):
         return _config_of(options, "model_name_or_path")
     if not (options.get("vision_model") and options.get("text_model")):
@@ -159,23 +123,13 @@ def read_config(options: dict[str, Any]) -> OpenQwen2VLConfig:
 
 def _config_of(options: dict[str, Any], name: str) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(options[name])
+        return AutoConfig.from_pretrained(options[name], trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise ValueError(f"{name} {options[name]}: {error}") from error
 
 
 def read_training(options: dict[str, Any]) -> Training:
-    """What trains and how, for [`step_memory`].
-
-    Args:
-        options (`dict`): from [`read_recipe`].
-
-    Returns:
-        [`Training`].
-
-    Raises:
-        ValueError: for an unknown `dtype`, if nothing trains, or for an adapter, which is not reckoned with.
-    """
+    """What trains and how, for [`step_memory`]."""
     if options.get("use_peft"):
         raise ValueError("use_peft: adapters are not estimated; without it the estimate is for full training")
     dtype = getattr(torch, str(options["dtype"]), None)
@@ -196,18 +150,7 @@ def read_training(options: dict[str, Any]) -> Training:
 
 
 def number_of(options: dict[str, Any], name: str) -> float:
-    """An option that is a number.
-
-    Args:
-        options (`dict`): from [`read_recipe`].
-        name (`str`): its name.
-
-    Returns:
-        `float`: its value.
-
-    Raises:
-        ValueError: if it is none.
-    """
+    """An option that is a number."""
     try:
         return float(options[name])
     except (TypeError, ValueError):

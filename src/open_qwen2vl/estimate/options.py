@@ -23,6 +23,9 @@ class EstimateOptions:
     tokens_per_pair: float = option(
         176.0, help="with --pairs: mean tokens of a pair, its images included", metavar="X"
     )
+    tokens_per_image: float | None = option(
+        None, help="with --pairs: mean tokens of an image (default: the config's image_seq_length)", metavar="X"
+    )
     images_per_pair: float = option(1.0, help="with --pairs: mean images of a pair", metavar="X")
     price_per_hour: float | None = option(None, help="dollars for a GPU-hour (default: a list's)", metavar="X")
     json: bool = option(False, help="print JSON")

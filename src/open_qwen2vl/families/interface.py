@@ -138,6 +138,9 @@ class PackedModel(Protocol):
     def step_flops(self, config: PreTrainedConfig, work: StepWork, trained: dict[str, int]) -> int:
         """FLOPs of forward and backward; `trained` has the trained parameters of each part and of `"adapter"`."""
 
+    def vision_work(self, config: PreTrainedConfig, images: float, tokens: float) -> VisionWork:
+        """What encoding so many images costs, which take so many positions together: for estimates."""
+
     def activation_bytes(
         self, config: PreTrainedConfig, work: StepWork, trained: dict[str, int], **layout: Any
     ) -> float:

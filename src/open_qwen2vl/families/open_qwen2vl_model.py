@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .interface import StepWork, VisionWork
@@ -41,11 +42,30 @@ class OpenQwen2VLPackedModel:
         tower += 4 * config.num_vision_blocks * vision.hidden_size * patches**2
         return language + projector + (3 if trained["vision_tower"] else 1) * tower * work.media
 
+    def vision_work(self, config: PreTrainedConfig, images: float, tokens: float) -> VisionWork:
+        """What encoding so many images costs, which take so many positions together."""
+        patches = config.patches_per_side**2
+        return VisionWork(images * patches, images * patches**2, tokens)
 
-def vision_work(config: PreTrainedConfig, images: int, image_seq_length: int) -> VisionWork:
-    """What encoding so many images costs, each in so many tokens."""
-    patches = config.patches_per_side**2
-    return VisionWork(images * patches, images * patches**2, images * image_seq_length)
+    def activation_bytes(
+        self,
+        config: PreTrainedConfig,
+        work: StepWork,
+        trained: dict[str, int],
+        dtype: torch.dtype = torch.float32,
+        autocast: bool = False,
+        checkpoint_every: int = 0,
+    ) -> float:
+        """Bytes that the forward pass of a micro-batch keeps for its backward pass, the loss apart."""
+        from .open_qwen2vl_memory import language_model_kept, projector_bytes, vision_tower_kept
+
+        language = language_model_kept(config, bool(trained.get("language_model")), dtype, autocast)
+        total = language.bytes(work.tokens, checkpoint_every)
+        if trained.get("vision_tower"):
+            total += vision_tower_kept(config, dtype, autocast).bytes(work.media, checkpoint_every)
+        if work.media and (trained.get("vision_tower") or trained.get("projector")):
+            total += work.media * projector_bytes(config, round(work.vision.tokens / work.media), dtype, autocast)
+        return total
 
 
 def language_model_parameters(config: PreTrainedConfig) -> int:

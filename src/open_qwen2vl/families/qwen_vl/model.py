@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ...modeling.attention import PACKED_VARLEN
-from ..interface import StepWork
+from ..interface import StepWork, VisionWork
 from ..packed_forward import PackedForward, packed_class
 from .memory import language_model_kept, projector_kept, vision_tower_kept
 from .vision_attention import Segments, packed_vision_attention
@@ -152,6 +152,11 @@ class QwenVL:
         embedding = 2 * patch_embedding_parameters(vision) * patches
         tower = 3 * blocks + 2 * embedding if trained.get("vision_tower") else blocks + embedding
         return language + projector + tower
+
+    def vision_work(self, config: PreTrainedConfig, images: float, tokens: float) -> VisionWork:
+        """What encoding so many images costs, which take so many positions together and are of one size."""
+        patches = tokens * config.vision_config.spatial_merge_size**2
+        return VisionWork(patches, patches**2 / images if images else 0, tokens)
 
     def activation_bytes(
         self,

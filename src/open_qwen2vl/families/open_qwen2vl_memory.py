@@ -1,0 +1,55 @@
+"""Activations of Open-Qwen2VL, by the counters of `activations.py`."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModel, PreTrainedConfig, SiglipVisionModel
+
+from ..modeling.modeling_open_qwen2vl import OpenQwen2VLMultiModalProjector
+from .activations import Kept, kept_by_blocks, saved_bytes
+
+
+def language_model_kept(config: PreTrainedConfig, trained: bool, dtype: torch.dtype, autocast: bool) -> Kept:
+    """What is kept of the language model, for each position."""
+
+    def run(blocks: int, positions: int) -> tuple[nn.Module, Callable[[], object]]:
+        text = copy.deepcopy(config.text_config)
+        text.num_hidden_layers, text.layer_types = blocks, text.layer_types[:blocks]
+        model = AutoModel.from_config(text, attn_implementation="sdpa", dtype=dtype).requires_grad_(trained)
+        embeds = torch.empty(1, positions, text.hidden_size, dtype=dtype, requires_grad=True)
+        # Without masks, as for packed documents.
+        masks = dict.fromkeys(text.layer_types)
+        return model, lambda: model(inputs_embeds=embeds, attention_mask=masks, use_cache=False)
+
+    entrance = config.text_config.hidden_size * dtype.itemsize
+    return kept_by_blocks(run, 64, config.text_config.num_hidden_layers, entrance, autocast)
+
+
+def vision_tower_kept(config: PreTrainedConfig, dtype: torch.dtype, autocast: bool) -> Kept:
+    """What is kept of a vision tower that trains, for each image."""
+
+    def run(blocks: int, images: int) -> tuple[nn.Module, Callable[[], object]]:
+        vision = copy.deepcopy(config.vision_config)
+        vision.num_hidden_layers, vision.vision_use_head = blocks, False
+        model = SiglipVisionModel._from_config(vision, attn_implementation="sdpa", dtype=dtype)
+        pixels = torch.empty(images, 3, vision.image_size, vision.image_size, dtype=dtype)
+        return model, lambda: model(pixels)
+
+    entrance = config.patches_per_side**2 * config.vision_config.hidden_size * dtype.itemsize
+    return kept_by_blocks(run, 1, config.num_vision_blocks, entrance, autocast)
+
+
+def projector_bytes(config: PreTrainedConfig, image_seq_length: int, dtype: torch.dtype, autocast: bool) -> float:
+    """Bytes that the projector keeps of an image."""
+
+    def saved(images: int) -> int:
+        projector = OpenQwen2VLMultiModalProjector(config)
+        features = torch.empty(images, config.patches_per_side**2, config.vision_config.hidden_size)
+        return saved_bytes(projector, lambda: projector(features, image_seq_length), autocast)
+
+    with FakeTensorMode():
+        # The projector is made in fp32, whatever the model's type.
+        return (saved(2) - saved(1)) * dtype.itemsize / 4
