@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from open_qwen2vl import OpenQwen2VLProcessor, PackedDataset, PackingCollator
 from open_qwen2vl.families.interface import StepWork
-from open_qwen2vl.families.open_qwen2vl_model import OpenQwen2VLPackedModel, vision_work
+from open_qwen2vl.families.open_qwen2vl_model import OpenQwen2VLPackedModel
 from open_qwen2vl.processing import images
 from open_qwen2vl.trainer.figures.flops import GPUS
 
@@ -113,7 +113,7 @@ def demand(utilisation: float) -> list[str]:
     documents, length = 23, 176
     for size in ("0.5b", "2b"):
         config = make_config(size)
-        vision = vision_work(config, documents, BUDGET)
+        vision = OpenQwen2VLPackedModel().vision_work(config, documents, documents * BUDGET)
         work = StepWork(documents * length, documents * length**2, documents, vision)
         trained = {"language_model": 1, "projector": 1, "vision_tower": 0}
         flops = OpenQwen2VLPackedModel().step_flops(config, work, trained)
