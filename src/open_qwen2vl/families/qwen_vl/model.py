@@ -106,9 +106,6 @@ class QwenVL:
         *("Qwen3VLTextDecoderLayer", "Qwen3VLVisionBlock"),
     )
 
-    def __init__(self, model_type: str = _MODEL_TYPES[0]):
-        self.model_type = model_type
-
     def prepare(self, model: PreTrainedModel, processor: Any = None) -> PreTrainedModel:
         """Give a stock model the packed forward, with the pixels' statistics of its processor."""
         if model.config.model_type not in _MODEL_TYPES:
