@@ -1,23 +1,28 @@
 """Rows of Hugging Face data sets: parquet files, and the arrow files of a folder from `Dataset.save_to_disk`.
 
 Both come in batches of rows (parquet's row groups, arrow's record batches); a row is read through its batch. Columns
-that nobody asks for are not touched, and to plan a parquet file no byte of an image is read.
+that nobody asks for are not touched. To plan a parquet file no byte of an image is read, unless some images of a row
+group are there by their path and some with their bytes.
 """
 
+import contextlib
 import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ...processing.conversation_records import FLAGS, OTHER_MEDIA, SYSTEM, UNREAD
 from ...processing.conversation_records import TURNS as TEXT_COLUMNS
+from ...processing.sample_error import SampleError
+from .tars import MAX_TEXT_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +31,7 @@ BESIDE_TURNS = ("id", *OTHER_MEDIA, *SYSTEM, *FLAGS, *UNREAD)
 COLUMNS = (*TEXT_COLUMNS, *IMAGE_COLUMNS, *BESIDE_TURNS)
 _SPLIT = re.compile(r"(.+)-\d+-of-\d+\.parquet$")  # as the Hub names them
 LARGE_BATCH = 256 << 20  # bytes; each row of a parquet file costs the reading of its whole batch
-LEVELS = 64  # bytes: far above what parquet spends on a null
+MOST_VALUES = 1 << 27  # of a column in a row group: a few bytes may claim any number of nulls
 
 
 class Columns(NamedTuple):
@@ -51,15 +56,13 @@ def column_names(path: str | os.PathLike) -> list[str]:
 
 def column_types(path: str | os.PathLike) -> dict[str, pa.DataType]:
     """The types of a table's columns; a `ValueError` if it is no such file."""
-    try:
+    with _readable(path):
         if os.fspath(path).endswith(".parquet"):
             schema = pq.read_schema(path)
         else:
-            with pa.memory_map(os.fspath(path)) as file:
+            with open(path, "rb") as file:
                 schema = pa.ipc.open_stream(file).schema
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a table that can be read: {error}") from error
-    return dict(zip(schema.names, schema.types, strict=True))
+        return dict(zip(schema.names, schema.types, strict=True))
 
 
 def split_names(files: Iterable[str]) -> list[str]:
@@ -87,11 +90,10 @@ def find_tables(path: Path) -> list[Path]:
         ValueError: if it holds several splits.
     """
     if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf8"))["splits"]
+        splits = list(map(str, _read_json(path / "dataset_dict.json")["splits"]))
         raise ValueError(f"{path} holds the splits {', '.join(splits)}: name one, as {path / splits[0]}")
     if (path / "state.json").is_file():
-        state = json.loads((path / "state.json").read_text(encoding="utf8"))
-        return [path / file["filename"] for file in state["_data_files"]]
+        return [path / Path(file["filename"]).name for file in _read_json(path / "state.json")["_data_files"]]
     files = sorted(path.glob("*.parquet"))
     splits = split_names(file.name for file in files)
     if len(splits) > 1:
@@ -101,25 +103,28 @@ def find_tables(path: Path) -> list[Path]:
     return files
 
 
-def cut_rows(path: str | os.PathLike, number: int, columns: Columns) -> list[tuple[int, int]]:
-    """Cut a table into groups of whole batches.
+def _read_json(path: Path) -> dict[str, Any]:
+    """A saved data set's own description, with the lists that are read from it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf8"))
+        if content.get("splits") or all(isinstance(file["filename"], str) for file in content["_data_files"]):
+            return content
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+        pass
+    raise ValueError(f"{path}: not as Dataset.save_to_disk writes it")
 
-    Args:
-        path (`str | os.PathLike`): a `.parquet` or `.arrow` file.
-        number (`int`): rows of a group; more where a single batch has more.
-        columns ([`Columns`]): those that will be read.
 
-    Returns:
-        `list[tuple[int, int]]`: first row of each group and the row behind it.
+def cut_rows(path: str | os.PathLike, number: int, columns: Columns | None = None) -> list[tuple[int, int]]:
+    """Cut a table into groups of whole batches: first row of each group and the row behind it.
 
-    Raises:
-        ValueError: if it is no such file.
+    A group has at most so many rows, or those of a single batch. A table without any batch, as Spark writes empty
+    parts, has no groups. A `ValueError` if it is no table.
     """
-    table = RowTable(path, columns)
+    table = RowTable(path, columns or CONVERSATION_COLUMNS)
     ends = [int(end) for end in table.ends]
     table.close()
     groups, start = [], 0
-    for stop, following in zip(ends, [*ends[1:], None], strict=True):
+    for stop, following in zip(ends, [*ends[1:], None], strict=False):
         if following is None or following - start > number:
             groups.append((start, stop))
             start = stop
@@ -127,45 +132,55 @@ def cut_rows(path: str | os.PathLike, number: int, columns: Columns) -> list[tup
 
 
 class RowTable:
-    """One table.
+    """One table; `columns` are those to read, of which some may be missing. `ends` is the row behind each batch.
 
-    Args:
-        path (`str | os.PathLike`): a `.parquet` or `.arrow` file.
-        columns ([`Columns`]): those to read, of which some may be missing.
-
-    Attributes:
-        ends (`np.ndarray`): number of the row behind each batch.
-
-    Raises:
-        ValueError: if it is no such file.
+    A `ValueError` if it is no such file. Rows that cannot be decoded are a [`SampleError`] in their place.
     """
 
     def __init__(self, path: str | os.PathLike, columns: Columns):
         self.path = os.fspath(path)
         self._columns = columns
         self._is_parquet = self.path.endswith(".parquet")
-        try:
+        with _readable(self.path):
             self._open()
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{path}: not a table that can be read: {error}") from error
         self._images = [name for name in columns.images if name in self._names]
 
     def _open(self) -> None:
         if self._is_parquet:
-            self._file = pq.ParquetFile(self.path, memory_map=True)
-            groups = [self._file.metadata.row_group(i) for i in range(self._file.metadata.num_row_groups)]
-            rows, sizes = [group.num_rows for group in groups], [group.total_byte_size for group in groups]
+            self._file = pq.ParquetFile(self.path)
             self._names = self._file.schema_arrow.names
             self._leaves = [self._file.schema.column(i).path for i in range(len(self._file.schema))]
+            groups = [self._file.metadata.row_group(i) for i in range(self._file.metadata.num_row_groups)]
+            if repeated := self._repeated_texts(groups):
+                self._file = pq.ParquetFile(self.path, read_dictionary=repeated)
+            rows, sizes = [group.num_rows for group in groups], [group.total_byte_size for group in groups]
             if max(sizes, default=0) > LARGE_BATCH:
                 logger.warning("%s has row groups of %d MB, each row costs reading one: save it with smaller ones",
                                self.path, max(sizes) >> 20)  # fmt: skip
         else:
             self._file = pa.memory_map(self.path)
+            self._size = self._file.size()
             reader = pa.ipc.open_stream(self._file)
             self._batches = list(reader)  # their columns stay in the mapped file
             rows, self._names = [batch.num_rows for batch in self._batches], reader.schema.names
         self.ends = np.cumsum(rows, dtype=np.int64)
+
+    def _repeated_texts(self, groups: list[Any]) -> list[str]:
+        """Text leaves where a few stored values may stand for far more bytes: not to be written out for each row."""
+        found = set()
+        for group in groups:
+            for number, leaf in enumerate(self._leaves):
+                if leaf.split(".")[0] not in self._columns.texts:
+                    continue
+                chunk = group.column(number)
+                if chunk.num_values > MOST_VALUES:
+                    raise ValueError(f"{self.path}: a row group claims {chunk.num_values} values of {leaf}")
+                # Of values above 4 KB there are no statistics.
+                is_long = chunk.statistics is None or not chunk.statistics.has_min_max
+                if is_long and chunk.has_dictionary_page and chunk.physical_type == "BYTE_ARRAY":
+                    if chunk.num_values * chunk.total_uncompressed_size > LARGE_BATCH:
+                        found.add(leaf)
+        return sorted(found)
 
     def close(self) -> None:
         """Close the file; rows of an arrow file that are still in use stay."""
@@ -173,119 +188,227 @@ class RowTable:
             self._file.close()
 
     def find(self, number: int) -> tuple[int, int]:
-        """Where a row is.
-
-        Args:
-            number (`int`): its number in the file.
-
-        Returns:
-            `tuple[int, int]`: its batch, and its number in that.
-
-        Raises:
-            IndexError: if there are fewer rows.
-        """
+        """The batch of a row, and its number in that; a [`SampleError`] if there are fewer rows."""
         batch = int(np.searchsorted(self.ends, number, side="right"))
         if not 0 <= batch < len(self.ends):
-            raise IndexError(f"{self.path}: no row {number}")
+            raise SampleError("moved_row", f"{self.path}: no row {number}")
         return batch, number - (int(self.ends[batch - 1]) if batch else 0)
 
-    def read_batch(self, batch: int, without_bytes: bool = False) -> pa.RecordBatch | pa.Table:
-        """The rows of a batch.
+    def read_batch(self, batch: int, without_bytes: bool = False) -> pa.Table:
+        """The rows of a batch, for [`row_values`]; images that have a path leaf without their bytes, if so asked.
 
-        Args:
-            batch (`int`): its number.
-            without_bytes (`bool`, *optional*, defaults to `False`): leave out the content of images that have a path
-                beside it, if only an empty one.
-
-        Returns:
-            `pa.RecordBatch | pa.Table`: the columns.
+        A [`SampleError`] `corrupt_table` if they cannot be read.
         """
         names = [name for name in self._columns.texts if name in self._names] + self._images
-        if not self._is_parquet:
-            rows = self._batches[batch].select(names)
-            if not without_bytes:
-                return rows
-            return pa.table({n: _without_bytes(rows[n]) if n in self._images else rows[n] for n in names})
-        leaves = [path for path in self._leaves if path.split(".")[0] in names]
-        if without_bytes:
-            paths = {path.removesuffix(".path") for path in leaves if path.endswith(".path")}
-            leaves = [p for p in leaves if not (self._is_bytes(p) and p.removesuffix(".bytes") in paths)]
-        return self._file.read_row_group(batch, columns=leaves, use_threads=False)
+        try:
+            if not self._is_parquet:
+                self._check_length()
+                return pa.table({name: self._column(batch, name, without_bytes) for name in dict.fromkeys(names)})
+            leaves = [path for path in self._leaves if path.split(".")[0] in names]
+            if without_bytes:
+                paths = {path.removesuffix(".path") for path in leaves if path.endswith(".path")}
+                leaves = [p for p in leaves if not (self._is_bytes(p) and p.removesuffix(".bytes") in paths)]
+            return self._file.read_row_group(batch, columns=leaves, use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                error.filename = error.filename or self.path
+                raise
+            raise SampleError("corrupt_table", f"{self.path}, batch {batch}: {error}") from error
 
-    def rows_to_plan(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Rows as a planner needs them: an image's bytes are empty, or None where its whole batch has only paths.
+    def _column(self, batch: int, name: str, without_bytes: bool) -> pa.Array:
+        column = self._batches[batch].column(name)
+        return _without_bytes(column) if without_bytes and name in self._images else column
 
-        Args:
-            start (`int`): the first row.
-            stop (`int`): the row behind the last.
+    def _check_length(self) -> None:
+        """A mapped file that was cut must not be touched: the process would die."""
+        if os.stat(self.path).st_size < self._size:
+            raise SampleError("corrupt_table", f"{self.path} has been cut since it was opened")
 
-        Yields:
-            `tuple[int, dict]`: number and columns of each row.
-        """
-        first, last = np.searchsorted(self.ends, [start, stop - 1], side="right")
-        for batch in range(first, last + 1):
-            before = int(self.ends[batch - 1]) if batch else 0
-            content = b"" if self._has_bytes(batch) else None
-            for number, row in enumerate(self.read_batch(batch, without_bytes=True).to_pylist(), start=before):
-                if start <= number < stop:
-                    self._fill_in_bytes(row, content)
-                    yield number, row
+    def rows_to_plan(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any] | SampleError]]:
+        """Number and columns of the rows of a range; an image's bytes are empty, or None where there are none."""
+        for first, number in self._parts(start, stop):
+            try:
+                table = self.read_batch(number, without_bytes=True)
+                filled = self._fill_in_bytes(number, table, row_values(table))
+            except SampleError as error:
+                filled = [error] * (int(self.ends[number]) - first)
+            yield from ((n, row) for n, row in enumerate(filled, start=first) if start <= n < stop)
 
-    def rows(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Number and columns of each row from `start` to the one before `stop`, images with their bytes."""
-        for number in range(start, stop):
-            batch, row = self.find(number)
-            if row == 0 or number == start:
-                rows = self.read_batch(batch)
-            yield number, rows.slice(row, 1).to_pylist()[0]
+    def rows(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any] | SampleError]]:
+        """Number and columns of the rows of a range, images with their bytes."""
+        for first, number in self._parts(start, stop):
+            table = None
+            for n in range(max(start, first), min(stop, int(self.ends[number]))):
+                try:
+                    table = self.read_batch(number) if table is None else table
+                    (row,) = row_values(table.slice(n - first, 1))
+                except SampleError as error:
+                    row = error
+                yield n, row
 
-    def _has_bytes(self, batch: int) -> bool:
-        """Whether any image of a batch is there with its content and not by its path only."""
-        if not self._is_parquet:
-            return any(_holds_bytes(self._batches[batch][name]) for name in self._images)
-        group = self._file.metadata.row_group(batch)
-        for number, leaf in enumerate(self._leaves):
-            if not self._is_bytes(leaf):
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """First row and number of the batches that have rows of a range."""
+        for number, end in enumerate(self.ends.tolist()):
+            first = int(self.ends[number - 1]) if number else 0
+            if first < stop and end > start:
+                yield first, number
+
+    def _fill_in_bytes(self, batch: int, table: pa.Table, rows: list) -> list:
+        """Rows whose images say whether their content is there."""
+        for name in self._images:
+            column = table[name].combine_chunks()
+            structs = _structs(column)
+            if structs is None or structs.type.get_field_index("bytes") >= 0:
                 continue
-            chunk = group.column(number)
-            if chunk.total_uncompressed_size > LEVELS * (1 + chunk.num_values):
-                return True  # more than what says which values are null
-            column = self._file.read_row_group(batch, columns=[leaf], use_threads=False)[leaf.split(".")[0]]
-            if any(map(_holds_bytes, column.chunks)):
-                return True
-        return False
+            filled = self._presence(batch, name, len(structs) - structs.null_count)
+            for number, row in enumerate(rows):
+                images = row[name] if isinstance(row, dict) else None
+                flags = filled[number] if isinstance(filled, list) else filled
+                for place, image in enumerate(images if isinstance(images, list) else [images]):
+                    if isinstance(image, dict):
+                        is_there = flags[place] if isinstance(flags, list) else flags
+                        image["bytes"] = b"" if is_there else None
+        return rows
+
+    def _presence(self, batch: int, name: str, count: int) -> bool | list:
+        """Whether all or none of a batch's `count` images are there with their content, or for each row which are."""
+        if not self._is_parquet:
+            return _has_bytes(self._batches[batch].column(name))
+        leaf = next((leaf for leaf in self._leaves if leaf.split(".")[0] == name and self._is_bytes(leaf)), None)
+        if leaf is None:
+            return False
+        chunk = self._file.metadata.row_group(batch).column(self._leaves.index(leaf))
+        if chunk.statistics is not None and chunk.statistics.has_null_count:
+            filled = chunk.num_values - chunk.statistics.null_count
+            if filled in (0, count):
+                return filled > 0
+        # Some have content and some have not: no other way than to look.
+        return _has_bytes(self._file.read_row_group(batch, columns=[leaf], use_threads=False)[name].combine_chunks())
 
     def _is_bytes(self, leaf: str) -> bool:
         return leaf.split(".")[0] in self._images and leaf.endswith(".bytes")
 
-    def _fill_in_bytes(self, row: dict[str, Any], content: bytes | None) -> None:
-        for name in self._images:
-            images = row[name]
-            for image in images if isinstance(images, list) else [images]:
-                if isinstance(image, dict) and "bytes" not in image:
-                    image["bytes"] = content
+
+def row_values(rows: pa.Table) -> list[dict[str, Any] | SampleError]:
+    """Rows as Python has them, JSON in them decoded; those that are damaged or far too long are an error.
+
+    A single such row raises it.
+    """
+    try:
+        is_whole = max((_longest(column) for column in rows.columns), default=0) <= MAX_TEXT_BYTES
+        if is_whole:
+            rows.validate(full=True)
+            return _decoded(rows)
+    except (pa.ArrowException, UnicodeDecodeError, ValueError, RecursionError) as error:
+        if len(rows) == 1:
+            raise _row_error(error) from error
+    if len(rows) == 1:
+        raise SampleError("record_too_large", f"a text of a row has more than {MAX_TEXT_BYTES:,} bytes")
+    found: list[Any] = []
+    for number in range(len(rows)):
+        try:
+            found += row_values(rows.slice(number, 1))
+        except SampleError as error:
+            found.append(error)
+    return found
 
 
-def _holds_bytes(column: pa.Array) -> bool:
-    structs = _structs(column)
-    if structs is None or structs.type.get_field_index("bytes") < 0:
+def _row_error(error: Exception) -> SampleError:
+    if isinstance(error, SampleError):
+        return error
+    if isinstance(error, json.JSONDecodeError | RecursionError):
+        return SampleError("invalid_json", f"a field of a row: {error}")
+    if isinstance(error, UnicodeDecodeError) or "UTF8" in str(error):
+        return SampleError("bad_encoding", f"a text of a row is no UTF-8: {error}")
+    return SampleError("corrupt_table", f"a row: {error}")
+
+
+def _longest(column: pa.Array | pa.ChunkedArray) -> int:
+    """Bytes of the longest text in a column at any depth, without writing out what is stored once."""
+    if isinstance(column, pa.ChunkedArray):
+        return max(map(_longest, column.chunks), default=0)
+    kind = column.type
+    if isinstance(kind, pa.BaseExtensionType):
+        return _longest(column.storage)
+    if pa.types.is_dictionary(kind):
+        used = column.indices.unique().drop_null()
+        return _longest(column.dictionary.take(used))
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return pc.max(pc.binary_length(column)).as_py() or 0
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _longest(column.flatten())
+    if pa.types.is_struct(kind):
+        return max((_longest(child) for child in column.flatten()), default=0)
+    return 0
+
+
+def _decoded(rows: pa.Table) -> list[dict[str, Any]]:
+    decoders = {field.name: decoder for field in rows.schema if (decoder := _json_decoder(field))}
+    values = rows.to_pylist()
+    for row in values:
+        for name, decode in decoders.items():
+            row[name] = decode(row[name])
+    return values
+
+
+def _json_decoder(field: pa.Field) -> Callable[[Any], Any] | None:
+    """What decodes the JSON in a field's values, as `datasets` stores values of mixed types; None if there is none."""
+    kind = field.type
+    extension = (field.metadata or {}).get(b"ARROW:extension:name", b"").decode()
+    if "arrow.json" in (extension, getattr(kind, "extension_name", "")):
+        return lambda text: None if text is None else json.loads(text)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        inner = _json_decoder(kind.value_field)
+        return inner and (lambda values: values and [inner(value) for value in values])
+    if pa.types.is_struct(kind):
+        children = {child.name: decoder for child in kind if (decoder := _json_decoder(child))}
+        return (
+            (lambda value: value and {k: children[k](v) if k in children else v for k, v in value.items()})
+            if (children)
+            else None
+        )
+    return None
+
+
+def _has_bytes(column: pa.Array) -> bool | list:
+    """For each row whether its image, or which of its images, has content."""
+    is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+    structs = column.values if is_list else column
+    if not pa.types.is_struct(structs.type) or structs.type.get_field_index("bytes") < 0:
         return False
-    return structs.field("bytes").null_count < len(structs)
+    flags = structs.field("bytes").is_valid()
+    if is_list:
+        kind = pa.LargeListArray if pa.types.is_large_list(column.type) else pa.ListArray
+        flags = kind.from_arrays(column.offsets, flags, mask=column.is_null())
+    return flags.to_pylist()
 
 
 def _structs(column: pa.Array) -> pa.StructArray | None:
     """The images of a column, one or a list a row; None if they are no structs of bytes and path."""
-    values = column.values if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) else column
+    values = column.flatten() if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) else column
     return values if pa.types.is_struct(values.type) else None
 
 
 def _without_bytes(column: pa.Array) -> pa.Array:
     """A column of images whose structs have their path only; to convert it touches no image."""
-    structs = _structs(column)
-    if structs is None or structs.type.get_field_index("path") < 0:
+    is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+    structs = column.values if is_list else column
+    if not pa.types.is_struct(structs.type) or structs.type.get_field_index("path") < 0:
         return column
     paths = pa.StructArray.from_arrays([structs.field("path")], ["path"], mask=structs.is_null())
     if structs is column:
         return paths
     kind = pa.LargeListArray if pa.types.is_large_list(column.type) else pa.ListArray
     return kind.from_arrays(column.offsets, paths, mask=column.is_null())
+
+
+@contextlib.contextmanager
+def _readable(path: str | os.PathLike) -> Iterator[None]:
+    """What pyarrow says of a file that is no table, as a ValueError with its name."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename = error.filename or os.fspath(path)
+            raise
+        raise ValueError(f"{path}: not a table that can be read: {error}") from error
