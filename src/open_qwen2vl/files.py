@@ -130,6 +130,8 @@ def shard_path(folder: str | Path, shard: dict[str, Any]) -> str:
 
 
 def content_hash(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, in hex."""
+    """SHA-256 of a file, in hex; a `ValueError` for a pipe, which nobody may ever write to."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path}: no regular file")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -53,7 +53,9 @@ class TableScorer:
                 self._check_columns(task, file.schema_arrow)
                 batches = file.iter_batches(_ROWS, columns=["uid", *self._columns])
                 write_scores(task.output, (self._table(batch, metadata) for batch in batches), metadata)
-        except pa.ArrowException as error:
+        except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
             raise ValueError(f"{task.source}: not a whole parquet file: {error}") from error
         return Outcome(metadata["samples"], dict(metadata["skipped"]), [])
 

@@ -118,7 +118,9 @@ def read_score_metadata(path: Path) -> dict[str, Any]:
         metadata = json.loads(pq.read_metadata(path).metadata[_METADATA_KEY])
         version = metadata["format_version"]
         pq_names = set(pq.read_schema(path).names)
-    except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise ValueError(f"{path}: not a file of scores, as open-qwen2vl score writes them") from error
     if not pq_names.issuperset(SCHEMA.names):
         raise ValueError(f"{path}: not a file of scores, as open-qwen2vl score writes them")

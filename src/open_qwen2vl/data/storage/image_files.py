@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...files import describe_shard, shard_path
+from ...files import describe_shard, os_errors_named, renamed_when_whole, shard_path
 from ...processing.sample_error import SampleError
-from .open_files import Newest
+from .open_files import Newest, map_array
 from .tars import MAX_IMAGE_BYTES, list_files, read_member
 from .zips import list_members, read_zip_member
 
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 INDEX_NAME = "image-index"
 _SORTED_AT_ONCE = 1 << 16
 _PLACE = np.dtype([("root", "<i4"), ("offset", "<i8"), ("size", "<i8")])
+_COLUMNS = {"key": np.dtype("<u8"), "place": _PLACE}
 _ENTRY = struct.Struct("<Qiqq")  # hash of the name, then a place
 
 
@@ -85,17 +86,20 @@ def index_archives(folder: Path, images: Sequence[dict[str, Any]]) -> None:
     if not archives:
         return
     raw = folder / f"{INDEX_NAME}.raw"
-    with open(raw, "wb") as file:
+    with os_errors_named(raw), open(raw, "wb") as file:
         for number, path in archives.items():
             file.writelines(_ENTRY.pack(_hash(name), number, offset, size) for name, offset, size in _members(path))
     entry = np.dtype([("key", "<u8"), *_PLACE.descr])
     entries = np.memmap(raw, entry, "r") if raw.stat().st_size else np.empty(0, entry)
     order = np.argsort(entries["key"], kind="stable")  # of two members with one name the first is found
-    for name, fields, dtype in (("key", "key", np.dtype("<u8")), ("place", list(_PLACE.names), _PLACE)):
-        column = np.lib.format.open_memmap(_index_path(folder, name), "w+", dtype, (len(entries),))
-        for start in range(0, len(entries), _SORTED_AT_ONCE):
-            column[start : start + _SORTED_AT_ONCE] = entries[order[start : start + _SORTED_AT_ONCE]][fields]
-        column.flush()
+    for name, dtype in _COLUMNS.items():
+        fields = list(dtype.names) if dtype.names else name
+        # Written, not mapped: on a full disk a map would end the process.
+        with renamed_when_whole(_index_path(folder, name)) as temporary, open(temporary, "wb") as file:
+            header = np.lib.format.header_data_from_array_1_0(np.empty(0, dtype))
+            np.lib.format.write_array_header_1_0(file, {**header, "shape": (len(entries),)})
+            for start in range(0, len(entries), _SORTED_AT_ONCE):
+                file.write(entries[order[start : start + _SORTED_AT_ONCE]][fields].astype(dtype).tobytes())
     raw.unlink()
 
 
@@ -197,7 +201,10 @@ class ImageFiles:
 
     @functools.cached_property
     def _index(self) -> tuple[np.ndarray, np.ndarray]:
-        return tuple(np.load(_index_path(self._folder, name), mmap_mode="r") for name in ("key", "place"))
+        keys, places = (map_array(_index_path(self._folder, name)) for name in _COLUMNS)
+        if (keys.dtype, places.dtype) != tuple(_COLUMNS.values()) or keys.ndim != 1 or keys.shape != places.shape:
+            raise ValueError(f"{self._folder}: its index of images is damaged; run open-qwen2vl pack again")
+        return keys, places
 
     def _path_in_folder(self, number: int, name: str) -> str:
         """The path of a name in a folder, which it may not leave by a link."""

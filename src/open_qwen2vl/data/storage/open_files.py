@@ -5,6 +5,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 OPEN_FILES = 64  # of each kind that one process keeps open
 
 
@@ -35,3 +37,37 @@ def read_at(file: int, size: int, offset: int) -> bytes:
         with contextlib.suppress(OSError):
             error.filename = os.readlink(f"/proc/self/fd/{file}")
         raise
+<<<<<<< HEAD
+=======
+
+
+def map_array(path: str | os.PathLike, form: str = "one array") -> np.ndarray:
+    """The array of a `.npy` file where it lies on the disk; a `ValueError` if it is not whole or not of this form."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path}: no regular file")
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # numpy's reader of headers raises many kinds: SyntaxError, TokenError, BadZipFile, ...
+        raise ValueError(f"{path}: not a whole .npy file of {form}") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{path}: several arrays, not {form}")
+    return array
+
+
+def read_pixels(data: bytes, processor: Any) -> "torch.Tensor":
+    """Decode and resize one image: several at full size are more than what a pack keeps of them.
+
+    Args:
+        data (`bytes`): an image file's content.
+        processor (`OpenQwen2VLProcessor`): resizes.
+
+    Returns:
+        `torch.Tensor` of shape `(1, 3, height, width)`, uint8.
+
+    Raises:
+        SampleError: if it cannot be decoded.
+    """
+    return processor.read_image(data)
+>>>>>>> 18c98d7 (Indexes of tars and archives, zips and arrays are checked before they are used)

@@ -16,12 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ...files import renamed_when_whole
 from ...processing.images import read_image_size
 from ...processing.sample_error import SampleError
-from .tars import Sample
+from .open_files import read_at
+from .tars import MAX_IMAGE_BYTES, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ SCHEMA = pa.schema(
         ("height", pa.int32()),
     ]
 )
+_HEADER = 512  # bytes of a member's header in a tar
 _HEADER_BYTES = 4096  # of an image: most name their size within them
 _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # of a JPEG: what follows has the size
 
@@ -66,25 +69,20 @@ def write_shard_index(path: Path, table: pa.Table, tar_bytes: int) -> None:
 
 
 def read_shard_index(tar: str | Path) -> tuple[list[Sample], list[str]] | None:
-    """Read the index of a tar.
+    """The samples of a tar by its index, in the order of the tar and without their spans, and their uids.
 
-    Args:
-        tar (`str | Path`): the tar.
-
-    Returns:
-        `tuple[list[Sample], list[str]]`: the samples in the order of the tar, without their spans, and their uids;
-        `None` if there is no index, or it is not one of a tar of this size, which is logged.
+    `None` if there is no index, or one that is not of a tar of this size or damaged, which is logged.
     """
     path = index_path(Path(tar))
     if not path.exists():
         return None
     try:
-        table = pq.read_table(path, columns=["key", "uid", "members"])
-        fits = json.loads(table.schema.metadata[_METADATA_KEY])["tar_bytes"] == os.path.getsize(tar)
-    except (pa.ArrowException, KeyError, TypeError, ValueError):
-        fits = False
-    if not fits:
-        logger.warning("%s is not the index of %s: not used", path, tar)
+        table = _checked_table(path, os.path.getsize(tar))
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename = error.filename or str(path)
+            raise
+        logger.warning("%s is not the index of %s: not used (%s)", path, tar, error)
         return None
     members = table["members"].combine_chunks()
     ends = np.cumsum(members.value_lengths()).tolist()
@@ -95,6 +93,30 @@ def read_shard_index(tar: str | Path) -> tuple[list[Sample], list[str]] | None:
         samples.append(Sample(key, dict(zip(extensions[start:end], places[start:end], strict=True))))
         start = end
     return samples, table["uid"].to_pylist()
+
+
+def _checked_table(path: Path, tar_bytes: int) -> pa.Table:
+    """Key, uid and members of an index whose values can all be those of a tar of this size; else a ValueError."""
+    with pq.ParquetFile(path) as file:
+        if json.loads(file.schema_arrow.metadata[_METADATA_KEY])["tar_bytes"] != tar_bytes:
+            raise ValueError("made for a tar of another size")
+        if file.metadata.num_rows * _HEADER > tar_bytes:
+            raise ValueError("more samples than fit into the tar")
+        table = file.read(columns=["key", "uid", "members"], use_threads=False)
+    table = table.cast(pa.schema([SCHEMA.field(name) for name in ("key", "uid", "members")]))
+    table.validate(full=True)
+    extensions, offsets, sizes = table["members"].combine_chunks().flatten().flatten()
+    if any(column.null_count for column in (table["key"], table["uid"], table["members"], extensions, offsets, sizes)):
+        raise ValueError("nulls in it")
+    offsets, sizes = offsets.to_numpy(), sizes.to_numpy()
+    # Compared without a sum, which may be above what int64 holds.
+    if len(offsets) and not ((offsets >= _HEADER) & (sizes >= 0) & (sizes <= tar_bytes - offsets)).all():
+        raise ValueError("members outside of the tar")
+    if not pc.all(pc.match_substring_regex(table["uid"], "^[0-9a-f]{32}$"), min_count=0).as_py():
+        raise ValueError("uids that are none")
+    if len(pc.unique(table["key"])) != len(table):
+        raise ValueError("keys that come twice")
+    return table
 
 
 def member_image_size(file: int, offset: int, size: int) -> tuple[int, int] | None:
@@ -108,11 +130,11 @@ def member_image_size(file: int, offset: int, size: int) -> tuple[int, int] | No
     Returns:
         `tuple[int, int]`: in pixels, as they stand there; `None` if the header cannot be read.
     """
-    found = _quick_size(os.pread(file, min(size, _HEADER_BYTES), offset))
+    found = _quick_size(read_at(file, min(size, _HEADER_BYTES), offset))
     if found is not None:
         return found
     try:
-        return read_image_size(os.pread(file, size, offset))
+        return read_image_size(read_at(file, min(size, MAX_IMAGE_BYTES), offset))
     except SampleError:
         return None
 

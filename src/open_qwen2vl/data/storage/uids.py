@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ...files import renamed_when_whole
+from .open_files import map_array
 
 logger = logging.getLogger(__name__)
 
@@ -77,12 +78,9 @@ def read_uids(path: str | Path) -> np.ndarray:
         ValueError: for a file of another form.
         OSError: if it cannot be read.
     """
-    try:
-        uids = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path}: not a whole .npy file of an array of dtype u8,u8") from error
-    if not isinstance(uids, np.ndarray) or uids.dtype != UID_DTYPE or uids.ndim != 1:
-        found = f"{uids.dtype} of shape {uids.shape}" if isinstance(uids, np.ndarray) else "several arrays"
+    uids = map_array(path, "an array of dtype u8,u8")
+    if uids.dtype != UID_DTYPE or uids.ndim != 1:
+        found = f"{uids.dtype} of shape {uids.shape}"
         raise ValueError(f"{path}: uids are one array of dtype u8,u8 and shape (N,), this has {found}")
     if _is_increasing(uids):
         return uids

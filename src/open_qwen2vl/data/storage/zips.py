@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from ...processing.sample_error import SampleError
+from .open_files import read_at
 
 STORED, DEFLATED = 0, 8
 _END = struct.Struct("<4s4H2LH")
@@ -39,6 +40,7 @@ def list_members(path: str | os.PathLike) -> Iterator[tuple[str, int, int]]:
     """
     with open(path, "rb") as file:
         start, entries, shift = _directory(path, file)
+        size = os.fstat(file.fileno()).st_size
         file.seek(start)
         for _ in range(entries):
             entry = file.read(_ENTRY.size)
@@ -50,6 +52,8 @@ def list_members(path: str | os.PathLike) -> Iterator[tuple[str, int, int]]:
             flags, method, packed, plain, offset = fields[3], fields[4], fields[8], fields[9], fields[16]
             name = file.read(fields[10]).decode("utf-8" if flags & _UTF8 else "cp437", errors="surrogateescape")
             packed, offset = _widen(file.read(fields[11]), plain, packed, offset)
+            if not 0 <= offset + shift <= size - packed:
+                raise ValueError(f"{path}: not a zip, or a damaged one: {name} lies outside of it")
             file.seek(fields[12], os.SEEK_CUR)
             if name.endswith("/"):
                 continue
@@ -74,12 +78,12 @@ def read_zip_member(file: int, name: str, offset: int, size: int, limit: int) ->
     Raises:
         SampleError: `moved_member` if something else stands there, `corrupt_image` if it cannot be decompressed.
     """
-    block = os.pread(file, _HEADER.size, offset)
+    block = read_at(file, _HEADER.size, offset)
     fields = _HEADER.unpack(block) if len(block) == _HEADER.size else (b"",)
     if fields[0] != b"PK\3\4":
         raise SampleError("moved_member", f"{name} is not at byte {offset} of the zip any more")
     name_size, extra_size = fields[9:]
-    rest = os.pread(file, name_size + extra_size + size, offset + _HEADER.size)
+    rest = read_at(file, name_size + extra_size + size, offset + _HEADER.size)
     found = rest[:name_size].decode("utf-8" if fields[2] & _UTF8 else "cp437", errors="surrogateescape")
     if found.removeprefix("./") != name or len(rest) < name_size + extra_size + size:
         raise SampleError("moved_member", f"{name} is not at byte {offset} of the zip any more")
@@ -101,8 +105,13 @@ def _directory(path: str | os.PathLike, file: BinaryIO) -> tuple[int, int, int]:
     locator = tail[max(0, at - _END_LOCATOR_64.size) : at]
     if locator[:4] == b"PK\6\7":
         end = end - _END_LOCATOR_64.size - _END_64.size
-        file.seek(end)
-        *_, entries, length, offset = _END_64.unpack(file.read(_END_64.size))
+        file.seek(max(0, end))
+        record = file.read(_END_64.size)
+        if record[:4] != b"PK\6\6" or len(record) < _END_64.size:
+            raise ValueError(f"{path}: not a zip, or a damaged one: its zip64 record is none")
+        *_, entries, length, offset = _END_64.unpack(record)
+    if length > end:
+        raise ValueError(f"{path}: not a zip, or a damaged one: its directory is larger than it")
     return end - length, entries, end - length - offset
 
 
@@ -111,8 +120,10 @@ def _widen(extra: bytes, plain: int, packed: int, offset: int) -> tuple[int, int
     while len(extra) >= 4:
         kind, length = struct.unpack_from("<2H", extra)
         if kind == 1:
-            wide = iter(struct.unpack_from(f"<{length // 8}Q", extra, 4))
-            _, packed, offset = (next(wide) if number == _FULL else number for number in (plain, packed, offset))
+            field = extra[4 : 4 + length]
+            wide = list(struct.unpack_from(f"<{len(field) // 8}Q", field))
+            numbers = [wide.pop(0) if number == _FULL and wide else number for number in (plain, packed, offset)]
+            _, packed, offset = numbers
         extra = extra[4 + length :]
     return packed, offset
 
