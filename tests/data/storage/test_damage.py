@@ -77,13 +77,8 @@ def test_a_damaged_index_is_not_used_or_names_members_of_the_tar(indexed):
 
 def test_other_tables_and_metadata_are_no_index(indexed):
     tar, rows = indexed
-    for metadata in (
-        None,
-        {"open_qwen2vl": "{"},
-        {"open_qwen2vl": "[]"},
-        {"open_qwen2vl": json.dumps({"tar_bytes": "1"})},
-    ):
-        table = pa.Table.from_pylist(rows, SCHEMA).replace_schema_metadata(metadata)
+    for metadata in (None, "{", "[]", json.dumps({"tar_bytes": "1"})):
+        table = pa.Table.from_pylist(rows, SCHEMA).replace_schema_metadata(metadata and {"open_qwen2vl": metadata})
         pq.write_table(table, index_path(tar))
         assert read_shard_index(tar) is None
 
@@ -144,10 +139,8 @@ def test_the_index_of_archives_is_written_whole_and_checked(write_tar, tmp_path,
     roots = describe_images([tar], tmp_path)
     index_archives(tmp_path, roots)
     assert [ImageFiles(tmp_path, roots).find(f"{n}.jpg").size for n in range(5)] == [1, 2, 3, 4, 5]
-    assert sorted(path.name for path in tmp_path.glob("image-index*")) == [
-        "image-index.key.npy",
-        "image-index.place.npy",
-    ]
+    names = sorted(path.name for path in tmp_path.glob("image-index*"))
+    assert names == ["image-index.key.npy", "image-index.place.npy"]
     np.save(tmp_path / "image-index.key.npy", np.zeros(3, "<u8"))
     with pytest.raises(ValueError, match="index of images is damaged"):
         ImageFiles(tmp_path, roots).find("1.jpg")
