@@ -94,16 +94,17 @@ def test_bad_rows_are_named(encode, tmp_path, processor):
     ]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
     report = plan([tmp_path / "a.parquet"], tmp_path / "packs", processor)
-    skipped = {"empty_caption": 1, "missing_caption": 1, "missing_image": 1, "too_long": 1}
-    assert (report.documents, report.skipped) == (3, skipped)
+    skipped = {"empty_caption": 1, "missing_caption": 1, "missing_image": 2, "too_long": 1}
+    assert (report.documents, report.skipped) == (2, skipped)
     named = {
         (row["key"], row["reason"]) for row in pq.read_table(tmp_path / "packs/skipped-00000.parquet").to_pylist()
     }
-    assert named == {("8", "empty_caption"), ("9", "missing_caption"), ("row 3", "missing_image"), ("10", "too_long")}
+    assert named == {("8", "empty_caption"), ("9", "missing_caption"), ("row 3", "missing_image"), ("10", "too_long"),
+                     ("12", "missing_image")}  # fmt: skip
     uids = [d["uid"] for p in pq.read_table(tmp_path / "packs/part-00000.parquet").to_pylist() for d in p["documents"]]
-    assert "ab" * 16 in uids and len(set(uids)) == 3
+    assert "ab" * 16 in uids and len(set(uids)) == 2
     item = PackedDataset(tmp_path / "packs", processor)[0]
-    assert item["dropped"] == {"corrupt_image": 1, "missing_image": 1} and len(item["pixel_values"]) == 1
+    assert item["dropped"] == {"corrupt_image": 1} and len(item["pixel_values"]) == 1
 
 
 def test_what_cannot_be_planned_is_one_clear_error(caption_tars, encode, tmp_path, processor):
@@ -137,3 +138,24 @@ def test_what_cannot_be_planned_is_one_clear_error(caption_tars, encode, tmp_pat
             )
     with pytest.raises(ValueError, match="00000.tar: --caption-column alt is for tables, json and csv files"):
         plan(caption_tars, tmp_path / "packs", processor, caption_column="alt")
+
+
+def test_rows_by_path_stand_beside_rows_with_bytes(pairs, tmp_path, processor):
+    """Each image is found where it is, whatever the others of its row group are."""
+    (tmp_path / "images").mkdir()
+    rows = []
+    for number, (_, caption, png) in enumerate(pairs[:40]):
+        (tmp_path / f"images/{number}.png").write_bytes(png)
+        path = {"bytes": None, "path": f"{number}.png"}
+        rows.append({"image": path if number % 3 == 0 else {"bytes": png, "path": None}, "caption": caption})
+    plans = []
+    for name, own in (("mixed", rows), ("bytes", [{"image": {"bytes": png, "path": None}, "caption": caption}
+                                                  for _, caption, png in pairs[:40]])):  # fmt: skip
+        (tmp_path / name).mkdir()
+        datasets.Dataset.from_list(own).to_parquet(tmp_path / name / "0.parquet")
+        report = plan(
+            [tmp_path / name / "0.parquet"], tmp_path / f"packs-{name}", processor, images=[tmp_path / "images"]
+        )
+        assert (report.documents, report.skipped) == (40, {})
+        plans.append(documents_of(PackedDataset(tmp_path / f"packs-{name}", processor)))
+    assert plans[0] == plans[1]

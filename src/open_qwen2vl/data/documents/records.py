@@ -18,15 +18,24 @@ from ...processing.sample_error import SampleError
 from ..storage.csv_records import csv_header, csv_spans, read_csv_record
 from ..storage.json_records import read_record, record_spans
 from ..storage.open_files import Newest
-from ..storage.tables import Columns, RowTable
+from ..storage.tables import Columns, RowTable, row_values
 from ..storage.tar_index import read_shard_index
-from ..storage.tars import IMAGE_EXTENSIONS, Sample, index_shard, read_json, read_member, sample_uid
+from ..storage.tars import (
+    IMAGE_EXTENSIONS,
+    MAX_JSON_BYTES,
+    Sample,
+    has_dotted_key,
+    index_shard,
+    read_json,
+    read_member,
+    sample_uid,
+)
 from .texts import Texts, decode_caption
 
 logger = logging.getLogger(__name__)
 
 BATCHES = 8  # decoded batches of tables that one process keeps
-MAX_DOCUMENT_BYTES = 256 << 20  # of a json in a tar, which may hold its images
+MAX_DOCUMENT_BYTES = MAX_JSON_BYTES  # of an interleaved document, which may hold its images
 TAR, JSON, CSV, TABLES = (".tar",), (".json", ".jsonl"), (".csv",), (".parquet", ".arrow")
 
 
@@ -169,7 +178,7 @@ class RecordReader:
         shard, place = document["shard"], RecordPlace(**document["record"])
         if place.row is not None:
             batch, row = self._tables[shard].find(place.row)
-            return self._batch(shard, batch).slice(row, 1).to_pylist()[0]
+            return row_values(self._batch(shard, batch).slice(row, 1))[0]
         file = self.files[shard].fileno()
         if not self._paths[shard].endswith(TAR):
             return _bytes_reader(self._paths[shard], file, self._max_bytes)(place.offset, place.size)
@@ -183,9 +192,12 @@ class RecordReader:
 def caption_members(file: int, sample: Sample, needs_image: bool = True) -> tuple[list[tuple[str, int, int]], str]:
     """Extension, offset and size of a caption sample's image, if it has one, and of its text; and the text.
 
-    Raises `missing_image`, `missing_caption`, `empty_image`, or as [`decode_caption`] and [`read_member`].
+    Raises `missing_image`, `missing_caption`, `dotted_key`, `empty_image`, or as [`decode_caption`] and
+    [`read_member`].
     """
     image_ext = next((ext for ext in IMAGE_EXTENSIONS if ext in sample.members), None)
+    if has_dotted_key(sample) and (image_ext is None or "txt" not in sample.members):
+        raise SampleError("dotted_key", f"{sample.key} has dots in its name; a key ends at the first of them")
     if image_ext is None and needs_image:
         raise SampleError("missing_image", f"{sample.key} has no member {', '.join(IMAGE_EXTENSIONS)}")
     if "txt" not in sample.members:

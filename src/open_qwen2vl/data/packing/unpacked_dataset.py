@@ -21,7 +21,7 @@ from ...processing.images import read_image_size
 from ...processing.sample_error import SampleError
 from ..documents.documents import ReadDocument, finish_document, pack_item
 from ..documents.forms import TURNS, as_messages, conversation_format, is_turns
-from ..storage.tables import COLUMNS, TEXT_COLUMNS
+from ..storage.tables import COLUMNS, TEXT_COLUMNS, row_values
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class UnpackedConversations(Dataset):
         return {"source": "conversations", "pack": index, "documents": [("row", str(index))]}
 
     def _read(self, index: int) -> ReadDocument:
-        messages, images = read_conversation(as_messages(self.rows[index].to_pylist()[0]))
+        messages, images = read_conversation(as_messages(row_values(self.rows[index])[0]))
         files = [self._image_file(image) for image in images]
         media = [Media("image", *(read_image_size(file, upright=True) if self.documents.needs_sizes else (0, 0)))
                  for file in files]  # fmt: skip

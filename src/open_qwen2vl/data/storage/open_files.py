@@ -37,8 +37,6 @@ def read_at(file: int, size: int, offset: int) -> bytes:
         with contextlib.suppress(OSError):
             error.filename = os.readlink(f"/proc/self/fd/{file}")
         raise
-<<<<<<< HEAD
-=======
 
 
 def map_array(path: str | os.PathLike, form: str = "one array") -> np.ndarray:
@@ -54,20 +52,3 @@ def map_array(path: str | os.PathLike, form: str = "one array") -> np.ndarray:
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{path}: several arrays, not {form}")
     return array
-
-
-def read_pixels(data: bytes, processor: Any) -> "torch.Tensor":
-    """Decode and resize one image: several at full size are more than what a pack keeps of them.
-
-    Args:
-        data (`bytes`): an image file's content.
-        processor (`OpenQwen2VLProcessor`): resizes.
-
-    Returns:
-        `torch.Tensor` of shape `(1, 3, height, width)`, uint8.
-
-    Raises:
-        SampleError: if it cannot be decoded.
-    """
-    return processor.read_image(data)
->>>>>>> 18c98d7 (Indexes of tars and archives, zips and arrays are checked before they are used)

@@ -114,13 +114,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     raise ValueError(f"{path}: not as Dataset.save_to_disk writes it")
 
 
-def cut_rows(path: str | os.PathLike, number: int, columns: Columns | None = None) -> list[tuple[int, int]]:
+def cut_rows(path: str | os.PathLike, number: int, columns: Columns) -> list[tuple[int, int]]:
     """Cut a table into groups of whole batches: first row of each group and the row behind it.
 
     A group has at most so many rows, or those of a single batch. A table without any batch, as Spark writes empty
     parts, has no groups. A `ValueError` if it is no table.
     """
-    table = RowTable(path, columns or CONVERSATION_COLUMNS)
+    table = RowTable(path, columns)
     ends = [int(end) for end in table.ends]
     table.close()
     groups, start = [], 0
