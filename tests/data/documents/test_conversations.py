@@ -236,6 +236,36 @@ def test_workers_and_reruns_make_the_same_plan(images, write_json, tmp_path, pro
         plan([source], tmp_path / "packs1", processor, **{**options, "images": [images]})
 
 
+@pytest.mark.parametrize("form", ["saved", "parquet"])
+def test_mixed_types_in_tables_become_the_documents_of_their_jsonl(images, write_json, tmp_path, processor, form):
+    """`datasets` stores fields whose values differ in type as JSON."""
+    parts = [{"type": "image"}, {"type": "text", "text": "what is shown?"}]
+    records = [
+        {"messages": [{"role": "system", "content": "Be short."}, {"role": "user", "content": parts},
+                      {"role": "assistant", "content": "a cat"}], "image": NAMES[0]},
+        {"messages": [{"role": "user", "content": "two?"}, {"role": "assistant", "content": [parts[1]]}],
+         "image": None},
+        {"messages": [{"role": "user", "content": "how many?"}, {"role": "assistant", "content": 42}], "image": None},
+        {"messages": [{"role": "user", "content": [parts[0], *parts]}, {"role": "assistant", "content": "no"}],
+         "image": NAMES[1:3]},
+    ]  # fmt: skip
+    source = write_json(records, "a.jsonl")
+    data = datasets.load_dataset("json", data_files=str(source), split="train", cache_dir=str(tmp_path / "cache"))
+    assert "Json" in str(data.features)
+    if form == "saved":
+        data.save_to_disk(tmp_path / "saved")
+        (table,) = (tmp_path / "saved").glob("*.arrow")
+    else:
+        data.to_parquet(table := tmp_path / "a.parquet")
+    read = []
+    for number, path in enumerate((source, table)):
+        report = plan([path], tmp_path / f"packs{number}", processor, images=[images], max_length=512)
+        assert (report.documents, report.skipped) == (3, {"bad_turn": 1})
+        read.append(PackedDataset(tmp_path / f"packs{number}", processor)[0])
+    for name in ("input_ids", "labels", "pixel_values"):
+        assert torch.equal(read[0][name], read[1][name])
+
+
 def test_every_bad_record_is_named(images, write_json, tmp_path, processor, monkeypatch, caplog):
     monkeypatch.setattr(json_records, "MAX_RECORD_BYTES", 4000)
     (images / "sub/empty.png").touch()

@@ -156,9 +156,9 @@ def _claim(folder: Path, recipe: dict[str, Any]) -> None:
     known = folder / _WORK / _RECIPE
     finished = folder / RESHARD_NAME
     if finished.exists():
-        made = json.loads(finished.read_text(encoding="utf8")).get("recipe", {})
+        made = _read_json(finished).get("recipe", {})
     elif known.exists():
-        made = json.loads(known.read_text(encoding="utf8"))
+        made = _read_json(known)
     else:
         stranger = next(folder.glob("*.tar"), None)
         if stranger is not None:
@@ -174,12 +174,25 @@ def _claim(folder: Path, recipe: dict[str, Any]) -> None:
     write_json(known, recipe, sort_keys=True)
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf8"))
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not as reshard writes it; delete it")
+    return content
+
+
 def _finished_report(folder: Path) -> ReshardReport | None:
     """The figures of a run that has come to its end and whose files are all there."""
     path = folder / RESHARD_NAME
     if not path.exists():
         return None
-    report = ReshardReport(**json.loads(path.read_text(encoding="utf8"))["totals"])
+    try:
+        report = ReshardReport(**_read_json(path)["totals"])
+    except (KeyError, TypeError):
+        raise ValueError(f"{path}: not as reshard writes it; delete it") from None
     names = (f"{n:05d}{suffix}" for n in range(report.tars) for suffix in (".tar", ".index.parquet"))
     return report if all((folder / name).exists() for name in names) else None
 
