@@ -49,6 +49,9 @@ class Evaluations:
                 environment["FILE_LIMIT"] = str(file_limit)
             arguments = ["evaluate", str(self.model), "--output", str(self.folder / output), *self.options]
             runs.append({"environment": environment, "arguments": arguments})
+        return self.fork(runs)
+
+    def fork(self, runs: list[dict]) -> list[int]:
         self.process.stdin.write(json.dumps(runs) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
@@ -125,6 +128,19 @@ def test_a_killed_evaluation_goes_on(evaluations):
     keys = journal_keys(folder)
     # The line that was cut off, and the other answers of its question.
     assert len(set(keys)) == answers and len(keys) <= answers + 2 * 12, "answers were computed again"
+
+
+def test_two_evaluations_to_one_folder_do_not_mix(evaluations):
+    arguments = ["evaluate", str(evaluations.model), "--output", str(evaluations.folder / "shared")]
+    logs = [evaluations.folder / f"shared-{number}.log" for number in range(2)]
+    evaluations.fork(
+        [{"environment": {"LOG": str(log)}, "arguments": arguments + evaluations.options} for log in logs]
+    )
+    codes = evaluations.wait()
+    assert sorted(codes) == [0, 2 << 8]
+    refused = logs[codes.index(2 << 8)].read_text().splitlines()[-1]
+    assert f"is evaluating to {evaluations.folder / 'shared'}: wait for it or stop it" in refused
+    assert_same_results(evaluations.folder / "shared", evaluations.folder / "whole")
 
 
 def test_two_processes_give_what_one_gives(evaluations):

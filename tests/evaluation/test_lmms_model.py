@@ -11,7 +11,7 @@ from open_qwen2vl.evaluation.generation import cut_at, generation_options, load_
 from open_qwen2vl.evaluation.journal import Journal, model_fingerprint, request_key
 from open_qwen2vl.evaluation.likelihood import continuation_losses
 from open_qwen2vl.evaluation.prompts import SEPARATOR, PromptBuilder, user_turn
-from open_qwen2vl.processing.conversations import conversation_document
+from open_qwen2vl.processing.conversations import ConversationFormat
 from tests.evaluation.easyvqa import rows
 
 ANSWER = [{"role": "assistant", "content": "y"}]
@@ -33,7 +33,9 @@ def test_chat_prompts_are_those_of_training(processor):
     for messages in (user_turn([red], "what?"), message("a", red, "b", red, blue, "c"), [*turns, *message("<s>z")]):
         prompt = builder.build(messages)
         (ids,) = builder.encode([prompt])["input_ids"].tolist()
-        trained, labels = conversation_document([*prompt.messages, *ANSWER], processor, 4)
+        training = ConversationFormat(processor.tokenizer, processor.chat_template, {"image": "<|image_pad|>"})
+        blocks = [[processor.image_token_id] * 4] * len(prompt.images)
+        trained, labels = training.document([*prompt.messages, *ANSWER], blocks)
         assert ids == trained[: len(ids)].tolist(), prompt.text
         assert labels[len(ids)] != -100, "and here the answer begins"
     assert builder.build(message("a", red, "b", red, blue, "c")).images == [red, red, blue]

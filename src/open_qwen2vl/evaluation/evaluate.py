@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ..files import renamed_when_whole
+from ..output_lock import only_writer
 from .benchmarks import BENCHMARKS
 from .few_shot import PAPER_SCORES, FewShot, few_shot_target
 from .harness import Target, find_target, make_task_manager, require_judge_key
@@ -66,26 +66,26 @@ def evaluate(
         ValueError: for a user's mistake before anything runs; after the other tasks ran, naming those that failed.
     """
     targets, manager = find_tasks(tasks, rules, limit, judge, include_path, few_shot)
-    _require_writable(Path(output))
 
     from .generation import load_model
 
     # Without this accelerate takes processes on CPUs for strangers.
     state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available())
-    loaded, processor = load_model(model, device)
-    lm = _make_lmms(loaded, processor, rules, few_shot, batch_size, image_seq_length, max_new_tokens)
-    lm.fingerprint = model_fingerprint(loaded, processor)
-    lm.journal = Journal(Path(output) / "journal", state.process_index)
-    # No rank writes before all have read.
-    state.wait_for_everyone()
-    identity = _identity(model, loaded, lm.fingerprint)
-    options = {"batch_size": batch_size, "limit": limit, "max_new_tokens": max_new_tokens, "judge": judge}
-    options |= _token_budget(processor, image_seq_length) | {"dtype": str(loaded.dtype).removeprefix("torch.")}
-    options["device"] = loaded.device.type
-    try:
-        return run_targets(lm, targets, Path(output), manager, identity, options, rules=rules, few_shot=few_shot)
-    finally:
-        lm.journal.close()
+    # Taken before the model is loaded: a folder that cannot be written is told at once.
+    with only_writer(output, "evaluating to", rank=state.process_index, ranks=state.num_processes):
+        loaded, processor = load_model(model, device)
+        lm = _make_lmms(loaded, processor, rules, few_shot, batch_size, image_seq_length, max_new_tokens)
+        lm.fingerprint = model_fingerprint(loaded, processor)
+        lm.journal = Journal(Path(output) / "journal", state.process_index)
+        # No rank writes before all have read.
+        state.wait_for_everyone()
+        identity = _identity(model, loaded, lm.fingerprint)
+        options = {"batch_size": batch_size, "limit": limit, "max_new_tokens": max_new_tokens, "judge": judge}
+        options |= _model_options(loaded, processor, image_seq_length)
+        try:
+            return run_targets(lm, targets, Path(output), manager, identity, options, rules=rules, few_shot=few_shot)
+        finally:
+            lm.journal.close()
 
 
 def evaluate_loaded(
@@ -128,8 +128,7 @@ def evaluate_loaded(
     targets, manager = find_tasks(tasks, rules, limit, False, include_path, few_shot)
     lm = _make_lmms(model, processor, rules, few_shot, batch_size, image_seq_length, max_new_tokens)
     options = {"batch_size": batch_size, "limit": limit, "max_new_tokens": max_new_tokens, "judge": False}
-    options |= _token_budget(processor, image_seq_length) | {"dtype": str(model.dtype).removeprefix("torch.")}
-    options["device"] = model.device.type
+    options |= _model_options(model, processor, image_seq_length)
     identity = _identity(model.name_or_path, model, None)
     identity["name"] = name or identity["name"]
     folder = None if output is None else Path(output)
@@ -186,14 +185,6 @@ def _make_lmms(model, processor, rules, few_shot, batch_size, image_seq_length, 
     )
 
 
-def _require_writable(output: Path) -> None:
-    """Refuse a folder that results cannot be written to, before hours of answers; OSError names it."""
-    output.mkdir(parents=True, exist_ok=True)
-    with renamed_when_whole(output / ".writable") as probe:
-        probe.touch()
-    (output / ".writable").unlink(missing_ok=True)
-
-
 def _identity(path: str, model: PreTrainedModel, fingerprint: str | None) -> dict[str, Any]:
     revision = getattr(model.config, "_commit_hash", None)
     # A training's last checkpoint lies in its output_dir/model.
@@ -206,8 +197,12 @@ def _identity(path: str, model: PreTrainedModel, fingerprint: str | None) -> dic
     }
 
 
-def _token_budget(processor: ProcessorMixin, image_seq_length: int | None) -> dict[str, int | None]:
-    return {"image_seq_length": image_seq_length or getattr(processor, "image_seq_length", None)}
+def _model_options(model: PreTrainedModel, processor: ProcessorMixin, image_seq_length: int | None) -> dict[str, Any]:
+    return {
+        "image_seq_length": image_seq_length or getattr(processor, "image_seq_length", None),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+    }
 
 
 @contextlib.contextmanager
