@@ -109,3 +109,19 @@ def test_functions_files_and_the_whole_are_small():
         }
     assert large - LARGE == set()
     assert whole <= MOST_LINES
+
+
+def test_no_code_of_a_checkpoint_runs_unasked():
+    """transformers asks on the terminal where `trust_remote_code` is not given."""
+    silent = [
+        f"{name}, line {node.lineno}"
+        for name, tree in modules().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "from_pretrained"
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id.startswith("Auto")
+        and not {"trust_remote_code", None} & {keyword.arg for keyword in node.keywords}
+    ]
+    assert silent == []

@@ -32,6 +32,7 @@ _MODULES = {
     "plan_packs": ".packing.plan",
     "reshard": ".resharding.resharding",
     "score_pool": ".scoring.kinds",
+    "select_pairs": ".filtering.selection",
 }
 
 __all__ = list(_MODULES)
