@@ -17,16 +17,17 @@ _BLOCK = 1 << 20
 
 
 def csv_header(path: str | os.PathLike) -> list[str]:
-    """The names of the columns; a `ValueError` if the file has no header."""
+    """The names of the columns; a `ValueError` if they cannot be read."""
     return list(_header(os.fspath(path), os.stat(path).st_mtime_ns))
 
 
 @functools.lru_cache(64)
 def _header(path: str, mtime_ns: int) -> tuple[str, ...]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    # A row that is not UTF-8 costs itself only, so that it may stand in what is read with the header.
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
         try:
             return tuple(next(csv.reader(file), ()))
-        except (UnicodeDecodeError, csv.Error) as error:
+        except csv.Error as error:
             raise ValueError(f"{path}: not a CSV file that can be read: {error}") from error
 
 
