@@ -1,4 +1,4 @@
-"""Forms beside captions, documents and conversations: texts alone, rows of CSV, rows of FineVision; what is unknown."""
+"""Forms beside captions, documents and conversations: texts alone, rows of CSV and of FineVision; what is unknown."""
 
 import csv
 import io
