@@ -38,6 +38,15 @@ class PackOptions:
     image_seq_length: int | None = option(
         None, help="tokens per image of Open-Qwen2VL (default: 144, or the processor's)", metavar="N"
     )
+    min_pixels: int | None = option(
+        None, help="pixels to which a smaller image is enlarged, for Qwen2-VL (default: the processor's)", metavar="N"
+    )
+    max_pixels: int | None = option(
+        None, help="pixels to which a larger image is reduced, for Qwen2-VL (default: the processor's)", metavar="N"
+    )
+    fixed_resolution: int | None = option(
+        None, help="side in pixels of the square that every image becomes, for ablations of Qwen2-VL", metavar="N"
+    )
     max_length: int = option(4096, help="positions of a pack", metavar="N")
     shards_per_group: int = option(8, help="tars whose samples may share packs", metavar="N")
     records_per_group: int = option(

@@ -41,6 +41,9 @@ from .plan_files import (
 )
 from .plan_report import PlanReport
 
+# Options of a plan that a family may have (`DocumentProcessor.plan_options`).
+MEDIA_OPTIONS = ("image_seq_length", "min_pixels", "max_pixels", "fixed_resolution")
+
 
 @dataclass(frozen=True)
 class _Task:
@@ -91,9 +94,8 @@ def plan_packs(shards: Sequence[str | Path], output: str | Path, processor: Any,
         raise ValueError("no shards given: name at least one tar, or one file of conversations")
     kind = source_kind(shards, chosen.caption_column)
     _check_options(kind, chosen)
-    documents = document_processor(
-        processor, chat_template=chosen.chat_template, image_seq_length=chosen.image_seq_length
-    )
+    media = {name: getattr(chosen, name) for name in MEDIA_OPTIONS}
+    documents = document_processor(processor, chat_template=chosen.chat_template, **media)
     _check_room(kind, chosen, documents)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -137,7 +139,7 @@ def _recipe(kind: SourceKind, options: PackOptions, documents: DocumentProcessor
 
 
 def _check_options(kind: SourceKind, options: PackOptions) -> None:
-    for name in ("image_seq_length", "max_images", "shards_per_group", "records_per_group", "num_workers"):
+    for name in (*MEDIA_OPTIONS, "max_images", "shards_per_group", "records_per_group", "num_workers"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
