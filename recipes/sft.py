@@ -142,6 +142,7 @@ def load_model(
         model_args.lora_dropout,
         modules=tuple(model_args.lora_target_modules),
         train_projector=args.train_projector,
+        model=model,
         use_rslora=model_args.use_rslora,
         use_dora=model_args.use_dora,
     )

@@ -67,7 +67,7 @@ def make_trainer(folder: Path, output_dir: Path, data: str, **options) -> Packed
         sources = [{"path": str(folder / "first")}, {"path": str(folder / "second"), "epochs": 1.5}]
         dataset = PackMixture(parse_sources(sources), processor)
     else:
-        dataset = torch.load(folder / "packs.pt", weights_only=True)
+        dataset = torch.load(folder / f"{data}.pt", weights_only=True)
     trainer = PackedTrainer(
         model=model, args=args, train_dataset=dataset, eval_dataset=dataset, processing_class=processor
     )

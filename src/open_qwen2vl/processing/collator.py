@@ -19,7 +19,8 @@ import torch
 from .text_formats import IGNORE_INDEX
 
 TEXT = ("input_ids", "labels", "position_ids")
-ACCOUNTS = ("media", "vision_work", "dropped", "source", "pack")  # of an item; what else it has goes to the forward
+# Of an item; what else it has goes to the forward.
+ACCOUNTS = ("media", "vision_work", "dropped", "dropped_places", "source", "pack")
 
 
 @dataclass
@@ -100,6 +101,7 @@ class PackingCollator:
             "squared_lengths": int(lengths.square().sum()),
             **dict(zip(("patches", "vision_squared", "vision_tokens"), map(sum, work), strict=True)),
             "dropped": dict(sum((Counter(item.get("dropped", {})) for item in items), Counter())),
+            "dropped_places": dict(place for item in items for place in item.get("dropped_places", {}).items()),
             "rows": [
                 {
                     "source": item.get("source", 0),

@@ -1,10 +1,11 @@
 """LoRA for this model: low-rank updates of the language model's layers, the projector trained in full.
 
-Module names alone (`q_proj`) would hit SigLIP too, whose attention has the same names; so targets are a regular
-expression of full names. What adapts nothing, or something else than asked, is an error instead of a silent run.
+Module names alone (`q_proj`) would hit vision towers too, whose attention often has the same names; so targets are a
+regular expression of full names. What adapts nothing, or something else than asked, is an error and no silent run.
 This module needs `peft`.
 """
 
+import contextlib
 import os
 import warnings
 
@@ -12,16 +13,18 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
+from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
+from ..families import packed_model, part_modules
 from ..model_folders import model_folder
+from .optimization import LANGUAGE_MODEL, part_of
 
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
-PROJECTOR = "multi_modal_projector"
 
-# For `BitsAndBytesConfig(llm_int8_skip_modules=...)` in QLoRA: what stays as it is, in 4 and in 8 bits.
-UNQUANTISED_MODULES = ["model.vision_tower", f"model.{PROJECTOR}", "lm_head"]
+# For `BitsAndBytesConfig(llm_int8_skip_modules=...)` in QLoRA: what stays as it is, in 4 and in 8 bits, in any family.
+UNQUANTISED_MODULES = [*part_modules(), "lm_head"]
 
 
 def lora_config(
@@ -31,6 +34,7 @@ def lora_config(
     *,
     modules: tuple[str, ...] = ATTENTION_MODULES + MLP_MODULES,
     train_projector: bool = True,
+    model: PreTrainedModel | None = None,
     **kwargs,
 ) -> LoraConfig:
     """The preset: every linear layer of the language model's blocks, and the whole projector.
@@ -42,6 +46,7 @@ def lora_config(
         modules (`tuple[str]`, *optional*): names of the linear layers of a block to adapt.
         train_projector (`bool`, *optional*, defaults to `True`): train the projector in full and save it with the
             adapter.
+        model (`PreTrainedModel`, *optional*): whose projector that is; Open-Qwen2VL's where not given.
         kwargs: further options of `peft.LoraConfig`.
 
     Returns:
@@ -59,9 +64,21 @@ def lora_config(
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=rf".*language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(modules)})",
-        modules_to_save=[PROJECTOR] if train_projector else None,
+        modules_to_save=_projector_modules(model) if train_projector else None,
         **kwargs,
     )
+
+
+def _projector_modules(model: PreTrainedModel | None) -> list[str]:
+    """Names of the modules that make up the projector; PEFT takes none that is a list of modules."""
+    found = []
+    for full in part_modules("open_qwen2vl" if model is None else model.config.model_type, "projector"):
+        name = full.rpartition(".")[2]
+        with contextlib.suppress(AttributeError):  # not every model of a family has all of them
+            module = None if model is None else model.get_submodule(full)
+            many = isinstance(module, nn.ModuleList)
+            found += [f"{name}.{index}" for index in range(len(module))] if many else [name]
+    return found
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig | None = None) -> PeftModel:
@@ -93,9 +110,10 @@ def check_targets(model: PeftModel) -> None:
         ValueError: as [`add_lora`] says.
     """
     adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-    if not any(".language_model." in name for name in adapted):
+    parts = packed_model(model.get_base_model().config).parts
+    if not any(part_of(name, parts) == LANGUAGE_MODEL for name in adapted):
         raise ValueError("the adapter changes no module of the language model: no name matches its target_modules")
-    if vision := [name for name in adapted if ".vision_tower." in name]:
+    if vision := [name for name in adapted if part_of(name, parts) == "vision_tower"]:
         raise ValueError(f"the adapter changes {len(vision)} modules of the vision tower, the first is {vision[0]}")
     whole = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
     for wanted in model.peft_config[model.active_adapter].modules_to_save or []:

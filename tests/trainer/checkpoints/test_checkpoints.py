@@ -1,16 +1,25 @@
 """Checkpoints are complete or absent, and only the same run goes on from them."""
 
+import copy
 import os
+import re
 import resource
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from open_qwen2vl.families import packed_model
 from open_qwen2vl.trainer import newest_complete_checkpoint
+from open_qwen2vl.trainer.checkpoints import saving
+from open_qwen2vl.trainer.checkpoints.completeness import missing_part
 from open_qwen2vl.trainer.checkpoints.folders import CheckpointError, checkpoints_by_step, prune
+from open_qwen2vl.trainer.checkpoints.run_record import check_same_run, run_record, weights_record, write_run_record
+from open_qwen2vl.trainer.lora import add_lora
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "logging_steps": 4}
 
@@ -144,6 +153,95 @@ def test_another_run_is_refused(make_trainer, change, message):
     other = make_trainer(**{**SAVING, **change})
     with pytest.raises(ValueError, match=f"checkpoint-6 was trained with {message}"):
         other.train(resume_from_checkpoint=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Where the checkpoints of one finished run are kept for the tests below."""
+    return tmp_path_factory.mktemp("whole") / "run"
+
+
+def cut_in_half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("trainer_state.json", cut_in_half),
+        ("model.safetensors", Path.unlink),
+        ("model.safetensors", cut_in_half),
+        ("optimizer.pt", Path.unlink),
+        ("optimizer.pt", cut_in_half),
+        ("scheduler.pt", Path.unlink),
+        ("rng_state.pth", Path.unlink),
+    ],
+)
+def test_a_checkpoint_that_lacks_a_part_is_passed_over_or_refused(make_trainer, whole, tmp_path, caplog, file, damage):
+    if not whole.exists():
+        make_trainer(**SAVING, output_dir=str(whole)).train()
+    run = tmp_path / "run"
+    for step in (4, 6):
+        shutil.copytree(whole / f"checkpoint-{step}", run / f"checkpoint-{step}")
+    damage(run / "checkpoint-6" / file)
+    assert newest_complete_checkpoint(run) == str(run / "checkpoint-4")
+    (message,) = [text for text in caplog.messages if "is incomplete" in text]
+    assert f"checkpoint-6 is incomplete (no whole {file}" in message
+    with pytest.raises(ValueError, match=f"checkpoint-6 is no checkpoint to go on from: no whole {file}"):
+        make_trainer(**SAVING).train(resume_from_checkpoint=str(run / "checkpoint-6"))
+
+
+def test_weights_of_another_model_are_an_error(make_trainer, whole, tmp_path):
+    if not whole.exists():
+        make_trainer(**SAVING, output_dir=str(whole)).train()
+    checkpoint = tmp_path / "checkpoint-6"
+    shutil.copytree(whole / "checkpoint-6", checkpoint)
+    weights = load_file(checkpoint / "model.safetensors")
+    first = next(iter(weights))
+    weights[f"visual.{first}"] = weights.pop(first)
+    save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"1 missing \({re.escape(first)}\) and 1 unknown \(visual\."):
+        make_trainer(**SAVING).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_other_weights_are_another_run(tiny_model, backbones, make_trainer, tmp_path):
+    """The type of the weights, their quantisation and an adapter's base model, each by name."""
+    parts = packed_model(tiny_model.config).parts
+    args = make_trainer().args
+    base = run_record(args, None, weights_record(tiny_model, parts))
+    half = run_record(args, None, weights_record(copy.deepcopy(tiny_model).to(torch.bfloat16), parts))
+    quantised = copy.deepcopy(tiny_model)
+    quantised.config.quantization_config = {"load_in_4bit": True}
+    quantised = run_record(args, None, weights_record(quantised, parts))
+    other_base = copy.deepcopy(tiny_model)
+    with torch.no_grad():
+        other_base.model.language_model.norm.weight[0] += 0.5
+    adapters = [run_record(args, None, weights_record(add_lora(model), parts)) for model in (tiny_model, other_base)]
+    for saved, now, message in [
+        (base, half, "dtype.language_model float32, now bfloat16; dtype.projector float32, now bfloat16"),
+        (base, quantised, "quantization None, now {'load_in_4bit': True}"),
+        (base, adapters[0], "adapter None, now"),
+        (*adapters, "adapter.base_model_weights [0-9a-f]{16}, now [0-9a-f]{16}[.]"),
+    ]:
+        write_run_record(tmp_path, saved)
+        check_same_run(tmp_path, saved)
+        with pytest.raises(ValueError, match=f"was trained with {message}"):
+            check_same_run(tmp_path, now)
+
+
+def test_sigterm_within_a_save_waits_for_it(make_trainer, tmp_path, monkeypatch):
+    publish = saving.publish_folder
+
+    def terminated(staged, final):
+        if final.name == "checkpoint-2":
+            os.kill(os.getpid(), signal.SIGTERM)
+        publish(staged, final)
+
+    monkeypatch.setattr(saving, "publish_folder", terminated)
+    trainer = make_trainer(**SAVING)
+    trainer.train()
+    assert trainer.interrupted and list(checkpoints_by_step(trainer.args.output_dir)) == [2, 3]
+    assert all(missing_part(folder) is None for folder in checkpoints_by_step(trainer.args.output_dir).values())
 
 
 def test_what_changes_no_step_is_not_refused(make_trainer):

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from open_qwen2vl.trainer import plot_loss
@@ -47,3 +48,14 @@ def test_scores_have_a_panel_and_sources_a_line_each(tmp_path):
     assert orange in colours(tmp_path / "scores.png") and green not in colours(tmp_path / "scores.png")
     plot_loss(HISTORY + [{"step": 20, "eval_tasks_seconds": 3.0}], tmp_path / "failed.png")
     assert orange not in colours(tmp_path / "failed.png"), "every task failed"
+
+
+def test_a_constant_zero_is_drawn_on_a_scale_that_means_something(tmp_path, monkeypatch):
+    limits = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (limits.extend(x.get_ylim() for x in self.axes), save(self, *a, **k))
+    )
+    scores = [{"step": step, "eval_pope_f1": 0.0, "eval_tasks_seconds": 3.0} for step in (20, 39)]
+    plot_loss(HISTORY + scores, tmp_path / "loss.png")
+    assert limits[1] == (0, 1) and limits[0] != (0, 1)

@@ -106,6 +106,7 @@ class PackedDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         dropped: Counter = Counter()
+        places: dict[str, str] = {}
         documents: list[ReadDocument] = []
         for document in self._documents(index):
             try:
@@ -113,8 +114,9 @@ class PackedDataset(Dataset):
             except SampleError as error:
                 dropped[error.reason] += 1
                 file = self.plan["shards"][document["shard"]]["path"]
+                places.setdefault(error.reason, f"{file}/{document['key']} ({error})")
                 logger.warning("dropped %s/%s: %s (%s)", file, document["key"], error.reason, error)
-        return pack_item(self.documents, documents, dropped)
+        return {**pack_item(self.documents, documents, dropped), "dropped_places": places}
 
     def _documents(self, index: int) -> list[dict[str, Any]]:
         if not -len(self) <= index < len(self):

@@ -86,13 +86,15 @@ class UnpackedConversations(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         dropped: Counter = Counter()
+        places: dict[str, str] = {}
         read = []
         try:
             read.append(self._read(index))
         except SampleError as error:
             logger.warning("dropped row %s: %s (%s)", index, error.reason, error)
             dropped[error.reason] = 1
-        return {**pack_item(self.documents, read, dropped), "pack": index}
+            places = {error.reason: f"row {index} ({error})"}
+        return {**pack_item(self.documents, read, dropped), "dropped_places": places, "pack": index}
 
     def describe(self, index: int) -> dict[str, Any]:
         """What an item is, for messages, as `PackMixture.describe` gives it."""

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -55,10 +56,17 @@ def plot_loss(log_history: list[dict[str, float]], path: str | os.PathLike) -> N
     lower.set_ylim(bottom=0)
     lower.xaxis.get_major_locator().set_params(integer=True)
     for axes in (upper, *middle, lower):
+        _no_scale_of_nothing(axes)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     with renamed_when_whole(Path(path)) as temporary:
         figure.savefig(temporary, format="png")
+
+
+def _no_scale_of_nothing(axes: Axes) -> None:
+    """A constant zero is drawn at the bottom; matplotlib would choose a scale around it that means nothing."""
+    if not any(np.any(line.get_ydata()) for line in axes.get_lines()):
+        axes.set_ylim(0, 1)
 
 
 def _source_losses(log: dict[str, float]) -> dict[str, float]:
