@@ -12,8 +12,8 @@ import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..data.packing.mixture import parse_sources
-from ..data.packing.pack_order import picks_per_epoch
 from ..data.packing.plan_files import read_plan
+from ..data.packing.weights import picks_per_epoch
 from ..modeling.configuration_open_qwen2vl import OpenQwen2VLConfig
 from ..trainer.arguments import PackedTrainingArguments
 from .memory import Training
@@ -43,7 +43,7 @@ def planned_work(train_packs: str | list[dict[str, Any]]) -> list[Work]:
     for source, plan in zip(sources, plans, strict=True):
         if not plan["totals"]["packs"]:
             raise ValueError(f"{source.path} holds no packs")
-    picks = picks_per_epoch(sources, [plan["totals"]["packs"] for plan in plans])
+    picks = picks_per_epoch(sources, [plan["totals"]["packs"] for plan in plans], plans)
     work = []
     for plan, packs in zip(plans, picks, strict=True):
         totals = plan["totals"]

@@ -2,11 +2,15 @@
 
 import json
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from open_qwen2vl.data import PackedDataset, PackMixture, Source, parse_sources, plan_packs
+from open_qwen2vl.data import PackedDataset, PackMixture, PackOrder, Source, parse_sources, plan_packs
+from open_qwen2vl.data.packing.plan_files import read_plan
+from open_qwen2vl.data.packing.weights import describe_sources
 from open_qwen2vl.processing.collator import PackingCollator
 
 
@@ -135,3 +139,45 @@ def test_the_order_of_sources_belongs_to_the_fingerprint(plans, processor):
     entries = [{"path": plans["cats"]}, {"path": plans["dogs"]}]
     one, other = (PackMixture(parse_sources(order), processor).fingerprint for order in (entries, entries[::-1]))
     assert json.dumps(one) != json.dumps(other) and one != other
+
+
+def test_weights_count_packs_tokens_or_samples_and_say_what_that_means(plans, processor):
+    def read(unit):
+        entries = [{"path": plans[name], "weight": 1, "weight_by": unit} for name in ("cats", "large")]
+        sources = parse_sources(entries)
+        mixture = PackMixture(sources, processor)
+        order = PackOrder(mixture, 1, 1, 1, seed=0)
+        packs = np.concatenate([list(order) for _ in map(order.set_epoch, range(8))])
+        packs = packs[packs < len(mixture)]
+        tokens = np.concatenate([dataset.per_pack("tokens") for dataset in mixture.datasets])
+        first = packs < len(mixture.datasets[0])
+        lines = describe_sources(sources, [dataset.plan for dataset in mixture.datasets])
+        documents = [len(mixture.describe(int(pack))["documents"]) for pack in packs]
+        return [
+            np.sum(each[first]) / np.sum(each) for each in (np.ones(len(packs)), tokens[packs], np.array(documents))
+        ], lines
+
+    for place, unit in enumerate(("packs", "tokens", "samples")):
+        shares, lines = read(unit)
+        assert abs(shares[place] - 0.5) < 0.06, (unit, shares)
+        assert lines[0].startswith("cats: ") and f"weight 1 of {unit}" in lines[1] and len(lines) == 2
+
+
+def test_packs_of_different_lengths_are_warned_of(plans, tokenizer, tmp_path):
+    sources = parse_sources([{"path": plans[name], "weight": 1} for name in ("cats", "dogs")])
+    known = [read_plan(Path(source.path)) for source in sources]
+    (*_, warning) = describe_sources(sources, [known[0], {**known[1], "max_length": 32}])
+    assert warning.startswith("warning: packs are of 32 and 64 positions, and weights count packs")
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([{"path": "a", "weight": 1, "weight_by": "bytes"}], "weight_by of source 1 of the packs is packs, tokens or"),
+        ([{"path": "a", "weight_by": "tokens"}], "weight_by of source 1 .* of sources with a weight"),
+        ([{"path": "a", "weight": 1, "weight_by": "tokens"}, {"path": "b", "weight": 1}], "must be the same in all"),
+    ],
+)
+def test_wrong_units_are_one_clear_error(entries, message):
+    with pytest.raises(ValueError, match=message):
+        parse_sources(entries)

@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 
 from .packed_dataset import PackedDataset
 
-_KEYS = ("path", "name", "weight", "epochs")
+_KEYS = ("path", "name", "weight", "epochs", "weight_by")
+UNITS = ("packs", "tokens", "samples")  # that weights count
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,16 @@ class Source:
     Attributes:
         name (`str`): shown in logs; unique within the mixture.
         path (`str`): folder of its plan.
-        weight (`float`, *optional*): share of its packs among those read, relative to the other sources' weights.
+        weight (`float`, *optional*): its share in what is read, relative to the other sources' weights.
         epochs (`float`, *optional*): how often each of its packs is read in an epoch of the run.
+        weight_by (`str`, *optional*, defaults to `"packs"`): what weights count: packs, tokens or samples.
     """
 
     name: str
     path: str
     weight: float | None = None
     epochs: float | None = None
+    weight_by: str = "packs"
 
 
 def parse_sources(value: str | list[dict[str, Any]]) -> list[Source]:
@@ -41,7 +44,8 @@ def parse_sources(value: str | list[dict[str, Any]]) -> list[Source]:
 
     Args:
         value (`str | list[dict]`): a folder, or a list of entries with `path` and, each optional, `name` (the folder's
-            by default) and either `weight` (in all entries or in none) or `epochs` (1 by default).
+            by default) and either `weight` (in all entries or in none), perhaps with `weight_by` (the same in all:
+            packs, which is the default, tokens or samples), or `epochs` (1 by default).
 
     Returns:
         `list[Source]`: at least one.
@@ -58,6 +62,8 @@ def parse_sources(value: str | list[dict[str, Any]]) -> list[Source]:
         raise ValueError(
             f"source {sources[weighted.index(False)].name!r} has no weight: give all of them one, or none"
         )
+    if len({source.weight_by for source in sources}) > 1:
+        raise ValueError("weight_by must be the same in all sources of a mixture")
     names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1:
@@ -78,7 +84,10 @@ def _parse_source(number: int, entry: Any) -> Source:
     weight, epochs = (_positive(f"{key} of {where}", entry.get(key)) for key in ("weight", "epochs"))
     if weight is not None and epochs is not None:
         raise ValueError(f"{where} has both a weight and epochs; give one of them")
-    return Source(name, entry["path"], weight, 1.0 if weight is None and epochs is None else epochs)
+    weight_by = entry.get("weight_by", UNITS[0])
+    if weight_by not in UNITS or ("weight_by" in entry and weight is None):
+        raise ValueError(f"weight_by of {where} is {', '.join(UNITS[:-1])} or {UNITS[-1]}, of sources with a weight")
+    return Source(name, entry["path"], weight, 1.0 if weight is None and epochs is None else epochs, weight_by)
 
 
 def _positive(what: str, value: Any) -> float | None:
@@ -135,6 +144,7 @@ class PackMixture(Dataset):
                 "plan": dataset.fingerprint,
                 "weight": source.weight,
                 "epochs": source.epochs,
+                **({} if source.weight_by == UNITS[0] else {"weight_by": source.weight_by}),
             }
             for place, (source, dataset) in enumerate(zip(self.sources, self.datasets, strict=True))
         }

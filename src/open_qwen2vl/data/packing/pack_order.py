@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
-from .mixture import PackMixture, Source
+from .mixture import PackMixture
+from .weights import picks_per_epoch
 
 
 class PackOrder(Sampler[int]):
@@ -59,7 +60,7 @@ class PackOrder(Sampler[int]):
         )
         self.seed, self.shuffle, self.epoch = seed, shuffle, 0
         self._sizes = [len(dataset) for dataset in mixture.datasets]
-        self._counts = picks_per_epoch(mixture.sources, self._sizes)
+        self._counts = picks_per_epoch(mixture.sources, self._sizes, [dataset.plan for dataset in mixture.datasets])
         self._phases = _phases([dataset.plan["vision"] for dataset in mixture.datasets])
         # The empty packs have no patches.
         self._patches = np.append(mixture.patches_per_pack, np.zeros(len(self._sizes), np.int64))
@@ -119,22 +120,6 @@ class PackOrder(Sampler[int]):
         dealt = packs.reshape(-1, self.batch_size, self.world_size)
         dealt[:, 1::2] = dealt[:, 1::2, ::-1].copy()
         return dealt.swapaxes(1, 2).ravel()
-
-
-def picks_per_epoch(sources: list[Source], sizes: list[int]) -> list[int]:
-    """How many packs of each source an epoch reads.
-
-    Args:
-        sources (`list[Source]`): all with weights, or none.
-        sizes (`list[int]`): packs of each.
-
-    Returns:
-        `list[int]`: at least 1 each.
-    """
-    if sources[0].weight is None:
-        return [max(1, round(source.epochs * size)) for source, size in zip(sources, sizes, strict=True)]
-    packs_per_weight = max(size / source.weight for source, size in zip(sources, sizes, strict=True))
-    return [max(1, round(source.weight * packs_per_weight)) for source in sources]
 
 
 def _phases(vision: list[dict[str, Any]]) -> list[list[int]]:
