@@ -50,7 +50,7 @@ def make_trainer(folder: Path, output_dir: Path, data: str, **options) -> Packed
         "disable_tqdm": True,
         "dataloader_num_workers": 0,
         "gradient_accumulation_steps": 2,
-        "train_sampling_strategy": "sequential",
+        "train_sampling_strategy": "random" if data == "mixture" else "sequential",
         "logging_steps": 1,
         "learning_rate": 1e-3,
         "save_strategy": "no",
