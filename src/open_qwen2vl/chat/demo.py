@@ -79,13 +79,7 @@ class _Talk:
 
 
 class Demo:
-    """The page and what its controls do.
-
-    Args:
-        model (`PreTrainedModel`): answers.
-        processor (`ProcessorMixin`): has the chat template.
-        name (`str`): title of the page.
-    """
+    """The page and what its controls do."""
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, name: str):
         self.model = model

@@ -69,14 +69,7 @@ def generation_options(max_new_tokens: int, temperature: float) -> dict[str, Any
 
 
 class Conversation:
-    """The messages so far, and the model that answers them.
-
-    Args:
-        model (`PreTrainedModel`): generates.
-        processor (`ProcessorMixin`): has the chat template.
-        image_seq_length (`int`, *optional*): tokens per image; the processor's where not given.
-        options (`dict`): passed to `generate`.
-    """
+    """The messages so far, and the model that answers them."""
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, image_seq_length: int | None, options: dict):
         self.model = model

@@ -181,15 +181,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 
 def category_of(benchmark: Benchmark, doc: dict[str, Any]) -> str | None:
-    """The category of a row.
-
-    Args:
-        benchmark ([`Benchmark`]): its benchmark.
-        doc (`dict[str, Any]`): the row.
-
-    Returns:
-        `str`, or `None` where the benchmark has no categories.
-    """
+    """The category of a row."""
     if benchmark.category is None:
         return None
     return str(benchmark.category(doc) if callable(benchmark.category) else doc[benchmark.category])
@@ -200,13 +192,6 @@ def sample_scores(task: str, values: list[Any]) -> list[float | None]:
 
     Their mean is the score, but for MMStar (a mean over categories) and POPE (an F1 of these answers). MMBench's
     CircularEval scores a question: the row with the unrotated options holds it, the other rotations hold None.
-
-    Args:
-        task (`str`): name of the task as lmms-eval knows it.
-        values (`list[Any]`): one for each sample, all samples of the task.
-
-    Returns:
-        `list[float | None]`: from 0 to 1; None where a sample has no score of its own.
     """
     return _SAMPLE_SCORES.get(task, _plain_scores)(values)
 

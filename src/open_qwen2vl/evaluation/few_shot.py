@@ -94,14 +94,7 @@ class Run(NamedTuple):
 
 
 def few_shot_target(name: str) -> Target:
-    """Which task a name means in a few-shot evaluation.
-
-    Args:
-        name (`str`): one of the five tasks of the paper's Table 5, or any task that has a training split.
-
-    Returns:
-        [`Target`].
-    """
+    """Which task a name means in a few-shot evaluation."""
     if name not in PAPER_SCORES:
         return Target(name, name, None, None, "The task's own scoring of a short completion.", None)
     rule = f"{RULES.get(name, SOFT_ACCURACY)} At most {MAX_NEW_TOKENS} tokens, cut where a sentence or clause ends."
@@ -112,15 +105,6 @@ def few_shot_runs(
     loaded: Sequence[tuple[Target, Any]], few_shot: FewShot, model: PreTrainedModel, processor: ProcessorMixin
 ) -> list[Run]:
     """The runs of an evaluation.
-
-    Args:
-        loaded (`Sequence[tuple[Target, Task]]`): tasks with their data; how they generate is changed.
-        few_shot ([`FewShot`]): numbers of shots and seeds.
-        model (`PreTrainedModel`): tells what ends an answer.
-        processor (`ProcessorMixin`): its processor.
-
-    Returns:
-        `list[Run]`: named `TASK_4shot`.
 
     Raises:
         ValueError: for a task that has no such split.
@@ -158,14 +142,6 @@ def _shot_target(target: Target, shots: int) -> Target:
 
 def demonstration_rows(task: Any, split: str | None = None) -> Any:
     """The rows that demonstrations are drawn from.
-
-    Args:
-        task (`Task`): a loaded task. Where its training data is another configuration of its data set, its metadata
-            says so: `demonstrations: {dataset_name: "{split}_rows", split: train}`.
-        split (`str`, *optional*): name of a split; the task's training split where not given.
-
-    Returns:
-        `datasets.Dataset`: rows of the same form as the task's own.
 
     Raises:
         ValueError: if the task names no training split, or there is no such split.
@@ -232,17 +208,7 @@ class Demonstrations:
 
 
 def entry_over_seeds(entries: Sequence[dict[str, Any]], shots: int, seeds: Sequence[int]) -> dict[str, Any]:
-    """Join a task's entries of `results.json`, one for each seed.
-
-    Args:
-        entries (`Sequence[dict]`): of [`TaskResult.entry`].
-        shots (`int`): number of demonstrations.
-        seeds (`Sequence[int]`): as many as entries.
-
-    Returns:
-        `dict`: values and standard errors are means over the seeds, `std` is the values' standard deviation (None for
-        one seed); with `shots` and, in `seeds`, each seed's main value.
-    """
+    """Join a task's entries of `results.json`, one for each seed."""
     main = entries[0]["main_metric"]
     metrics = {}
     for name, first in entries[0]["metrics"].items():

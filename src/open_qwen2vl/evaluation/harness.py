@@ -47,14 +47,6 @@ class Target(NamedTuple):
 def find_target(name: str, rules: str = "standard", judge: bool = False) -> Target:
     """Which task a name means.
 
-    Args:
-        name (`str`): one of the eight benchmarks, or any task of lmms-eval.
-        rules (`str`, *optional*, defaults to `"standard"`): `"standard"` or `"paper"`.
-        judge (`bool`, *optional*, defaults to `False`): prefer the task that asks an LLM judge where there is one.
-
-    Returns:
-        [`Target`].
-
     Raises:
         ValueError: for other rules, or a task that has no paper's rules.
     """
@@ -88,9 +80,6 @@ def require_judge_key() -> None:
 def import_harness() -> Any:
     """lmms-eval's evaluator, without its log messages.
 
-    Returns:
-        `module`: `lmms_eval.evaluator`.
-
     Raises:
         ValueError: if lmms-eval is not installed.
     """
@@ -106,13 +95,6 @@ def import_harness() -> Any:
 
 def make_task_manager(tasks: Sequence[str], folders: Sequence[Path] = ()) -> Any:
     """An index of tasks that has the given ones; lmms-eval's own 2,000 files are read only if they are needed.
-
-    Args:
-        tasks (`Sequence[str]`): names of tasks or groups.
-        folders (`Sequence[Path]`, *optional*): more folders of YAML files, besides this package's own.
-
-    Returns:
-        `lmms_eval.tasks.TaskManager`.
 
     Raises:
         ValueError: if lmms-eval is not installed, for a folder that does not exist or a name that no file has.
@@ -137,13 +119,7 @@ def make_task_manager(tasks: Sequence[str], folders: Sequence[Path] = ()) -> Any
 def load_tasks(manager: Any, name: str) -> list:
     """A task, or the tasks of a group, with their data.
 
-    Args:
-        manager (`TaskManager`): from [`make_task_manager`].
-        name (`str`): of a task or group.
-
-    Returns:
-        `list[Task]`: at least one; lmms-eval makes conversations of generation tasks only, so that tasks which score
-        given answers are loaded in its other form.
+    lmms-eval makes conversations of generation tasks only: those that score given answers come in its other form.
     """
     tasks = _leaves(manager.load_task_or_group([name], "chat"))
     if any(task.OUTPUT_TYPE in ("loglikelihood", "multiple_choice") for task in tasks):
@@ -162,14 +138,7 @@ def _leaves(loaded: dict) -> list:
 
 
 def may_ask_judge(task: Any) -> bool:
-    """Whether the code that scores a task mentions an LLM judge.
-
-    Args:
-        task (`Task`): a loaded task.
-
-    Returns:
-        `bool`: true for some tasks that never ask one, as MMBench's static one: the file is shared with those that do.
-    """
+    """Whether the code that scores a task mentions an LLM judge, also where another task of the same file asks it."""
     functions = [task.config.process_results, *getattr(task, "_aggregation_list", {}).values()]
     # lmms-eval's modules of functions are not in sys.modules.
     files = {Path(function.__code__.co_filename) for function in functions if hasattr(function, "__code__")}
@@ -187,18 +156,7 @@ def _sources(file: Path) -> Iterator[str]:
 
 
 def run_task(task: Any, model: Any, manager: Any, limit: int | None, output: Path | None) -> dict[str, Any]:
-    """Let a model answer a task and score the answers.
-
-    Args:
-        task (`Task`): a loaded task.
-        model (`lmms`): answers; one that deals out requests leaves by its own exception on ranks other than 0.
-        manager (`TaskManager`): from [`make_task_manager`].
-        limit (`int`, *optional*): only the first documents.
-        output (`Path`, *optional*): where tasks put files for submission; the current folder where not given.
-
-    Returns:
-        `dict`: what `lmms_eval.evaluator.simple_evaluate` returns.
-    """
+    """Let a model answer a task and score the answers."""
     evaluator = import_harness()
     options = argparse.Namespace(
         output_path=None if output is None else str(output),
@@ -220,14 +178,7 @@ def run_task(task: Any, model: Any, manager: Any, limit: int | None, output: Pat
 
 
 def root_cause(error: Exception) -> str:
-    """The message of an error, taken out of the wrapping of retries.
-
-    Args:
-        error (`Exception`): as lmms-eval raised it.
-
-    Returns:
-        `str`: class and message.
-    """
+    """The message of an error, taken out of the wrapping of retries."""
     attempt = getattr(error, "last_attempt", None)
     if attempt is not None and attempt.exception() is not None:
         return root_cause(attempt.exception())

@@ -30,16 +30,10 @@ class Interval(NamedTuple):
 
 
 def confidence_interval(value: float, scores: np.ndarray, stderr: float | None = None) -> Interval | None:
-    """The interval of a score.
+    """The 95 % interval of a score, a share or in percent, by what its samples scored (0 to 1, NaN where unknown).
 
-    Args:
-        value (`float`): the score, as a share or in percent.
-        scores (`np.ndarray` of shape `(samples,)`): what each sample scored, 0 to 1; NaN where that is unknown.
-        stderr (`float`, *optional*): the harness's standard error, in the score's unit.
-
-    Returns:
-        [`Interval`]: of the mean, where the score is the mean of its samples: Wilson's if they scored 0 or 1, a
-        percentile bootstrap otherwise. Normal from `stderr` for other metrics, and `None` where that is unknown too.
+    Where the score is the samples' mean: Wilson's if they scored 0 or 1, else a percentile bootstrap. Normal from the
+    harness's standard error for other metrics, and `None` where that is unknown too.
     """
     scale = _scale(value, scores)
     if scale is not None and np.isin(scores, (0.0, 1.0)).all():
@@ -54,15 +48,7 @@ def confidence_interval(value: float, scores: np.ndarray, stderr: float | None =
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
-    """Wilson's score interval of a share.
-
-    Args:
-        share (`float`): successes by trials.
-        count (`int`): trials, at least 1.
-
-    Returns:
-        `tuple[float, float]`: between 0 and 1.
-    """
+    """Wilson's score interval of a share."""
     center = share + Z**2 / (2 * count)
     half = Z * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
     low, high = ((center + side * half) / (1 + Z**2 / count) for side in (-1, 1))
@@ -70,14 +56,7 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 
 
 def bootstrap(scores: np.ndarray) -> tuple[float, float]:
-    """Percentile interval of the mean over resampled samples, always the same for the same scores.
-
-    Args:
-        scores (`np.ndarray` of shape `(samples,)`): what each sample scored.
-
-    Returns:
-        `tuple[float, float]`: lower and upper end.
-    """
+    """Percentile interval of the mean over resampled samples, always the same for the same scores."""
     values, counts = np.unique(scores, return_counts=True)
     # How often each value is drawn, which is the same as drawing samples one by one and takes no time.
     drawn = np.random.default_rng(SEED).multinomial(len(scores), counts / len(scores), size=RESAMPLES)

@@ -19,12 +19,7 @@ PASSING_SETTINGS = {"transformers_version", "_name_or_path", "_commit_hash", "au
 
 
 class Journal:
-    """Answers by key.
-
-    Args:
-        folder (`Path`): has the files of all ranks; made where it does not exist.
-        rank (`int`, *optional*, defaults to 0): whose file is written.
-    """
+    """Answers by key."""
 
     def __init__(self, folder: Path, rank: int = 0):
         folder.mkdir(parents=True, exist_ok=True)
@@ -42,11 +37,7 @@ class Journal:
         return self.answers.get(key)
 
     def add(self, answers: dict[str, Any]) -> None:
-        """Keep answers, in the file too when this returns.
-
-        Args:
-            answers (`dict[str, Any]`): by key; text, or a list of numbers.
-        """
+        """Keep answers, in the file too when this returns."""
         self.answers.update(answers)
         for key, answer in answers.items():
             self._file.write(json.dumps({"key": key, "answer": answer}) + "\n")
@@ -69,40 +60,18 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def request_key(*parts: Any) -> str:
-    """A key of all that decides an answer.
-
-    Args:
-        parts (`Any`): images, and what JSON can hold.
-
-    Returns:
-        `str`: 64 hex digits.
-    """
+    """A key of all that decides an answer."""
     plain = [image_digest(part) if isinstance(part, Image.Image) else part for part in parts]
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def image_digest(image: Image.Image) -> str:
-    """A hash of an image's pixels.
-
-    Args:
-        image (`PIL.Image.Image`): of any mode.
-
-    Returns:
-        `str`: 64 hex digits.
-    """
+    """A hash of an image's pixels."""
     return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
 
 
 def model_fingerprint(model: PreTrainedModel, processor: ProcessorMixin) -> str:
-    """A hash of what answers depend on besides the request: weights, configuration, processor.
-
-    Args:
-        model (`PreTrainedModel`): all its weights are read, about a second for each gigabyte.
-        processor (`ProcessorMixin`): its processor.
-
-    Returns:
-        `str`: 64 hex digits, the same wherever the model lies and however its files are cut.
-    """
+    """A hash of what answers depend on besides the request: weights, configuration, processor."""
     total = hashlib.sha256()
     generation = model.generation_config.to_dict() if model.generation_config is not None else None
     tokenizer = tokenizer_fingerprint(processor.tokenizer) if processor.tokenizer.is_fast else None

@@ -103,14 +103,7 @@ class TransformersModel(lmms):
         """Keep the model: lmms-eval would throw it away after a task."""
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Generate an answer to each request.
-
-        Args:
-            requests (`list[Instance]`): of one or more tasks.
-
-        Returns:
-            `list[GenerationResult]`: texts, cut at the first of the request's `until` strings.
-        """
+        """Generate an answer to each request, cut at the first of its `until` strings."""
         options = [json.dumps(_generation_kwargs(request), sort_keys=True, default=str) for request in requests]
         # Longest first: what does not fit into memory fails at once.
         order = sorted(range(len(requests)), key=lambda i: (options[i], -len(str(requests[i].args[0])), i))
@@ -123,13 +116,6 @@ class TransformersModel(lmms):
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """Losses of given answers; those of one document share its context's KV cache.
-
-        Args:
-            requests (`list[Instance]`): of one or more tasks.
-
-        Returns:
-            `list[GenerationResult]`: `text` is a pair of the summed negative log-likelihood (least is best) and
-            whether greedy decoding writes the answer; in this wrapping lmms-eval 0.7.3 leaves the pair as it is.
 
         Raises:
             ValueError: for requests without a document, which mutual information asks for.

@@ -2,11 +2,7 @@
 
 
 def manifests() -> list:
-    """The models that this package adds to lmms-eval.
-
-    Returns:
-        `list[ModelManifest]`: one, with a class for conversations and one for `--force_simple`.
-    """
+    """The models that this package adds to lmms-eval."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     module = "open_qwen2vl.evaluation.lmms_model"

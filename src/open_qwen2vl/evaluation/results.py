@@ -49,13 +49,6 @@ SAMPLES_SCHEMA = pa.schema(
 class TaskResult:
     """Scores and samples of one task that ran.
 
-    Args:
-        target ([`Target`]): what was asked for.
-        task (`Task`): lmms-eval's task.
-        raw (`dict`): what `lmms_eval.evaluator.simple_evaluate` returned.
-        prompts (`dict[tuple[str, int], ShownPrompt]`): prompts as the model saw them, by task and document;
-            lmms-eval's context where there is none.
-
     Raises:
         ValueError: if the task gave no value for its main metric.
     """
@@ -97,14 +90,7 @@ class TaskResult:
         return [category_of(self.target.benchmark, sample["doc"]) for sample in self.samples]
 
     def entry(self, seconds: float) -> dict[str, Any]:
-        """The task's part of `results.json`.
-
-        Args:
-            seconds (`float`): that it took.
-
-        Returns:
-            `dict`: see docs/evaluation.md.
-        """
+        """The task's part of `results.json`."""
         config = self.task.config
         return {
             "task": config.task,
@@ -252,11 +238,7 @@ def thumbnail(image: Image.Image) -> bytes:
 
 
 def versions() -> dict[str, dict[str, str]]:
-    """Versions of what ran: `harness` and `versions` of `results.json`.
-
-    Returns:
-        `dict[str, dict[str, str]]`: by package.
-    """
+    """Versions of what ran: `harness` and `versions` of `results.json`."""
     packages = {name: version(name) for name in ("torch", "transformers")}
     packages |= {"open_qwen2vl": version("open-qwen2vl"), "python": platform.python_version()}
     return {"harness": {"lmms-eval": version("lmms-eval")}, "versions": packages}

@@ -24,12 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class TasksFailed(ValueError):
-    """Some tasks failed, and the others ran.
-
-    Args:
-        message (`str`): names those that failed.
-        results (`dict`): what the others gave, as [`evaluate`] returns it.
-    """
+    """Some tasks failed, and the others ran."""
 
     def __init__(self, message: str, results: dict[str, Any]):
         super().__init__(message)
@@ -48,20 +43,6 @@ def run_targets(
     few_shot: FewShot | None = None,
 ) -> dict[str, Any]:
     """Run targets with any model of lmms-eval and write the results.
-
-    Args:
-        model (`lmms`): answers; [`TransformersModel`], or another one in a single process.
-        targets (`Sequence[Target]`): what to run.
-        output (`Path`, *optional*): folder of the results; nothing is written where not given.
-        manager (`TaskManager`): knows the targets' tasks.
-        identity (`dict`): `model` of `results.json`.
-        options (`dict`): `options` of `results.json`; a `judge` that is not true is refused to tasks that may ask one.
-        rules (`str`, *optional*, defaults to `"standard"`): `rules` of `results.json`.
-        few_shot ([`FewShot`], *optional*): runs each task once for each number of shots and seed; the model is a
-            [`TransformersModel`] of raw prompts then.
-
-    Returns:
-        `dict`: the content of `results.json`.
 
     Raises:
         ValueError: if a task would ask a judge that is not allowed, or has nothing to draw demonstrations from.

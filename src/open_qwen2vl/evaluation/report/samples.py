@@ -72,11 +72,7 @@ class PromptFrame(NamedTuple):
 
 
 class ImageStore:
-    """Images of the page, each once.
-
-    Attributes:
-        urls (`list[str]`): `data:` URLs by number.
-    """
+    """Images of the page, each once."""
 
     def __init__(self) -> None:
         self.urls: list[str] = []

@@ -73,14 +73,7 @@ class _TaskScores(NamedTuple):
 
 
 def build_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
-    """Scores of all models, side by side where they were made by the same rule.
-
-    Args:
-        evaluations (`Sequence[Evaluation]`): the models.
-
-    Returns:
-        `list[Row]`: tasks in the order of the results.
-    """
+    """Scores of all models, side by side where they were made by the same rule."""
     found: dict[RowKey, list[_TaskScores | None]] = {}
     for number, evaluation in enumerate(evaluations):
         for task, entry in evaluation.results["tasks"].items():

@@ -20,16 +20,7 @@ _IMAGE = re.compile(r"<image\s*\d+>")
 
 
 def with_options(question: str, options: list[str], instruction: str) -> str:
-    r"""A prompt's text.
-
-    Args:
-        question (`str`): the question.
-        options (`list[str]`): options to be lettered from A, perhaps none.
-        instruction (`str`): the last sentence.
-
-    Returns:
-        `str`: lines, the last of them `Answer:`.
-    """
+    r"""A prompt's text."""
     lettered = [f"{chr(ord('A') + number)}. {option}" for number, option in enumerate(options)]
     return "\n".join([question, *lettered, instruction, "Answer:"])
 
@@ -164,14 +155,7 @@ def pope_results(doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
 
 
 def mean_f1(samples: list[dict[str, Any]]) -> float:
-    """The F1 of `yes` in each part of POPE, and their mean.
-
-    Args:
-        samples (`list[dict[str, Any]]`): `category`, `prediction` and `answer`; any prediction but `yes` is a no.
-
-    Returns:
-        `float`: from 0 to 1; a part without a `yes` on either side counts as 0.
-    """
+    """The F1 of `yes` in each part of POPE, and their mean."""
     parts: dict[str, list[tuple[bool, bool]]] = {}
     for sample in samples:
         parts.setdefault(sample["category"], []).append((sample["prediction"] == "yes", sample["answer"] == "yes"))

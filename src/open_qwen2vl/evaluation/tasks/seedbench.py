@@ -4,12 +4,5 @@ from datasets import Dataset
 
 
 def keep_images(docs: Dataset) -> Dataset:
-    """Leave the video questions out, before anything of them is decoded.
-
-    Args:
-        docs (`Dataset`): the whole split.
-
-    Returns:
-        `Dataset`: rows whose `data_type` is `image`.
-    """
+    """Leave the video questions out, before anything of them is decoded."""
     return docs.filter(lambda data_type: data_type == "image", input_columns=["data_type"])
