@@ -38,7 +38,7 @@ def only_writer(
     """
     output = Path(output)
     path = output.with_name(f".{output.name}{LOCK_NAME}") if is_file else output / LOCK_NAME
-    made = not path.parent.exists()
+    made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     # Bytes of the file stand for ranks; one process alone takes all that there could be.
     length = 1 if ranks > 1 else 0
@@ -53,9 +53,9 @@ def only_writer(
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
         file.close()
-        if made:
-            with contextlib.suppress(OSError):
-                path.parent.rmdir()  # nothing was written
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()  # nothing was written
 
 
 def _wait_for(path: Path, what: str, patience: float, rank: int, length: int) -> BinaryIO:

@@ -48,7 +48,7 @@ class RecordImages:
         if isinstance(reference, dict) and (reference.get("bytes") is not None or "image_base64" in reference):
             return PlannedImage(None)
         name = _name(reference)
-        if name.startswith(URLS):
+        if name[:8].lower().startswith(URLS):
             raise SampleError("image_is_url", f"{name} has to be downloaded first")
         if members is not None:
             own = _own_member(members, found.key, name)
