@@ -102,6 +102,10 @@ class DataArguments:
     dataset_test_split: str = field(
         default="test", metadata={"help": "Split for evaluation, if eval_strategy is set."}
     )
+    chat_template: str | None = field(
+        default=None,
+        metadata={"help": "With dataset_name: name of one of the processor's chat templates, as chatml."},
+    )
     image_seq_length: int | None = field(
         default=None,
         metadata={
@@ -112,6 +116,8 @@ class DataArguments:
     def __post_init__(self):
         if bool(self.train_packs) == bool(self.dataset_name):
             raise ValueError("give either train_packs or dataset_name")
+        if self.chat_template and not self.dataset_name:
+            raise ValueError("chat_template goes with dataset_name: packs have the one that they were planned with")
         if self.dataset_name and self.eval_packs:
             raise ValueError("eval_packs goes with train_packs; with dataset_name use dataset_test_split")
 
@@ -137,6 +143,8 @@ def load_model(
         model_args.model_revision,
         **options,
     )
+    if not model_args.use_peft:
+        return model, processor, None
     adapter = lora_config(
         model_args.lora_r,
         model_args.lora_alpha,
@@ -147,7 +155,7 @@ def load_model(
         use_rslora=model_args.use_rslora,
         use_dora=model_args.use_dora,
     )
-    return model, processor, adapter if model_args.use_peft else None
+    return model, processor, adapter
 
 
 def load_packs(data_args: DataArguments, args: PackedSFTConfig, processor: ProcessorMixin) -> tuple:
@@ -168,7 +176,7 @@ def load_rows(data_args: DataArguments, args: PackedSFTConfig, processor: Proces
         if not len(rows):
             raise ValueError(f"{path}: no rows in its split {split!r}")
         budget = getattr(processor, "image_seq_length", None)
-        return UnpackedConversations(rows, processor, args.max_length, budget, folder)
+        return UnpackedConversations(rows, processor, args.max_length, budget, folder, data_args.chat_template)
 
     evaluated = args.eval_strategy != "no"
     return load(data_args.dataset_train_split), load(data_args.dataset_test_split) if evaluated else None
