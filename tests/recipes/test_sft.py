@@ -21,7 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from open_qwen2vl import OpenQwen2VLForConditionalGeneration, PackedSFTConfig, cli
 from open_qwen2vl.trainer import parse_arguments
-from open_qwen2vl.trainer.lora import load_lora
+from open_qwen2vl.trainer.lora import load_lora, merged_model
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -148,14 +148,15 @@ def test_an_adapter_from_the_command_line(config, model_folder, tmp_path, monkey
     assert (adapter["r"], adapter["base_model_name_or_path"]) == (4, str(model_folder))
     assert adapter["modules_to_save"] == ["multi_modal_projector"] and "q_proj|v_proj" in adapter["target_modules"]
     assert not (tmp_path / "model" / "model.safetensors").exists()
-    base = AutoModelForImageTextToText.from_pretrained(model_folder)
+    base = AutoModelForImageTextToText.from_pretrained(model_folder, image_seq_length=16)
     processor = AutoProcessor.from_pretrained(tmp_path / "model")
     assert processor.image_seq_length == 16
     adapted = load_lora(base, tmp_path / "model")
     expected = answer(adapted, processor)
-    assert torch.equal(
-        answer(AutoModelForImageTextToText.from_pretrained(tmp_path / "model", dtype="float32"), processor), expected
-    )
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", dtype="float32", image_seq_length=16)
+    assert torch.equal(answer(loaded, processor), expected)
+    merged = merged_model(tmp_path / "model", dtype="float32")
+    assert merged.config.image_seq_length == 16 and torch.equal(answer(merged, processor), expected)
     image = tmp_path / "red.png"
     Image.new("RGB", (50, 30), "red").save(image)
     monkeypatch.setattr(sys, "stdin", io.StringIO("a photo\n"))

@@ -53,6 +53,9 @@ def load_model(name: str, device: str | None = None) -> tuple[PreTrainedModel, P
         raise ValueError(f"{name}: cannot be loaded: {type(error).__name__}: {error}") from error
     if not isinstance(processor, ProcessorMixin):
         raise ValueError(f"{name}: it has no processor, only a {type(processor).__name__}")
+    if hasattr(model.config, "image_seq_length"):
+        # An adapter may have been trained with another number than its base model's config says.
+        model.config.image_seq_length = processor.image_seq_length
     return (model if "device_map" in options else model.to(placed)).eval(), processor
 
 

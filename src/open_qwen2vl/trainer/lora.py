@@ -6,8 +6,10 @@ This module needs `peft`.
 """
 
 import contextlib
+import json
 import os
 import warnings
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -153,7 +155,13 @@ def merged_model(adapter: str | os.PathLike, **options) -> PreTrainedModel:
     """The base model that an adapter's folder names, loaded with `options`, with the updates in its weights."""
     base = model_folder(PeftConfig.from_pretrained(adapter).base_model_name_or_path)
     model = AutoModelForImageTextToText.from_pretrained(base, trust_remote_code=False, **options)
-    return load_lora(model, adapter).merge_and_unload()
+    merged = load_lora(model, adapter).merge_and_unload()
+    processor = Path(adapter) / "processor_config.json"
+    if hasattr(merged.config, "image_seq_length") and processor.exists():
+        # The adapter may have been trained with another number of tokens an image.
+        budget = json.loads(processor.read_text(encoding="utf-8")).get("image_seq_length")
+        merged.config.image_seq_length = budget or merged.config.image_seq_length
+    return merged
 
 
 def changes_anything(model: PeftModel) -> bool:
