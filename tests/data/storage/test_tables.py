@@ -10,8 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from open_qwen2vl.data.storage import row_values as rows_module
 from open_qwen2vl.data.storage import tables
-from open_qwen2vl.data.storage.tables import Columns, RowTable, column_names, cut_rows, find_tables, row_values
+from open_qwen2vl.data.storage.row_values import row_values
+from open_qwen2vl.data.storage.tables import Columns, RowTable, column_names, cut_rows, find_tables
 from open_qwen2vl.processing.conversation_records import read_conversation
 from open_qwen2vl.processing.sample_error import SampleError
 
@@ -153,7 +155,7 @@ def test_text_that_is_no_utf8_costs_its_row(write):
 
 def test_one_large_value_for_many_rows_is_not_written_out(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "LARGE_BATCH", 10_000)
-    monkeypatch.setattr(tables, "MAX_TEXT_BYTES", 50_000)
+    monkeypatch.setattr(rows_module, "MAX_TEXT_BYTES", 50_000)
     values = ["a cat", "x" * 60_000]
     captions = pa.array([values[number % 2] for number in range(60)])
     messages = [[{"role": "user", "content": values[number % 2]}] for number in range(60)]

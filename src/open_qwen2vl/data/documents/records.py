@@ -18,7 +18,8 @@ from ...processing.sample_error import SampleError
 from ..storage.csv_records import csv_header, csv_spans, read_csv_record
 from ..storage.json_records import read_record, record_spans
 from ..storage.open_files import Newest
-from ..storage.tables import Columns, RowTable, row_values
+from ..storage.row_values import row_values
+from ..storage.tables import Columns, RowTable
 from ..storage.tar_index import read_shard_index
 from ..storage.tars import (
     IMAGE_EXTENSIONS,

@@ -21,7 +21,8 @@ from ...processing.images import read_image_size
 from ...processing.sample_error import SampleError
 from ..documents.documents import ReadDocument, finish_document, pack_item
 from ..documents.forms import TURNS, as_messages, conversation_format, is_turns
-from ..storage.tables import COLUMNS, TEXT_COLUMNS, row_values
+from ..storage.row_values import row_values
+from ..storage.tables import COLUMNS, TEXT_COLUMNS
 
 logger = logging.getLogger(__name__)
 

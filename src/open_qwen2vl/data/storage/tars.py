@@ -1,24 +1,20 @@
 """An index of a WebDataset tar: which samples it holds and where their bytes are, without reading the bytes.
 
 A sample is the members with the same key: the path up to the first dot of its last part. What follows the dot is the
-member's extension (`0001.jpg`, `0001.txt`). The headers are read here and not by `TarFile`, which ends silently at
-a damaged header and is four times slower; it still parses whatever a plain header cannot say (long names, pax).
+member's extension (`0001.jpg`, `0001.txt`).
 """
 
-import errno
 import hashlib
-import io
 import json
-import os
 import re
-import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ...processing.sample_error import SampleError
 from .open_files import read_at
+from .tar_headers import BLOCK, DamagedTar, padded_end, scan_tar, split_member_name
 
 TAR_DAMAGE = ("truncated_tar", "corrupt_tar")
 # Of a sample's members the first of these is its image.
@@ -30,11 +26,6 @@ MAX_IMAGE_BYTES = 256 << 20
 MAX_TEXT_BYTES = 1 << 20  # some 250,000 tokens
 MAX_JSON_BYTES = 64 << 20  # which may hold its images
 _LIMITS = {"txt": (MAX_TEXT_BYTES, "text_too_large"), "json": (MAX_JSON_BYTES, "record_too_large")}
-_BLOCK = 512
-_ZEROS = bytes(_BLOCK)
-_WINDOW = 8 * _BLOCK
-_EXTENDED = (32 * _BLOCK, 2048 * _BLOCK)
-_ZERO_CHUNK = 1 << 20
 _UID = re.compile("[0-9a-fA-F]{32}")
 _UNSAFE_KEY = re.compile(r"^/|(^|/)\.\.(/|$)|[\ud800-\udfff]")  # absolute, climbing up, not UTF-8
 
@@ -69,21 +60,6 @@ class ShardIndex:
     samples: list[Sample] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     ignored_members: int = 0
-
-
-class _Member(NamedTuple):
-    name: str
-    is_file: bool
-    start: int  # of its first header block
-    offset: int
-    size: int
-
-
-class _DamagedTar(Exception):
-    def __init__(self, reason: str, name: str = ""):
-        super().__init__(reason)
-        self.reason = reason
-        self.key, self.extension = split_member_name(name) or (name, "")
 
 
 def find_shards(paths: Iterable[str | Path]) -> list[Path]:
@@ -126,7 +102,7 @@ def index_shard(path: str | Path) -> ShardIndex:
     index, known = ShardIndex(), {}
     run = Sample("")  # members of one key that follow each other
     try:
-        for member in _scan(path):
+        for member in scan_tar(path):
             named = split_member_name(member.name)
             if named is None or member.name.endswith("/"):
                 index.ignored_members += 1
@@ -140,7 +116,7 @@ def index_shard(path: str | Path) -> ShardIndex:
                 _append_span(run.spans, member.start, padded_end(member.offset, member.size))
             else:
                 index.ignored_members += 1
-    except _DamagedTar as damage:
+    except DamagedTar as damage:
         is_cut = damage.key == run.key and damage.extension not in run.members
         if not damage.key and run.key not in known and index.samples:
             is_cut = run.members.keys() < index.samples[-1].members.keys()  # between two of its members
@@ -187,24 +163,9 @@ def list_files(path: str | Path) -> Iterator[tuple[str, int, int]]:
         OSError: if it cannot be read.
     """
     try:
-        yield from ((member.name, member.offset, member.size) for member in _scan(path) if member.is_file)
-    except _DamagedTar as damage:
+        yield from ((member.name, member.offset, member.size) for member in scan_tar(path) if member.is_file)
+    except DamagedTar as damage:
         raise SampleError(damage.reason, f"{path}: {damage.reason} after {damage.key or 'its last file'}") from None
-
-
-def split_member_name(name: str) -> tuple[str, str] | None:
-    """Split a member's name into key and extension.
-
-    Args:
-        name (`str`): path in the tar.
-
-    Returns:
-        `tuple[str, str]`: the path up to the first dot of its last part and the rest in lower case; `None` if either
-        is empty (hidden files, files without an extension).
-    """
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return (folder + slash + stem, extension.lower()) if stem and extension else None
 
 
 def read_member(file: int, name: str | Iterable[str], offset: int, size: int, limit: int | None = None) -> bytes:
@@ -229,10 +190,10 @@ def read_member(file: int, name: str | Iterable[str], offset: int, size: int, li
     most, reason = _LIMITS.get(names[0].rpartition(".")[2].lower(), (MAX_IMAGE_BYTES, "image_too_large"))
     if wanted > most:
         raise SampleError(reason, f"{names[0]} has {size:,} bytes, more than {most:,}")
-    block = read_at(file, _BLOCK + wanted, max(0, offset - _BLOCK))
-    if len(block) != _BLOCK + wanted or not any(_is_header_of(block[:_BLOCK], one, size) for one in names):
+    block = read_at(file, BLOCK + wanted, max(0, offset - BLOCK))
+    if len(block) != BLOCK + wanted or not any(_is_header_of(block[:BLOCK], one, size) for one in names):
         raise SampleError("moved_member", f"{' or '.join(names)} is not at byte {offset} of the tar any more")
-    return block[_BLOCK:]
+    return block[BLOCK:]
 
 
 def read_json(file: int, sample: Sample) -> Any:
@@ -281,102 +242,10 @@ def has_bad_uid(metadata: Any) -> bool:
     return uid is not None and not (isinstance(uid, str) and _UID.fullmatch(uid))
 
 
-def padded_end(offset: int, size: int) -> int:
-    """Where the next header may begin.
-
-    Args:
-        offset (`int`): first byte of a member's data.
-        size (`int`): its bytes.
-
-    Returns:
-        `int`: the byte behind the padding that fills its last block.
-    """
-    return offset + -(-size // _BLOCK) * _BLOCK
-
-
 def _append_span(spans: list[tuple[int, int]], start: int, end: int) -> None:
     if spans and spans[-1][1] == start:
         start = spans.pop()[0]
     spans.append((start, end))
-
-
-def _scan(path: str | Path) -> Iterator[_Member]:
-    """Members in order; raises _DamagedTar where the tar cannot be followed any further."""
-    with open(path, "rb", buffering=0) as raw:
-        file = raw.fileno()
-        length = os.fstat(file).st_size
-        offset, ended = 0, False
-        window, start = b"", 0  # a text, its json and the headers around them are one read
-        while offset < length:
-            if offset + _BLOCK > start + len(window):
-                window, start = read_at(file, _WINDOW, offset), offset
-            header = window[offset - start : offset - start + _BLOCK]
-            if header == _ZEROS:
-                # Not the last word: tars that were joined with `cat` go on behind their end marks.
-                offset, ended = _behind_zeros(file, offset, length), True
-                continue
-            if len(header) < _BLOCK or not _has_valid_checksum(header):
-                if ended:
-                    return
-                raise _DamagedTar("truncated_tar" if len(header) < _BLOCK else "corrupt_tar")
-            member, following = _parse(file, header, offset)
-            if following > length:
-                raise _DamagedTar("truncated_tar", member.name)
-            yield member
-            offset, ended = following, False
-        if not ended:
-            raise _DamagedTar("truncated_tar")
-
-
-def _behind_zeros(file: int, offset: int, length: int) -> int:
-    """The next block that is not zero, or the end; holes of a sparse file are not read."""
-    while offset < length:
-        try:
-            offset = max(offset, os.lseek(file, offset, os.SEEK_DATA) // _BLOCK * _BLOCK)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # nothing but a hole
-                return length
-        chunk = read_at(file, _ZERO_CHUNK, offset)
-        rest = len(chunk.lstrip(b"\0"))
-        if rest or not chunk:
-            return offset + (len(chunk) - rest) // _BLOCK * _BLOCK
-        offset += len(chunk)
-    return length
-
-
-def _has_valid_checksum(header: bytes) -> bool:
-    try:
-        found = int(header[148:156].strip(b"\0 "), 8)
-        # Most of a header is zeros, and a sum over bytes is slow.
-        return found == sum(header.translate(None, b"\0")) - sum(header[148:156]) + 8 * ord(" ")
-    except ValueError:
-        return False
-
-
-def _parse(file: int, header: bytes, offset: int) -> tuple[_Member, int]:
-    """The member whose header block is given, and the offset of the next header."""
-    has_prefix = header[345] and header[257:263] == b"ustar\0"
-    if header[156:157] in (b"0", b"\0") and not has_prefix:
-        try:
-            name, size = header[:100].split(b"\0", 1)[0].decode(), int(header[124:136].strip(b"\0 "), 8)
-            if size >= 0:
-                return _Member(name, True, offset, offset + _BLOCK, size), padded_end(offset + _BLOCK, size)
-        except ValueError:  # sizes above 8 GB are not octal, old names not UTF-8
-            pass
-    # Extended headers claim any size: no more than so much is read of them.
-    for most in _EXTENDED:
-        try:
-            tar = tarfile.TarFile(fileobj=io.BytesIO(read_at(file, most, offset)), encoding="utf-8")
-            info = tar.next()
-        except OSError:
-            raise
-        except Exception:  # tarfile raises many kinds on damaged headers, RecursionError and OverflowError among them
-            continue
-        if info is not None and info.size >= 0 and tar.offset > 0:
-            name = info.name + "/" if info.isdir() else info.name
-            member = _Member(name, info.isreg() and not info.issparse(), offset, offset + info.offset_data, info.size)
-            return member, offset + tar.offset
-    raise _DamagedTar("truncated_tar")
 
 
 def _loggable(key: str) -> str:

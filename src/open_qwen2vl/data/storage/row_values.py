@@ -1,0 +1,92 @@
+"""Rows of a table as Python has them: validated, of bounded length, and with the JSON in their cells decoded."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ...processing.sample_error import SampleError
+from .tars import MAX_TEXT_BYTES
+
+
+def row_values(rows: pa.Table) -> list[dict[str, Any] | SampleError]:
+    """Rows as Python has them, JSON in them decoded; those that are damaged or far too long are an error.
+
+    A single such row raises it.
+    """
+    try:
+        is_whole = max((_longest(column) for column in rows.columns), default=0) <= MAX_TEXT_BYTES
+        if is_whole:
+            rows.validate(full=True)
+            return _decoded(rows)
+    except (pa.ArrowException, UnicodeDecodeError, ValueError, RecursionError) as error:
+        if len(rows) == 1:
+            raise _row_error(error) from error
+    if len(rows) == 1:
+        raise SampleError("record_too_large", f"a text of a row has more than {MAX_TEXT_BYTES:,} bytes")
+    found: list[Any] = []
+    for number in range(len(rows)):
+        try:
+            found += row_values(rows.slice(number, 1))
+        except SampleError as error:
+            found.append(error)
+    return found
+
+
+def _row_error(error: Exception) -> SampleError:
+    if isinstance(error, SampleError):
+        return error
+    if isinstance(error, json.JSONDecodeError | RecursionError):
+        return SampleError("invalid_json", f"a field of a row: {error}")
+    if isinstance(error, UnicodeDecodeError) or "UTF8" in str(error):
+        return SampleError("bad_encoding", f"a text of a row is no UTF-8: {error}")
+    return SampleError("corrupt_table", f"a row: {error}")
+
+
+def _longest(column: pa.Array | pa.ChunkedArray) -> int:
+    """Bytes of the longest text in a column at any depth, without writing out what is stored once."""
+    if isinstance(column, pa.ChunkedArray):
+        return max(map(_longest, column.chunks), default=0)
+    kind = column.type
+    if isinstance(kind, pa.BaseExtensionType):
+        return _longest(column.storage)
+    if pa.types.is_dictionary(kind):
+        used = column.indices.unique().drop_null()
+        return _longest(column.dictionary.take(used))
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return pc.max(pc.binary_length(column)).as_py() or 0
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _longest(column.flatten())
+    if pa.types.is_struct(kind):
+        return max((_longest(child) for child in column.flatten()), default=0)
+    return 0
+
+
+def _decoded(rows: pa.Table) -> list[dict[str, Any]]:
+    decoders = {field.name: decoder for field in rows.schema if (decoder := _json_decoder(field))}
+    values = rows.to_pylist()
+    for row in values:
+        for name, decode in decoders.items():
+            row[name] = decode(row[name])
+    return values
+
+
+def _json_decoder(field: pa.Field) -> Callable[[Any], Any] | None:
+    """What decodes the JSON in a field's values, as `datasets` stores values of mixed types; None if there is none."""
+    kind = field.type
+    extension = (field.metadata or {}).get(b"ARROW:extension:name", b"").decode()
+    if "arrow.json" in (extension, getattr(kind, "extension_name", "")):
+        return lambda text: None if text is None else json.loads(text)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        inner = _json_decoder(kind.value_field)
+        return inner and (lambda values: values and [inner(value) for value in values])
+    if pa.types.is_struct(kind):
+        children = {child.name: decoder for child in kind if (decoder := _json_decoder(child))}
+        return (
+            (lambda value: value and {k: children[k](v) if k in children else v for k, v in value.items()})
+            if (children)
+            else None
+        )
+    return None
