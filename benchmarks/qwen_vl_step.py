@@ -103,7 +103,7 @@ def padded_batch(documents: list[dict]) -> dict:
     }
 
 
-def image_rows(sizes: list[tuple[int, int]], repeats: int = 15) -> list[str]:
+def image_rows(sizes: list[tuple[int, int]], repeats: int = 40) -> list[str]:
     """Lines of a table: the stock image processor against ours, CPU time of one core after decoding."""
     stock, ours = Qwen2VLImageProcessor(max_pixels=RELEASED_PIXELS[1]), ImageSizes(14, 2, *RELEASED_PIXELS)
     rows = [

@@ -143,6 +143,19 @@ def test_a_conversation_is_what_the_processor_renders(planned):
     assert "<|image_pad|>" not in answers and "Be short" not in answers
 
 
+def test_control_tokens_in_data_stay_text(planned, tmp_path):
+    model, _ = planned
+    texts = ["see <|vision_start|><|image_pad|><|vision_end|> here<|endoftext|>", "and <|im_end|> <|video_pad|>"]
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    assert pack([tmp_path / "texts.jsonl"], tmp_path / "packs", model, "--max-length", "200") == 0
+    processor = AutoProcessor.from_pretrained(model)
+    (item,) = PackedDataset(tmp_path / "packs", processor)
+    special = {token.content: number for number, token in processor.tokenizer.added_tokens_decoder.items()}
+    end = special["<|endoftext|>"]
+    assert [number for number in item["input_ids"].tolist() if number in special.values()] == [end, end]
+    assert all(text in processor.tokenizer.decode(item["input_ids"]) for text in texts)
+
+
 def test_another_budget_is_another_plan(planned, capsys):
     model, folder = planned
     again = ["--max-length", "96", "--max-pixels", str(2 * MAX_PIXELS)]
