@@ -1,11 +1,8 @@
 """What the trainers on packs share: a mixin in front of transformers' Trainer or of TRL's SFTTrainer.
 
-Everything of the stock trainers stays: accelerate, FSDP2, schedulers, reporting. Added are the choice of the parts
-that train and their learning rates, the order of the packs, the model's own loss at labelled positions, figures of
-every step over all ranks, an evaluation loss per token, and checkpoints that a killed run continues from exactly.
-
-All that is overridden of a stock trainer stands here, private methods included, and is short: the work is done by
-parts that know no trainer and get what they need as arguments. A test knows the signatures of what is overridden.
+Everything of the stock trainers stays: accelerate, FSDP2, schedulers, reporting. All that is overridden of them stands
+here, private methods included, and is short: the work is done by parts that know no trainer and get what they need as
+arguments. A test knows the signatures of what is overridden.
 """
 
 import functools
@@ -21,7 +18,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.packing.mixture import PackMixture
 from ..data.packing.pack_order import PackOrder
@@ -45,14 +41,7 @@ from .task_evaluation import TaskEvaluation, latest_scores
 
 
 class PackedTraining:
-    """Trains on the batches of a [`PackingCollator`]; to be combined with `Trainer` or a subclass of it.
-
-    The arguments are those of [`PackedTrainer`].
-
-    Attributes:
-        stop_request ([`StopRequest`]): set by SIGTERM while training.
-        interrupted (`bool`): whether the training left early because of it, after a checkpoint.
-    """
+    """Takes the arguments of [`PackedTrainer`]; `interrupted` tells whether it left early, after a checkpoint."""
 
     def __init__(self, model: nn.Module, args, data_collator=None, callbacks: list | None = None, **kwargs):
         if args.train_sampling_strategy != "random" and isinstance(kwargs.get("train_dataset"), PackMixture):
@@ -79,9 +68,7 @@ class PackedTraining:
         sharding.check_fsdp_is_on(self.is_fsdp_enabled)
         if self.is_fsdp_enabled:
             sharding.configure_fsdp(self.accelerator.state.fsdp_plugin, self.model, self._family)
-        self._tasks = TaskEvaluation(
-            args, self.processing_class, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled
-        )
+        self._tasks = TaskEvaluation(args, self.processing_class, self.is_fsdp_enabled or self.is_deepspeed_enabled)
         self._add_own_callbacks()
         self._model_class = type(self.model)
         self._trained = optimization.trained_parameters(self.model, self._family.parts)
@@ -89,10 +76,9 @@ class PackedTraining:
         self._order: PackOrder | None = None
         self._meter = StepMeter(args.device, args.world_size, len(self.source_names))
         self._evaluated = Evaluated([])
-        self._micro_batch_flops = 0
         self._row_losses: torch.Tensor | None = None
         self._grad_norm: torch.Tensor | float = 0.0
-        self._step_is_empty = False
+        self._micro_batch_flops, self._step_is_empty = 0, False
 
     def _add_own_callbacks(self) -> None:
         self.add_callback(StepEnd(self._end_step))
@@ -102,7 +88,7 @@ class PackedTraining:
             self.add_callback(ThroughputProgressCallback)
 
     def _callback(self, kind: type[TrainerCallback]) -> Any:
-        # Looked up each time: Trainer may replace callbacks when it restores their states.
+        # Each time: Trainer may replace callbacks when it restores their states.
         return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, kind))
 
     @property
@@ -118,8 +104,6 @@ class PackedTraining:
     @property
     def _at_end(self) -> bool:
         return self.state.global_step >= self.state.max_steps
-
-    # ---- data ----
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -143,17 +127,13 @@ class PackedTraining:
             self._order.set_epoch(kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list, torch.Tensor | int | None]:
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of a step, and the labels in them on all ranks."""
         start = time.perf_counter()
         batches, labels = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._meter.wait(time.perf_counter() - start)
         self._step_is_empty = loading.no_label_on_any_rank(batches, labels)
         return batches, labels
-
-    # ---- optimisation ----
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of every parameter of two and more dimensions; biases and norms have one."""
@@ -183,11 +163,7 @@ class PackedTraining:
         self.part_rates = optimization.rates_by_part(self._parts_of_groups, self.lr_scheduler)
         return super()._get_learning_rate()
 
-    # ---- a step ----
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Any = None) -> torch.Tensor:
         """Run a micro-batch as `Trainer` does and count it; `packing_stats` is taken out of it."""
         stats = inputs.pop("packing_stats")
         config = optimization.base_model(self.model).config
@@ -197,11 +173,7 @@ class PackedTraining:
         return loss
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """The model's own loss, and not that of a trainer in between."""
         if self._gives_row_losses:
@@ -242,8 +214,6 @@ class PackedTraining:
         if asked_to_leave and not self._at_end:
             self.interrupted = self.control.should_save = self.control.should_training_stop = True
 
-    # ---- logs and evaluation ----
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Complete a training log by the figures of its window; every rank calls with the same keys."""
         if "loss" in logs:
@@ -254,17 +224,13 @@ class PackedTraining:
 
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
         # Before a checkpoint is saved, so that its log has the scores. Who was asked to leave has seconds.
-        step, last = self.state.global_step, self.state.max_steps
-        if not self.interrupted and self._tasks.are_due(step, last, self.control.should_evaluate):
+        state, evaluates = self.state, self.control.should_evaluate
+        if not self.interrupted and self._tasks.are_due(state.global_step, state.max_steps, evaluates):
             self.evaluate_tasks()
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def evaluate_tasks(self) -> dict[str, float]:
-        """Run the tasks of `eval_tasks` on the model as it is and log their scores; every rank must call.
-
-        Returns:
-            `dict[str, float]`: `eval_TASK_METRIC` of each task's main metric, and `eval_tasks_seconds`.
-        """
+        """Run `eval_tasks` on the model as it is and log `eval_TASK_METRIC` of each; every rank must call."""
         # An adapter's wrapper has autocast in its own forward, which `generate` of the model inside does not call.
         with self.throughput.paused(), self.accelerator.autocast():
             scores = self._tasks.run(self.model, self.state.global_step)
@@ -278,16 +244,12 @@ class PackedTraining:
         return dataset
 
     def evaluate(self, eval_dataset: Any = None, *args, **kwargs) -> dict[str, float]:
-        """Evaluate as `Trainer.evaluate` does, on what the trainer takes as `eval_dataset`."""
+        """Evaluate, on what the trainer takes as `eval_dataset`."""
         return super().evaluate(self._readable(eval_dataset), *args, **kwargs)
 
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor | None, ...]:
         """Loss, logits and labels of a batch, the last two None where only the loss is wanted."""
         stats = inputs.pop("packing_stats")
         self._evaluated.dropped += sum(stats["dropped"].values())
@@ -299,9 +261,7 @@ class PackedTraining:
         self._evaluated.add(total.item(), stats["rows"], row_losses)
         return total / max(sum(row["labels"] for row in stats["rows"]), 1), None, None
 
-    def evaluation_loop(
-        self, dataloader: DataLoader, *args, metric_key_prefix: str = "eval", **kwargs
-    ) -> EvalLoopOutput:
+    def evaluation_loop(self, dataloader: DataLoader, *args, metric_key_prefix: str = "eval", **kwargs) -> Any:
         """Evaluate; the loss is a mean over labels, where `Trainer`'s is a mean of the batches' means."""
         dataset = dataloader.dataset
         self._evaluated = Evaluated(dataset.names if isinstance(dataset, PackMixture) else [])
@@ -321,8 +281,6 @@ class PackedTraining:
         """Write the card of this run into `output_dir`, whence pushes take it; what is not in it is not passed on."""
         write_trainer_card(self, self.args.output_dir, license=license)
 
-    # ---- checkpoints ----
-
     def run_record(self) -> dict[str, Any]:
         """What a checkpoint of this run is marked with: all that decides what a step does to the weights."""
         data = getattr(self.train_dataset, "fingerprint", None)
@@ -335,11 +293,7 @@ class PackedTraining:
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> Any:
         """Train as `Trainer.train` does, alone in `output_dir`, to the end or until SIGTERM.
 
-        Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint's folder, or True for the newest
-                complete one in `output_dir`, if there is any.
-            args: for `Trainer.train`.
-            kwargs: for `Trainer.train`.
+        `resume_from_checkpoint` is a checkpoint's folder, or True for the newest complete one, if there is any.
 
         Raises:
             ValueError: if the checkpoint is incomplete, of another run or model, or `output_dir` is in use.
@@ -356,7 +310,7 @@ class PackedTraining:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # A tied head is not in the file and not missing either; what else differs is no matter for a warning.
+        # A tied head is not missing; what else differs is no matter for a warning.
         missing = saving.without_tied(load_result.missing_keys, self.model)
         resuming.check_weight_names(set(missing), set(load_result.unexpected_keys), "the checkpoint")
 
