@@ -129,5 +129,5 @@ def test_what_cannot_run_is_told_before_training(make_trainer, tasks_folder):
         make_trainer(eval_tasks="easyvqa_gen", eval_tasks_steps=0)
     with pytest.raises(ValueError, match="--include-path nowhere: no such folder"):
         make_trainer(eval_tasks="easyvqa_gen", eval_tasks_path="nowhere")
-    with pytest.raises(ValueError, match="--limit must be at least 1"):
+    with pytest.raises(ValueError, match="eval_tasks_limit must be at least 1"):
         make_trainer(eval_tasks="easyvqa_gen", eval_tasks_limit=0, eval_tasks_path=str(tasks_folder))
