@@ -1,5 +1,6 @@
 """The processor: budgets per call, chat template, saving and loading, errors that count."""
 
+import base64
 import copy
 import io
 from concurrent.futures import ThreadPoolExecutor
@@ -259,3 +260,49 @@ def test_a_budget_set_afterwards_travels(processor, tmp_path):
     assert inputs["image_seq_length"] == [9] and inputs["input_ids"][0].count(loaded.image_token_id) == 9
     loaded.image_seq_length = 4
     assert "image_seq_length" not in loaded(images=[IMAGE], text="<|image_pad|>")
+
+
+def read(processor, image) -> np.ndarray:
+    """Grey levels `(3, 32, 32)` that a call makes of an image."""
+    pixels = processor(images=[image], text="<|image_pad|>", return_tensors="pt")["pixel_values"][0]
+    return ((pixels + 1) * 127.5).numpy()
+
+
+@pytest.mark.parametrize("depth", ["grey16", "rgba", "rgb", "floats"])
+def test_every_way_in_gives_the_same_picture(processor, tmp_path, depth):
+    """A Pillow image, a path, a data URI, an array and a tensor of either layout."""
+    ramp = np.tile(np.arange(64, dtype=np.float64) * 4, (64, 1))
+    levels = np.stack([ramp, ramp[::-1], ramp.T], axis=-1)
+    if depth == "grey16":
+        array = (ramp * 256).astype(np.uint16)
+        expected = np.stack([ramp] * 3, axis=-1)
+    elif depth == "rgba":
+        array = np.concatenate([levels, ramp.T[..., None]], axis=-1).astype(np.uint8)
+        expected = levels
+    else:
+        array, expected = levels.astype(np.uint8), levels
+    ways = [array, torch.from_numpy(array if array.dtype == np.uint8 else array.astype(np.int32))]
+    if array.ndim == 3:
+        ways += [np.moveaxis(array, -1, 0), torch.from_numpy(array).permute(2, 0, 1)]
+    if depth == "floats":
+        ways = [array / 255, torch.from_numpy(np.moveaxis(array, -1, 0) / 255).float()]
+    image = Image.fromarray(array)
+    image.save(tmp_path / "image.png")
+    encoded = base64.b64encode((tmp_path / "image.png").read_bytes()).decode()
+    ways += [image, str(tmp_path / "image.png"), tmp_path / "image.png", f"data:image/png;base64,{encoded}", encoded]
+    reference = read(processor, Image.fromarray(expected.astype(np.uint8)))
+    for way in ways:
+        np.testing.assert_allclose(read(processor, way), reference, atol=1.5)
+
+
+def test_a_batch_of_images_in_one_array(processor):
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    text = ["<|image_pad|>", "<|image_pad|>"]
+    pixels = processor(images=images, text=text, return_tensors="pt")["pixel_values"]
+    assert torch.equal(((pixels + 1) * 127.5).round().byte(), images)
+
+
+@pytest.mark.parametrize("source", ["nowhere.png", "data:image/png;base64,?"])
+def test_an_image_that_cannot_be_read_is_named(processor, source):
+    with pytest.raises(ValueError, match="no file of this name, no http"):
+        processor(images=[source], text="<|image_pad|>")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from open_qwen2vl import OpenQwen2VLForConditionalGeneration
 from open_qwen2vl.trainer.lora import lora_config
@@ -75,19 +75,29 @@ def test_dpo_comes_to_prefer_the_chosen_answer(model, processor, tmp_path, adapt
     assert trained_parts(trainer, before) == {"multi_modal_projector", "language_model"}
 
 
-@pytest.mark.parametrize("adapter", [None, {"r": 4, "alpha": 8}], ids=["full", "lora"])
-def test_grpo_takes_images(model, processor, tmp_path, adapter):
+@pytest.mark.parametrize(
+    ("trainer_class", "config", "adapter"),
+    [
+        (GRPOTrainer, GRPOConfig, None),
+        (GRPOTrainer, GRPOConfig, {"r": 4, "alpha": 8}),
+        (RLOOTrainer, RLOOConfig, {"r": 4, "alpha": 8}),
+    ],
+    ids=["grpo full", "grpo lora", "rloo lora"],
+)
+def test_online_trainers_take_images(model, processor, tmp_path, trainer_class, config, adapter):
+    """With a reference model, whose log-probabilities are another pass through the processor's output."""
     seen = []
 
     def reward(completions, **kwargs):
         seen.extend(completion[0]["content"] for completion in completions)
         return [float(len(set(completion[0]["content"]))) for completion in completions]
 
-    trainer = GRPOTrainer(
+    sampling = {"num_generations": 2, "max_completion_length": 6, "beta": 0.1}
+    trainer = trainer_class(
         model=model,
-        args=GRPOConfig(str(tmp_path / "run"), max_steps=3, num_generations=2, max_completion_length=6, **QUIET),
+        args=config(str(tmp_path / "run"), max_steps=3, **sampling, **QUIET),
         reward_funcs=reward,
-        train_dataset=rows((1, 2)),  # it cannot have prompts with and without images in one batch
+        train_dataset=rows((1, 2)),  # they cannot have prompts with and without images in one batch
         processing_class=processor,
         peft_config=adapter and lora_config(**adapter),
     )

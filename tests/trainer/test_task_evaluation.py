@@ -105,7 +105,7 @@ def test_an_adapter_answers_too(backbones, processor, packs, tasks_folder, tmp_p
             save_strategy="no",
             logging_steps=1,
             max_steps=3,
-            learning_rate=1e-2,
+            learning_rate=0.1,  # so large a step that answers change on any machine
             **options,
         )
         adapter = lora_config(r=4, alpha=8, dropout=0.5)

@@ -35,7 +35,7 @@ class OpenQwen2VLDocuments:
             self.chat_template = training_chat_template(processor, chat_template)
         else:
             self.processor, self.tokenizer = processor, processor.tokenizer
-            self.chat_template = named_chat_template(processor.chat_template, chat_template)
+            self.chat_template = named_chat_template(processor.chat_templates, chat_template)
         if image_seq_length is None:
             image_seq_length = getattr(self.processor, "image_seq_length", DEFAULT_IMAGE_SEQ_LENGTH)
         self.image_seq_length = image_seq_length

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .conversation_records import join_texts
+from .rendering import limit_rendering
 from .sample_error import SampleError
 from .text_formats import IGNORE_INDEX, count_as_text, encode_as_text
 
@@ -42,6 +43,7 @@ class ConversationFormat:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str, media_strings: Mapping[str, str]):
         if not has_generation_marks(chat_template):
             raise ValueError("the chat template has no {% generation %} marks, which say what is trained on")
+        limit_rendering(chat_template)
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         tokens = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]

@@ -21,7 +21,7 @@ from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
-from .images import decode_image, to_rgb
+from .images import array_to_rgb, decode_image, to_rgb
 from .rendering import limit_rendering
 from .text_formats import IMAGE_TOKEN, prepare_tokenizer
 
@@ -283,7 +283,11 @@ def read_images(images: ImageInput) -> ImageInput:
         return [read_images(image) for image in images]
     if isinstance(images, str | os.PathLike):
         return decode_image(_read_source(os.fspath(images)))
-    return to_rgb(images)
+    if isinstance(images, Image.Image):
+        return to_rgb(images)
+    if getattr(images, "ndim", 0) == 4:
+        return [array_to_rgb(image) for image in images]
+    return array_to_rgb(images)
 
 
 def _read_source(source: str) -> bytes:

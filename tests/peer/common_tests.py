@@ -1,0 +1,67 @@
+"""transformers' own common tests, from the source distribution of the installed version, under the name `peer_tests`.
+
+pip fetches it into a cache folder; nothing of it is copied here. It lacks what the tests import from other folders
+(`generation/test_utils.py`, `exporters/test_export.py`): `GenerationTesterMixin` and `ExportTesterMixin` cannot be had
+and are empty classes.
+"""
+
+import importlib
+import subprocess
+import sys
+import tarfile
+import types
+import unittest
+from pathlib import Path
+
+import pytest
+import transformers
+
+ABSENT = {"exporters.test_export": "ExportTesterMixin", "generation.test_utils": "GenerationTesterMixin"}
+
+
+def load_common_tests(name: str) -> types.ModuleType:
+    """A module of transformers' tests; the test is skipped where pip cannot fetch the distribution."""
+    if "peer_tests" not in sys.modules:
+        package = sys.modules["peer_tests"] = types.ModuleType("peer_tests")
+        package.__path__ = [str(_fetch())]
+        for module, mixin in ABSENT.items():
+            parent = "peer_tests." + module.split(".")[0]
+            sys.modules.setdefault(parent, types.ModuleType(parent)).__path__ = []
+            stand_in = sys.modules["peer_tests." + module] = types.ModuleType("peer_tests." + module)
+            setattr(stand_in, mixin, type(mixin, (), {}))
+    return importlib.import_module("peer_tests." + name)
+
+
+def _fetch() -> Path:
+    version = transformers.__version__
+    cache = Path.home() / ".cache" / "open_qwen2vl" / "peer_tests"
+    tests = cache / f"transformers-{version}" / "tests"
+    if not tests.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "transformers"]
+        command += ["--no-build-isolation", "--dest", str(cache), f"transformers=={version}"]
+        run = subprocess.run(command, capture_output=True, text=True)
+        archive = cache / f"transformers-{version}.tar.gz"
+        if run.returncode or not archive.exists():
+            pytest.skip(f"pip cannot fetch the source distribution of transformers {version}: {run.stderr[-200:]}")
+        with tarfile.open(archive) as tar:
+            members = [member for member in tar if f"/{'tests'}/" in member.name]
+            tar.extractall(cache, members=members, filter="data")
+    return tests
+
+
+def run_common_tests(case: type[unittest.TestCase], left_out: dict[str, str]) -> dict[str, str]:
+    """Run a class of common tests but those of `left_out` (name: why), and return the failures by name.
+
+    A test that is left out and does not exist is a failure too: the reasons must not outlive their tests.
+    """
+    names = unittest.TestLoader().getTestCaseNames(case)
+    failures = {name: "there is no such test" for name in set(left_out) - set(names)}
+    suite = unittest.TestSuite(case(name) for name in names if name not in left_out)
+    result = unittest.TestResult()
+    suite.run(result)
+    assert result.testsRun > 20, f"only {result.testsRun} tests were found"
+    for test, trace in [*result.failures, *result.errors]:
+        failures[str(test).split(" ")[0]] = trace.strip().splitlines()[-1]
+    print(f"{result.testsRun} run, {len(result.skipped)} skipped by themselves, {len(failures)} failed")
+    return failures
