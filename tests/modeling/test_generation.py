@@ -5,7 +5,7 @@ from threading import Thread
 import pytest
 import torch
 from PIL import Image
-from transformers import GenerationConfig, TextIteratorStreamer
+from transformers import ContinuousBatchingConfig, GenerationConfig, TextIteratorStreamer
 
 IMAGES = [0, 3, 1, 4, 2]  # images of each prompt of the batch
 GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8}
@@ -238,6 +238,7 @@ def test_paged_attention_is_no_training_pack(tiny_model, processor, attention):
     tiny_model.set_attn_implementation(attention)
     prompts = [processor(text=text)["input_ids"][0] for text in ("<s>a cat on a mat", "<s>two dogs run in the park a")]
     config = GenerationConfig(max_new_tokens=8, eos_token_id=-1, do_sample=False, use_cuda_graph=False)
-    answers = tiny_model.generate_batch(prompts, generation_config=config)
+    paging = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)  # the default takes most of the memory
+    answers = tiny_model.generate_batch(prompts, generation_config=config, continuous_batching_config=paging)
     for prompt, answer in zip(prompts, answers.values(), strict=True):
         assert generate(tiny_model, {"input_ids": torch.tensor([prompt])})[0].tolist() == answer.generated_tokens
