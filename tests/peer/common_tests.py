@@ -69,6 +69,10 @@ def run_common_tests(case: type[unittest.TestCase], left_out: dict[str, str]) ->
     suite.run(result)
     assert result.testsRun > 20, f"only {result.testsRun} tests were found"
     for test, trace in [*result.failures, *result.errors]:
-        failures[str(test).split(" ")[0]] = trace.strip().splitlines()[-1]
+        failures[str(test).split(" ")[0]] = trace.strip()[-600:]
+    for name, line in sorted(failures.items()):
+        print(f"{name}: {line}")
+    for test, reason in result.skipped:
+        print(f"{str(test).split(' ')[0]} skips itself: {reason}")
     print(f"{result.testsRun} run, {len(result.skipped)} skipped by themselves, {len(failures)} failed")
     return failures

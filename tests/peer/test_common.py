@@ -15,7 +15,19 @@ from tests.peer.common_tests import load_common_tests, run_common_tests
 
 pytestmark = pytest.mark.slow
 
-PROCESSOR_LEFT_OUT: dict[str, str] = {}
+NETWORK = "it downloads a picture; tests/processing reads pictures of every kind from files and data URIs"
+CODE = "of a class outside transformers the saved parts have an auto_map, which they had not before saving"
+PROCESSOR_LEFT_OUT = {
+    "test_apply_chat_template_image_0": NETWORK,
+    "test_apply_chat_template_image_1": NETWORK,
+    "test_processor_text_has_no_visual": NETWORK,
+    "test_processor_from_and_save_pretrained": CODE,
+    "test_processor_from_and_save_pretrained_as_nested_dict": CODE,
+    "test_processor_from_pretrained_vs_from_components": CODE,
+    "test_chat_template_save_loading": "it saves the form of transformers 4 beside named templates, which is refused",
+    "test_subprocessor_defaults_1_images": "the Auto class resizes with torchvision, which is a grey level off; this "
+    "processor always with Pillow",
+}
 MODEL_LEFT_OUT: dict[str, str] = {}
 
 
@@ -26,6 +38,9 @@ def test_processor(processor, tmp_path):
     class Case(common.ProcessorTesterMixin, unittest.TestCase):
         processor_class = OpenQwen2VLProcessor
         model_id = str(tmp_path)
+        maxDiff = None
+        # The tiny vocabulary needs more tokens for their texts.
+        images_text_kwargs_max_length, images_text_kwargs_override_max_length = 200, 190
 
     assert run_common_tests(Case, PROCESSOR_LEFT_OUT) == {}
 

@@ -78,7 +78,11 @@ class OpenQwen2VLProcessor(ProcessorMixin):
     @property
     def chat_templates(self) -> dict[str, str]:
         """All chat templates by name: `default` and, of processors made here, `chatml`, the one of new models."""
-        return {**self._named_templates, **({"default": self.chat_template} if self.chat_template else {})}
+        default = self.chat_template
+        return {
+            **self._named_templates,
+            **(default if isinstance(default, dict) else {"default": default} if default else {}),
+        }
 
     @classmethod
     def from_pretrained(
