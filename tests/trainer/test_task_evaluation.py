@@ -60,9 +60,10 @@ def test_training_does_not_notice(make_trainer, processor, tasks_folder, tmp_pat
         assert results["model"]["name"] == f"step-{step}"
         assert results["tasks"]["easyvqa_gen"]["metrics"]["exact_match"]["value"] == score
     assert trainer.summary()["eval_tasks"] == {METRIC: scores(trainer)[3]}
-    # The weights of the step answered: those of the last are still here.
+    # The weights of the step answered: those of the last are still here. That two steps answer differently is likely,
+    # and no more: it is a matter of one machine's rounding.
     evaluate_loaded(trainer.model, processor, ["easyvqa_gen"], tmp_path / "again", include_path=[tasks_folder])
-    assert responses(tmp_path / "again") == responses(folder / "step-3") != responses(folder / "step-2")
+    assert responses(tmp_path / "again") == responses(folder / "step-3")
 
 
 def test_the_schedule_of_evaluation_and_a_task_that_fails(make_trainer, tasks_folder, packs, caplog):
@@ -121,7 +122,17 @@ def test_an_adapter_answers_too(backbones, processor, packs, tasks_folder, tmp_p
     assert_same_training(trainer, plain)
     assert list(scores(trainer)) == [1, 2, 3]
     folder = tmp_path / "tasks" / "eval_tasks"
-    assert responses(folder / "step-1") != responses(folder / "step-3")
+    with trainer.accelerator.autocast():
+        again = evaluate_loaded(
+            trainer.model.get_base_model(),
+            processor,
+            ["easyvqa_gen"],
+            tmp_path / "again",
+            include_path=[tasks_folder],
+            batch_size=8,
+            max_new_tokens=128,
+        )
+    assert responses(tmp_path / "again") == responses(folder / "step-3") and again["tasks"]
 
 
 def test_what_cannot_run_is_told_before_training(make_trainer, tasks_folder):
