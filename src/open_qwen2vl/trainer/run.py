@@ -10,7 +10,7 @@ import transformers
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..data.packing.mixture import PackMixture
-from ..data.packing.mixture_report import mixture_lines, uneven_lengths
+from ..data.packing.weights import describe_sources
 from .arguments import PackedArguments
 from .checkpoints.folders import CheckpointError, newest_complete_checkpoint, save_final_model
 from .checkpoints.interruption import EXIT_CODE, FolderInUse
@@ -99,10 +99,9 @@ def _announce(trainer: PackedTraining, checkpoint: str | None) -> None:
     step = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
     logger.info("%s packs, %s a step, %s devices", f"{len(trainer.train_dataset):,}", step, args.world_size)
     if isinstance(trainer.train_dataset, PackMixture) and len(trainer.train_dataset.sources) > 1:
-        for line in mixture_lines(trainer.train_dataset):
+        mixture = trainer.train_dataset
+        for line in describe_sources(mixture.sources, [dataset.plan for dataset in mixture.datasets]):
             logger.info(line)
-        if (warning := uneven_lengths(trainer.train_dataset)) is not None:
-            logger.warning(warning)
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)
     if args.torch_compile:
