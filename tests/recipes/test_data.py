@@ -11,6 +11,7 @@ import pytest
 
 from open_qwen2vl.data.storage.tars import index_shard
 from open_qwen2vl.data.storage.uids import format_uid, read_uids
+from tests.fork_server import forked_programs
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "recipes" / "data"))
@@ -45,11 +46,11 @@ def run(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("tutorial")
     (place / "recipes").symlink_to(ROOT / "recipes")
     small = {"LIMIT": "60", "EPOCHS": "1", "BATCH_SIZE": "16", "STEPS": "2", "OMP_NUM_THREADS": "1"}
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     command = ["sh", "recipes/data/run.sh"]
-    done = subprocess.run(
-        command, cwd=place, env={**os.environ, **small, "PATH": path}, capture_output=True, text=True
-    )
+    with forked_programs(tmp_path_factory.mktemp("bin"), "python", "open-qwen2vl") as path:
+        done = subprocess.run(
+            command, cwd=place, env={**os.environ, **small, "PATH": path}, capture_output=True, text=True
+        )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "AUC" in done.stdout
     return place / "runs/data"
