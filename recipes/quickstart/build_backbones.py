@@ -12,6 +12,7 @@ Any other folder of caption tars will do as well: `--data shards --no-questions`
 import argparse
 import json
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -78,12 +79,15 @@ def read_questions() -> list[str]:
     return [CHAT_WORDS, *sorted(texts)] * QUESTION_WEIGHT
 
 
-def train_tokenizer(captions: list[str], vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    captions: list[str], vocabulary: int = VOCABULARY, special_tokens: Sequence[str] = SPECIAL_TOKENS
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer as Qwen2.5's, with a vocabulary for these captions.
 
     Args:
         captions (`list[str]`): texts to learn the merges from.
         vocabulary (`int`, *optional*, defaults to 2560): entries at most, special tokens included.
+        special_tokens (`Sequence[str]`, *optional*): control tokens, first in the vocabulary.
 
     Returns:
         `PreTrainedTokenizerFast`: any text round-trips through it.
@@ -99,14 +103,14 @@ def train_tokenizer(captions: list[str], vocabulary: int = VOCABULARY) -> PreTra
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in special_tokens],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(["\n" + caption for caption in captions], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token="<s>",
+        bos_token="<s>" if "<s>" in special_tokens else None,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         padding_side="left",

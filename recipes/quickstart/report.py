@@ -58,20 +58,25 @@ def read_examples(shard: Path) -> list[Example]:
 
 @torch.inference_mode()
 def caption_images(
-    model: PreTrainedModel, processor: ProcessorMixin, images: list[Image.Image], max_new_tokens: int
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    images: list[Image.Image],
+    max_new_tokens: int,
+    prompt: str | None = None,
 ) -> list[str]:
     """Continue the beginning of a caption document, as in pre-training, for a batch of images.
 
     Args:
-        model (`PreTrainedModel`): an Open-Qwen2VL.
+        model (`PreTrainedModel`): an Open-Qwen2VL, or another with its `prompt`.
         processor (`ProcessorMixin`): its processor.
         images (`list[PIL.Image.Image]`): RGB images.
         max_new_tokens (`int`): where a caption is cut off that does not end by itself.
+        prompt (`str`, *optional*): what stands before a caption in training; Open-Qwen2VL's where not given.
 
     Returns:
         `list[str]`: one caption for each image.
     """
-    prompt = f"{processor.tokenizer.bos_token}{processor.image_token}\n"
+    prompt = prompt or f"{processor.tokenizer.bos_token}{processor.image_token}\n"
     inputs = processor(images=images, text=[prompt] * len(images), return_tensors="pt").to(model.device)
     generated = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
     new_tokens = generated[:, inputs["input_ids"].shape[1] :]
@@ -79,7 +84,12 @@ def caption_images(
 
 
 def caption_examples(
-    model: PreTrainedModel, processor: ProcessorMixin, examples: list[Example], batch_size: int, blanked: bool = False
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    examples: list[Example],
+    batch_size: int,
+    blanked: bool = False,
+    prompt: str | None = None,
 ) -> list[Example]:
     """Caption every example.
 
@@ -89,6 +99,7 @@ def caption_examples(
         examples (`list[Example]`): pictures with their captions.
         batch_size (`int`): pictures at a time.
         blanked (`bool`, *optional*, defaults to `False`): show a uniform mid-grey instead of the picture.
+        prompt (`str`, *optional*): as in [`caption_images`].
 
     Returns:
         `list[Example]`: the same examples with `generated`.
@@ -100,7 +111,7 @@ def caption_examples(
         images = [decode_image(example.png) for example in batch]
         if blanked:
             images = [Image.new("RGB", image.size, MID_GREY) for image in images]
-        captions = caption_images(model, processor, images, max_new_tokens=longest + 4)
+        captions = caption_images(model, processor, images, max_new_tokens=longest + 4, prompt=prompt)
         done += [Example(e.png, e.caption, caption) for e, caption in zip(batch, captions, strict=True)]
         progress.update(len(batch))
     progress.close()
