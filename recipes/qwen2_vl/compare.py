@@ -7,6 +7,7 @@ what the text alone gives away. A run at a fixed resolution is asked at that res
 """
 
 import argparse
+import io
 import json
 import sys
 from pathlib import Path
@@ -27,8 +28,6 @@ PROMPT = "<|vision_start|><|image_pad|><|vision_end|>"
 
 def resized(examples: list[Example], side: int) -> list[Example]:
     """The pictures squeezed to `side` x `side` pixels, as `pack --fixed-resolution` shows them in training."""
-    import io
-
     squares = []
     for example in examples:
         png = io.BytesIO()
@@ -40,8 +39,7 @@ def resized(examples: list[Example], side: int) -> list[Example]:
 
 def evaluate(run: Path, examples: list[Example], batch_size: int) -> dict:
     """Caption the held-out pictures with `run/model`; the figures also stand in `run/metrics.json`."""
-    plan = json.loads((Path(json.loads((run / "train_results.json").read_text())["packs"][0]) / "plan.json").read_text())
-    fixed = plan["vision"].get("fixed_resolution")
+    fixed = json.loads((run / "packs" / "plan.json").read_text())["vision"]["fixed_resolution"]
     model = AutoModelForImageTextToText.from_pretrained(run / "model").eval()
     processor = AutoProcessor.from_pretrained(run / "model")
     shown = resized(examples, fixed) if fixed else examples
@@ -77,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of finished trainings")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of finished trainings, each with its packs/")
     parser.add_argument("--data", type=Path, default=Path("runs/qwen2_vl/data"), help="folder of the tars")
     parser.add_argument("--batch-size", type=int, default=64, help="pictures at a time")
     args = parser.parse_args()
