@@ -77,7 +77,7 @@ def caption_images(
         `list[str]`: one caption for each image.
     """
     prompt = prompt or f"{processor.tokenizer.bos_token}{processor.image_token}\n"
-    inputs = processor(images=images, text=[prompt] * len(images), return_tensors="pt").to(model.device)
+    inputs = processor(images=images, text=[prompt] * len(images), padding=True, return_tensors="pt").to(model.device)
     generated = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
     new_tokens = generated[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in processor.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
