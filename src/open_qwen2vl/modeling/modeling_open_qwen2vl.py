@@ -211,9 +211,6 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
         cu_seq_lens_q, cu_seq_lens_k (`torch.IntTensor`, over the flattened batch), max_length_q, max_length_k (`int`):
             mark a packed batch, which takes no `attention_mask` and no `past_key_values`.
         num_items_in_batch (`int` or `torch.Tensor`): divides the summed loss.
-
-    It raises a ValueError if placeholders and image features differ in number, or for a packed batch with an attention
-    mask, a cache, or no positions.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
