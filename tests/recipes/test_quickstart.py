@@ -16,6 +16,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, Au
 
 from open_qwen2vl import OpenQwen2VLForConditionalGeneration, OpenQwen2VLProcessor
 from tests.documents import caption_document
+from tests.fork_server import forked_programs
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "recipes" / "quickstart"))
@@ -227,19 +228,14 @@ def test_report_needs_a_finished_training(data, tmp_path):
         report.build(tmp_path, data)
 
 
-def test_whole_chain(tmp_path):
+def test_whole_chain(tmp_path, tmp_path_factory):
     """What `make quickstart` runs, with a handful of steps."""
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     command = ["sh", "recipes/quickstart/run.sh", "--max_steps", "4", "--logging_steps", "1"]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PATH": path, "PICTURES": "40"},
-        timeout=500,
-    )
+    with forked_programs(tmp_path_factory.mktemp("bin"), "python", "open-qwen2vl") as path:
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PATH": path, "PICTURES": "40"}
+        )
     assert done.returncode == 0, done.stderr[-3000:]
 
     run = tmp_path / "runs" / "quickstart"
@@ -266,11 +262,7 @@ def test_whole_chain(tmp_path):
         assert (run / "sft" / name).stat().st_size > 10_000, name
 
     (question,) = re.findall(r"^```bash\n(echo .*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    asked = subprocess.run(
-        ["sh", "-c", question.replace(".venv/bin/", "")],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PATH": path},
-    )
+    command = ["sh", "-c", question.replace(".venv/bin/", "")]
+    with forked_programs(tmp_path_factory.mktemp("bin"), "open-qwen2vl") as path:
+        asked = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PATH": path})
     assert asked.returncode == 0 and asked.stdout.endswith("\n"), asked.stderr[-2000:]
