@@ -10,6 +10,7 @@ import json
 import os
 import resource
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -69,6 +70,8 @@ def main() -> None:
                 code = 0
             except SystemExit as stop:
                 code = int(stop.code or 0)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 sys.stdout.flush()
                 os._exit(code)
