@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from open_qwen2vl.processing.conversation_records import FLAGS, SYSTEM, UNREAD, read_conversation
-from open_qwen2vl.processing.conversations import conversation_document
 from open_qwen2vl.processing.sample_error import SampleError
+from tests.documents import conversation_document
 
 TURNS = [
     {"from": "human", "value": "what?"},
