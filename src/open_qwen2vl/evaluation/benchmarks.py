@@ -15,35 +15,20 @@ OURS, QWEN2_VL = "Open-Qwen2VL (paper)", "Qwen2-VL-2B-Instruct (paper)"
 
 
 class Benchmark(NamedTuple):
-    """One benchmark, as its tasks and its column in the paper.
+    """One benchmark, as its tasks and its column in the paper."""
 
-    Args:
-        name (`str`): what a user writes.
-        task (`str`): lmms-eval's name of the task under the standard rules.
-        paper_task (`str`): our task under the paper's rules.
-        main_metric (`str`): the metric of `task` that is reported.
-        paper_metric (`str`): that of `paper_task`, a fraction.
-        rule (`str`): how `task` scores, one sentence.
-        paper_rule (`str`): how `paper_task` scores, one sentence.
-        category (`str` or `Callable`, *optional*): a column, or a function of a row, that tells it.
-        paper_scores (`dict[str, float]`): what the paper's Table 4 says, by model, in percent.
-        percent (`float`, *optional*, defaults to 100): what makes `main_metric` a percentage.
-        judge_task (`str`, *optional*): task of lmms-eval that asks an LLM judge over an API.
-        judge_metric (`str`, *optional*): its metric, a percentage.
-    """
-
-    name: str
-    task: str
-    paper_task: str
-    main_metric: str
-    paper_metric: str
-    rule: str
-    paper_rule: str
-    category: str | Callable[[dict[str, Any]], str] | None
-    paper_scores: dict[str, float]
-    percent: float = 100.0
-    judge_task: str | None = None
-    judge_metric: str | None = None
+    name: str  # what a user writes
+    task: str  # lmms-eval's name of the task under the standard rules
+    paper_task: str  # our task under the paper's rules
+    main_metric: str  # the metric of `task` that is reported
+    paper_metric: str  # that of `paper_task`, a fraction
+    rule: str  # how `task` scores, one sentence
+    paper_rule: str  # how `paper_task` scores, one sentence
+    category: str | Callable[[dict[str, Any]], str] | None  # a column, or a function of a row, that tells it
+    paper_scores: dict[str, float]  # what the paper's Table 4 says, by model, in percent
+    percent: float = 100.0  # what makes `main_metric` a percentage
+    judge_task: str | None = None  # task of lmms-eval that asks an LLM judge over an API
+    judge_metric: str | None = None  # its metric, a percentage
 
 
 def _mmmu_subject(doc: dict[str, Any]) -> str:

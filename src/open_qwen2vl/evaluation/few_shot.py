@@ -42,19 +42,12 @@ Messages = Callable[[int, dict[str, Any]], list[dict[str, Any]]]
 
 
 class FewShot(NamedTuple):
-    """What to prompt with.
+    """What to prompt with."""
 
-    Args:
-        shots (`Sequence[int]`): numbers of demonstrations, each a run of its own.
-        seeds (`Sequence[int]`, *optional*, defaults to `(0, 1, 2)`): draws of the demonstrations; 0 shots run once.
-        split (`str`, *optional*): where demonstrations are from; the task's training split where not given.
-        separator (`str`, *optional*): ends a demonstration; `<|endofchunk|>`, or for tokenizers without it an empty
-            line, where not given.
-    """
-
-    shots: Sequence[int]
-    seeds: Sequence[int] = (0, 1, 2)
-    split: str | None = None
+    shots: Sequence[int]  # numbers of demonstrations, each a run of its own
+    seeds: Sequence[int] = (0, 1, 2)  # draws of the demonstrations; 0 shots run once
+    split: str | None = None  # where demonstrations are from; the task's training split where not given
+    # ends a demonstration; `<|endofchunk|>`, or for tokenizers without it an empty line, where not given
     separator: str | None = None
 
     def separator_of(self, processor: ProcessorMixin) -> str:
@@ -64,11 +57,7 @@ class FewShot(NamedTuple):
         return END_OF_CHUNK_TOKEN if END_OF_CHUNK_TOKEN in processor.tokenizer.get_vocab() else "\n\n"
 
     def check(self) -> None:
-        """Refuse numbers that mean nothing.
-
-        Raises:
-            ValueError: naming the option.
-        """
+        """Refuse numbers that mean nothing."""
         if not self.shots or min(self.shots) < 0 or len(set(self.shots)) < len(self.shots):
             raise ValueError(f"--shots: numbers from 0, each once, got {_listed(self.shots)}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -76,21 +65,13 @@ class FewShot(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A task with the prompts that it is run with: several for several seeds.
+    """A task with the prompts that it is run with: several for several seeds."""
 
-    Args:
-        target ([`Target`]): names the results.
-        task (`Task`): lmms-eval's task.
-        messages (`list[Callable | None]`): makes the messages of (document, row); None is the task's own way.
-        shots (`int`, *optional*): None where it is no few-shot run.
-        seeds (`Sequence[int]`, *optional*): of the prompts.
-    """
-
-    target: Target
-    task: Any
-    messages: list[Messages | None]
-    shots: int | None = None
-    seeds: Sequence[int] = ()
+    target: Target  # names the results
+    task: Any  # lmms-eval's task
+    messages: list[Messages | None]  # makes the messages of (document, row); None is the task's own way
+    shots: int | None = None  # None where it is no few-shot run
+    seeds: Sequence[int] = ()  # of the prompts
 
 
 def few_shot_target(name: str) -> Target:
@@ -104,11 +85,7 @@ def few_shot_target(name: str) -> Target:
 def few_shot_runs(
     loaded: Sequence[tuple[Target, Any]], few_shot: FewShot, model: PreTrainedModel, processor: ProcessorMixin
 ) -> list[Run]:
-    """The runs of an evaluation.
-
-    Raises:
-        ValueError: for a task that has no such split.
-    """
+    """The runs of an evaluation."""
     tokenizer = processor.tokenizer
     separator = few_shot.separator_of(processor)
     ends = model.generation_config.eos_token_id
@@ -141,11 +118,7 @@ def _shot_target(target: Target, shots: int) -> Target:
 
 
 def demonstration_rows(task: Any, split: str | None = None) -> Any:
-    """The rows that demonstrations are drawn from.
-
-    Raises:
-        ValueError: if the task names no training split, or there is no such split.
-    """
+    """The rows that demonstrations are drawn from."""
     config = task.config
     other = (config.metadata if isinstance(config.metadata, dict) else {}).get("demonstrations", {})
     own = [config.training_split, config.fewshot_split]

@@ -31,16 +31,7 @@ PASSED = (
 
 
 def load_model(name: str, device: str | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Load a model in evaluation mode and its processor, without any code of the checkpoint.
-
-    Args:
-        name (`str`): hub id or folder, or the `output_dir` of a training.
-        device (`str`, *optional*): as `"cuda:1"` or `"cpu"`, or `"auto"` for all there are; the process's own where
-            not given. On a CPU the weights are fp32, elsewhere of the checkpoint's own type.
-
-    Raises:
-        ValueError: if it cannot be loaded, or has no processor.
-    """
+    """A model for evaluation and its processor, without code of the checkpoint; fp32 on a CPU, else its own type."""
     name = model_folder(name)
     placed = torch.device(device) if device not in (None, "auto") else PartialState().device
     options = {"dtype": torch.float32 if placed.type == "cpu" else "auto"}

@@ -25,31 +25,18 @@ JUDGE_PATTERN = re.compile(r"llm_judge|API_KEY|API_TYPE|openai", re.IGNORECASE)
 
 
 class Target(NamedTuple):
-    """What runs for a name that the user gave.
-
-    Args:
-        name (`str`): the name.
-        task (`str`): lmms-eval's or our task.
-        main_metric (`str`, *optional*): the task's first where it is None.
-        percent (`float`, *optional*): what makes the task's metrics percentages; found from the samples where None.
-        rule (`str`): how it is scored, one sentence.
-        benchmark (`Benchmark`, *optional*): where the name is one of the eight.
-    """
+    """What runs for a name that the user gave."""
 
     name: str
-    task: str
-    main_metric: str | None
-    percent: float | None
-    rule: str
-    benchmark: Benchmark | None
+    task: str  # lmms-eval's or our task
+    main_metric: str | None  # the task's first where it is None
+    percent: float | None  # what makes the task's metrics percentages; found from the samples where None
+    rule: str  # how it is scored, one sentence
+    benchmark: Benchmark | None  # where the name is one of the eight
 
 
 def find_target(name: str, rules: str = "standard", judge: bool = False) -> Target:
-    """Which task a name means.
-
-    Raises:
-        ValueError: for other rules, or a task that has no paper's rules.
-    """
+    """Which task a name means."""
     if rules not in RULES:
         raise ValueError(f"--rules {rules}: it is one of {', '.join(RULES)}")
     benchmark = BENCHMARKS.get(name)
@@ -66,11 +53,7 @@ def find_target(name: str, rules: str = "standard", judge: bool = False) -> Targ
 
 
 def require_judge_key() -> None:
-    """Refuse a judge that could not be asked.
-
-    Raises:
-        ValueError: naming the environment variable that is not set.
-    """
+    """Refuse a judge that could not be asked."""
     api = os.environ.get("API_TYPE", "openai").lower()
     key = JUDGE_KEYS.get(api.removeprefix("async_"))
     if key is not None and not os.environ.get(key):
@@ -78,11 +61,7 @@ def require_judge_key() -> None:
 
 
 def import_harness() -> Any:
-    """lmms-eval's evaluator, without its log messages.
-
-    Raises:
-        ValueError: if lmms-eval is not installed.
-    """
+    """lmms-eval's evaluator, without its log messages."""
     try:
         from loguru import logger
 
@@ -94,11 +73,7 @@ def import_harness() -> Any:
 
 
 def make_task_manager(tasks: Sequence[str], folders: Sequence[Path] = ()) -> Any:
-    """An index of tasks that has the given ones; lmms-eval's own 2,000 files are read only if they are needed.
-
-    Raises:
-        ValueError: if lmms-eval is not installed, for a folder that does not exist or a name that no file has.
-    """
+    """An index of tasks that has the given ones; lmms-eval's own 2,000 files are read only if they are needed."""
     import_harness()
     from lmms_eval.tasks import TaskManager
 

@@ -16,17 +16,11 @@ TOLERANCE = 1e-4
 
 
 class Interval(NamedTuple):
-    """A 95 % confidence interval.
+    """A 95 % confidence interval."""
 
-    Attributes:
-        low (`float`): lower end, in the score's own unit.
-        high (`float`): upper end.
-        method (`str`): `"Wilson"`, `"bootstrap"` or `"normal"`.
-    """
-
-    low: float
+    low: float  # lower end, in the score's own unit
     high: float
-    method: str
+    method: str  # `"Wilson"`, `"bootstrap"` or `"normal"`
 
 
 def confidence_interval(value: float, scores: np.ndarray, stderr: float | None = None) -> Interval | None:

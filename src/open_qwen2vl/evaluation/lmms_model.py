@@ -115,11 +115,7 @@ class TransformersModel(lmms):
         return [GenerationResult(text=text) for text in self._answer_all(requests, batches, self._generate)]
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Losses of given answers; those of one document share its context's KV cache.
-
-        Raises:
-            ValueError: for requests without a document, which mutual information asks for.
-        """
+        """Losses of given answers; those of one document share its context's KV cache."""
         for request in requests:
             if len(request.args) < 6:
                 raise ValueError(f"{request.task_name}: acc_mutual_info is not supported")

@@ -27,17 +27,11 @@ _RAW_TEMPLATE = (
 
 
 class Prompt(NamedTuple):
-    """A prompt.
+    """A prompt."""
 
-    Args:
-        text (`str`): all of it as it is shown, with one placeholder for each image.
-        messages (`list[dict]`): what it is made of, in transformers' form.
-        images (`list[PIL.Image.Image]`): in reading order.
-    """
-
-    text: str
-    messages: list[dict[str, Any]]
-    images: list[Image.Image]
+    text: str  # all of it as it is shown, with one placeholder for each image
+    messages: list[dict[str, Any]]  # what it is made of, in transformers' form
+    images: list[Image.Image]  # in reading order
 
     @property
     def shown(self) -> "ShownPrompt":
@@ -56,17 +50,7 @@ class ShownPrompt(NamedTuple):
 
 
 class PromptBuilder:
-    """Turns messages into prompts and prompts into model inputs.
-
-    Args:
-        processor (`ProcessorMixin`): of any image-text-to-text model.
-        style (`str`, *optional*, defaults to `"chat"`): `"chat"` or `"raw"`.
-        image_seq_length (`int`, *optional*): tokens per image, for processors that take it; theirs where not given.
-        separator (`str`, *optional*): what a [`SEPARATOR`] part of a raw prompt is.
-
-    Raises:
-        ValueError: for an unknown style, a processor without a chat template, or one that takes no `image_seq_length`.
-    """
+    """Turns messages into prompts and prompts into model inputs."""
 
     def __init__(
         self,
@@ -90,9 +74,6 @@ class PromptBuilder:
 
         Content is text or a list of `{"type": "text", "text"}`, `{"type": "image", "url" or "image": image or path}`
         and [`SEPARATOR`].
-
-        Raises:
-            ValueError: for other content.
         """
         turns = [{"role": message["role"], "content": _parts(message["content"])} for message in messages]
         if self.style == "raw":

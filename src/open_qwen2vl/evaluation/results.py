@@ -47,11 +47,7 @@ SAMPLES_SCHEMA = pa.schema(
 
 
 class TaskResult:
-    """Scores and samples of one task that ran.
-
-    Raises:
-        ValueError: if the task gave no value for its main metric.
-    """
+    """Scores and samples of one task that ran."""
 
     def __init__(self, target: Target, task: Any, raw: dict[str, Any], prompts: dict[tuple[str, int], ShownPrompt]):
         self.target, self.task, self.raw = target, task, raw

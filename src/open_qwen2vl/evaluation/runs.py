@@ -42,12 +42,7 @@ def run_targets(
     rules: str = "standard",
     few_shot: FewShot | None = None,
 ) -> dict[str, Any]:
-    """Run targets with any model of lmms-eval and write the results.
-
-    Raises:
-        ValueError: if a task would ask a judge that is not allowed, or has nothing to draw demonstrations from.
-        TasksFailed: after all ran, naming those that failed.
-    """
+    """Run targets with any model of lmms-eval, write the results, and at the end name those that failed."""
     begin = time.perf_counter()
     if output is not None and PartialState().is_main_process:
         folder = output / "samples"

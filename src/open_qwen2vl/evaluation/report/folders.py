@@ -23,17 +23,11 @@ LARGEST_IMAGE = 2**21  # bytes; evaluate writes thumbnails
 
 
 class Evaluation(NamedTuple):
-    """One folder.
+    """One folder."""
 
-    Attributes:
-        label (`str`): the model's name, with the folder where two have the same name.
-        folder (`Path`): where it lies.
-        results (`dict`): content of `results.json`, with numbers that are no finite ones as None.
-    """
-
-    label: str
+    label: str  # the model's name, with the folder where two have the same name
     folder: Path
-    results: dict[str, Any]
+    results: dict[str, Any]  # content of `results.json`, with numbers that are no finite ones as None
 
     def read_samples(self, task: str) -> pa.Table | None:
         """Samples of a task without their images, in the order of the file; `None` where the folder has none."""
@@ -74,11 +68,7 @@ class Evaluation(NamedTuple):
 
 
 def load_evaluations(folders: Sequence[str | Path]) -> list[Evaluation]:
-    """Read the results of several folders, in the given order, each with a label of its own.
-
-    Raises:
-        ValueError: if none is given, one is given twice, has no `results.json`, or has one of another form.
-    """
+    """Read the results of several folders, in the given order, each with a label of its own."""
     paths = [Path(folder) for folder in folders]
     if not paths:
         raise ValueError("no results: name at least one folder written by open-qwen2vl evaluate")

@@ -25,33 +25,20 @@ Key = tuple[str, int]  # sample_id and, where a file has it several times (as fo
 
 
 class TaskSamples(NamedTuple):
-    """What is shown of a task.
-
-    Attributes:
-        task (`str`): its name.
-        total (`int`): samples that any model has.
-        disagreements (`int`): those that two models did not score alike.
-        samples (`list[dict]`): the chosen ones, as the page's script reads them.
-    """
+    """What is shown of a task."""
 
     task: str
-    total: int
-    disagreements: int
-    samples: list[dict[str, Any]]
+    total: int  # samples that any model has
+    disagreements: int  # those that two models did not score alike
+    samples: list[dict[str, Any]]  # the chosen ones, as the page's script reads them
 
 
 class PromptFrame(NamedTuple):
-    """What all prompts of a task begin and end with: the chat template, and what the task asks every time.
+    """What all prompts of a task begin and end with: the chat template, and what the task asks every time."""
 
-    Attributes:
-        lines_before (`int`): lines that all prompts begin with.
-        lines_after (`int`): lines that all end with.
-        mark (`str`): what the line before those ends with in all prompts, as the template's end of a turn.
-    """
-
-    lines_before: int
-    lines_after: int
-    mark: str
+    lines_before: int  # lines that all prompts begin with
+    lines_after: int  # lines that all end with
+    mark: str  # what the line before those ends with in all prompts, as the template's end of a turn
 
     @classmethod
     def of(cls, prompts: Sequence[str | None]) -> "PromptFrame":

@@ -11,43 +11,25 @@ from .folders import Evaluation, is_number, sample_scores
 
 
 class Cell(NamedTuple):
-    """One score of one model.
-
-    Attributes:
-        value (`float`): the score.
-        interval ([`Interval`], *optional*): where one is known.
-        num_samples (`int`): questions behind it.
-    """
+    """One score of one model."""
 
     value: float
-    interval: Interval | None
-    num_samples: int
+    interval: Interval | None  # where one is known
+    num_samples: int  # questions behind it
 
 
 class Row(NamedTuple):
-    """One task under one rule.
-
-    Attributes:
-        task (`str`): its name.
-        metric (`str`): the main metric.
-        higher_is_better (`bool`): of the metric.
-        rule (`str`): one sentence on how an answer is scored.
-        shots (`int`): demonstrations in the prompt.
-        cells (`list[Cell | None]`): one for each model, `None` where it was not evaluated on this.
-        categories (`list[tuple[str, list[Cell | None]]]`): the same by category, in the order of the results.
-        paper (`dict[str, float]`): the paper's scores by the name of the model; empty for tasks that it lacks.
-        paper_rule (`str`): how the paper scored; empty for tasks that it lacks.
-    """
+    """One task under one rule."""
 
     task: str
-    metric: str
+    metric: str  # the main metric
     higher_is_better: bool
-    rule: str
-    shots: int
-    cells: list[Cell | None]
-    categories: list[tuple[str, list[Cell | None]]]
-    paper: dict[str, float]
-    paper_rule: str
+    rule: str  # one sentence on how an answer is scored
+    shots: int  # demonstrations in the prompt
+    cells: list[Cell | None]  # one for each model, `None` where it was not evaluated on this
+    categories: list[tuple[str, list[Cell | None]]]  # the same by category, in the order of the results
+    paper: dict[str, float]  # the paper's scores by the name of the model; empty for tasks that it lacks
+    paper_rule: str  # how the paper scored; empty for tasks that it lacks
 
     @property
     def in_percent(self) -> bool:
