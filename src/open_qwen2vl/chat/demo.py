@@ -43,20 +43,7 @@ def serve_demo(
     max_new_tokens: int = 512,
     examples: str | None = None,
 ) -> None:
-    """Serve the page until the process is interrupted.
-
-    Args:
-        model (`str`): hub id or folder of a model with its processor, or the `output_dir` of a training.
-        host (`str`, *optional*, defaults to `"127.0.0.1"`): address to listen on, by default this machine's own.
-        port (`int`, *optional*, defaults to 7860): port to listen on.
-        image_seq_length (`int`, *optional*): tokens per image at the start; the processor's where not given.
-        max_new_tokens (`int`, *optional*, defaults to 512): longest answer at the start.
-        examples (`str`, *optional*): folder of images to offer; `NAME.txt` beside `NAME.jpg` has the question.
-
-    Raises:
-        ValueError: if an option is out of its range, the model cannot be loaded or the folder has no image.
-        OSError: if the port is taken.
-    """
+    """Serve the page until the process is interrupted. `NAME.txt` in `examples` has the question on `NAME.jpg`."""
     generation_options(max_new_tokens, 0.0)
     offered = find_examples(examples) if examples else []
     loaded, processor = load_model(model, image_seq_length)

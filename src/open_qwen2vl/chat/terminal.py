@@ -30,18 +30,7 @@ def chat(
     max_new_tokens: int = 512,
     temperature: float = 0.0,
 ) -> None:
-    """Read messages from standard input and print the model's answers, until the input ends.
-
-    Args:
-        model (`str`): hub id or folder of a model with its processor, or the `output_dir` of a training.
-        images (`list[str]`, *optional*): image files of the first message.
-        image_seq_length (`int`, *optional*): tokens per image; the processor's where not given.
-        max_new_tokens (`int`, *optional*, defaults to 512): longest answer.
-        temperature (`float`, *optional*, defaults to 0.0): of sampling; 0 takes the likeliest token each time.
-
-    Raises:
-        ValueError: if an option is out of its range, or the model cannot be loaded.
-    """
+    """Read messages from standard input and print the model's answers, until the input ends."""
     options = generation_options(max_new_tokens, temperature)
     first = [(file, _read_image(file)) for file in images or []]
     conversation = Conversation(*load_model(model, image_seq_length), image_seq_length, options)
@@ -91,10 +80,7 @@ class Conversation:
         """Send a message with the waiting images and yield pieces of the answer.
 
         What was yielded is remembered, also of an answer that is cut short, as by another thread that sets `stop`.
-
-        Raises:
-            ValueError: if the conversation and the longest answer exceed the model's positions. Message and images
-                then count as not sent.
+        Where the longest answer would exceed the model's positions, nothing counts as sent (ValueError).
         """
         messages = [*self.messages, *user_turn(self.waiting, text)]
         inputs = encode_messages(self.processor, [messages], self.processor_kwargs).to(self.model.device)
