@@ -40,23 +40,14 @@ _MAX_NAMES = 20
 
 @dataclass
 class ConversionReport:
-    """What a conversion wrote; its text is what the command prints.
-
-    Args:
-        output (`Path`): the new folder.
-        vision_weights (`str`): where the vision tower came from.
-        image_seq_length (`int`): tokens per image.
-        num_tensors (`int`): tensors written.
-        num_parameters (`int`): their elements.
-        unused (`list[str]`): tensors of the sources that the model has no place for.
-    """
+    """What a conversion wrote; its text is what the command prints."""
 
     output: Path
-    vision_weights: str
-    image_seq_length: int
-    num_tensors: int
-    num_parameters: int
-    unused: list[str]
+    vision_weights: str  # where the vision tower came from
+    image_seq_length: int  # tokens per image
+    num_tensors: int  # tensors written
+    num_parameters: int  # their elements
+    unused: list[str]  # tensors of the sources that the model has no place for
 
     def __str__(self) -> str:
         """One line a fact."""

@@ -30,19 +30,7 @@ _PROJECTOR = {"mlp_projector.0": "linear_1", "mlp_projector.2": "linear_2"}
 def convert_original_tensors(
     tensors: dict[str, dict[str, torch.Tensor]], config: OpenQwen2VLConfig
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Rename the original's tensors to this model's.
-
-    Args:
-        tensors (`dict[str, dict[str, torch.Tensor]]`): the checkpoint's `"model"` entry.
-        config (`OpenQwen2VLConfig`): configuration of the model that will take them.
-
-    Returns:
-        `tuple[dict[str, torch.Tensor], list[str]]`: the state dict, and the names of tensors that this model has no
-        place for.
-
-    Raises:
-        ValueError: for a part or a tensor of an unknown name.
-    """
+    """The state dict of a checkpoint's `"model"` entry, and the names of tensors that this model has no place for."""
     convert = {"vision_backbone": _vision, "projector": _projector, "llm_backbone": _language}
     state, unused = {}, []
     for part, entries in tensors.items():
@@ -59,17 +47,10 @@ def convert_original_tensors(
 def restore_original_tensors(
     state: dict[str, torch.Tensor], config: OpenQwen2VLConfig, vision_backbone: dict[str, torch.Tensor] | None = None
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """The other way: this model's tensors under the original's names.
+    """The other way: this model's tensors under the original's names, a checkpoint's `"model"` entry.
 
-    Args:
-        state (`dict[str, torch.Tensor]`): the model's state dict, with or without a tied `lm_head.weight`.
-        config (`OpenQwen2VLConfig`): the model's configuration.
-        vision_backbone (`dict[str, torch.Tensor]`, *optional*): a whole backbone under the original's names. It gives
-            what this model does not hold (last block, final norm, pooling head); the rest is the model's own.
-
-    Returns:
-        `dict[str, dict[str, torch.Tensor]]`: the checkpoint's `"model"` entry, with a `vision_backbone` only where
-        one was given: the original cannot load a part of it.
+    A whole `vision_backbone` gives what this model does not hold (last block, final norm, pooling head); without one
+    there is none in the entry: the original cannot load a part of it.
     """
     projector, language = "model.multi_modal_projector.", "model.language_model."
     parts = {
@@ -117,17 +98,7 @@ def _restore_vision(state, config: OpenQwen2VLConfig, vision_backbone) -> dict[s
 
 
 def read_token_budget(arch_specifier: str) -> int:
-    """Tokens per image of an original checkpoint.
-
-    Args:
-        arch_specifier (`str`): from its `config.json`, as `no-align+avgpool` or `full-align+729-avgpool`.
-
-    Returns:
-        `int`: the number before `-avgpool`; 144 where there is none.
-
-    Raises:
-        ValueError: for another kind of projector.
-    """
+    """Tokens per image by `no-align+avgpool` (144) or `full-align+729-avgpool` of an original checkpoint's config."""
     match = re.fullmatch(r"[\w-]+\+(?:(\d+)-)?avgpool", arch_specifier)
     if match is None:
         raise ValueError(f"arch_specifier {arch_specifier!r} is not of the form STAGE+avgpool or STAGE+TOKENS-avgpool")
@@ -141,18 +112,7 @@ def write_arch_specifier(image_seq_length: int) -> str:
 
 
 def read_vision_config(vision_backbone: dict[str, torch.Tensor], num_attention_heads: int | None = None) -> dict:
-    """Sizes of a timm SigLIP tower from its tensors; the original's config has none.
-
-    Args:
-        vision_backbone (`dict[str, torch.Tensor]`): tensors under the original's names (`featurizer...`).
-        num_attention_heads (`int`, *optional*): known by width for timm's ViTs; the shapes do not tell.
-
-    Returns:
-        `dict`: arguments of a `SiglipVisionConfig`, with the exact GELU that timm computes.
-
-    Raises:
-        ValueError: if a tensor that gives a size is missing, the patches make no square, or the heads are unknown.
-    """
+    """Arguments of a `SiglipVisionConfig` from the tensors (`featurizer...`); heads by width, shapes do not tell."""
     try:
         patch = vision_backbone["featurizer.patch_embed.proj.weight"].shape[-1]
         patches, width = vision_backbone["featurizer.pos_embed"].shape[-2:]

@@ -16,17 +16,10 @@ _HUB_FILES = ("model.safetensors", "open_clip_model.safetensors", "open_clip_pyt
 
 
 def load_vision_weights(source: str) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Tensors of a SigLIP vision tower under the original's names.
+    """Tensors of a SigLIP vision tower under the original's names, and the names of others in the file.
 
-    Args:
-        source (`str`): a safetensors or .pt file (timm's names, open_clip's, or a checkpoint of the original), a hub
-            id (`hf-hub:OWNER/NAME` or `OWNER/NAME`), or a timm id (`vit_so400m_patch14_siglip_384`).
-
-    Returns:
-        `tuple[dict[str, torch.Tensor], list[str]]`: the tensors, and names of others in the file.
-
-    Raises:
-        ValueError: if the file or id cannot be found, or holds no vision tower.
+    From a safetensors or .pt file (timm's names, open_clip's, or a checkpoint of the original), a hub id
+    (`hf-hub:OWNER/NAME` or `OWNER/NAME`), or a timm id (`vit_so400m_patch14_siglip_384`).
     """
     path = Path(source) if Path(source).exists() else _download(source)
     tensors = load_safetensors(path) if path.suffix == ".safetensors" else load_pt(path)
