@@ -23,17 +23,11 @@ UNREAD = ("reasoning_content", "reasoning", "thinking", "tools", "functions")  #
 
 
 class Conversation(NamedTuple):
-    """The normal form.
+    """The normal form."""
 
-    Attributes:
-        messages (`list[dict]`): `role` (system, user or assistant) and `content`, a list of parts; an answer that is
-            not to be learned has `train`, False.
-        images (`list`): what each image part stands for, as the record has it: a path, or a dict of `bytes` and
-            `path`.
-    """
-
+    # `role` (system, user or assistant), `content`, a list of parts, and `train`, False of an answer not to be learned
     messages: list[dict[str, Any]]
-    images: list[Any]
+    images: list[Any]  # what each image part stands for, as the record has it: a path, or a dict of `bytes` and `path`
 
 
 def read_conversation(record: Any) -> Conversation:
@@ -81,14 +75,7 @@ def read_conversation(record: Any) -> Conversation:
 
 
 def join_texts(parts: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Content without empty texts and with neighbouring texts as one.
-
-    Args:
-        parts (`Iterable[dict]`): parts of type image or text.
-
-    Returns:
-        `list[dict]`: a new list.
-    """
+    """Content without empty texts and with neighbouring texts as one."""
     joined: list[dict[str, Any]] = []
     for part in parts:
         if part["type"] == "text" and joined and joined[-1]["type"] == "text":

@@ -47,21 +47,11 @@ _TURNS = {
 
 
 def decode_image(data: bytes, min_size: tuple[int, int] | None = None) -> Image.Image:
-    """Decode an image file to an upright RGB image, as [`to_rgb`] does.
+    """An upright RGB image of a file's content, as [`to_rgb`] makes it.
 
-    Args:
-        data (`bytes`): the file's content, of one of `FORMATS`.
-        min_size (`tuple[int, int]`, *optional*): width and height to which the image will be resized. A JPEG then is
-            decoded at 1/2, 1/4 or 1/8 of its size where both sides stay at least `DRAFT_MARGIN` times as large: much
-            faster for photographs, and after resizing equal but for about half a grey level of 256 on average. Other
-            formats are reduced likewise above `LARGE_PIXELS` pixels.
-
-    Returns:
-        `PIL.Image.Image`: mode RGB.
-
-    Raises:
-        SampleError: `corrupt_image` for a file that is truncated or no image, `image_too_large` for one that would
-            take too much memory or time, which is refused from its header.
+    With `min_size`, the width and height to be resized to, a JPEG is decoded at 1/2, 1/4 or 1/8 where both sides stay
+    `DRAFT_MARGIN` times as large: much faster, and after resizing equal but for about half a grey level of 256. Other
+    formats are reduced likewise above `LARGE_PIXELS`. SampleError: `corrupt_image`, `image_too_large` (its header).
     """
     with _opened(data) as image:
         _check_cost(image, data)
@@ -87,12 +77,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     The EXIF orientation is applied and an alpha channel dropped, as training does it. Grey of more than 8 bits is
     scaled by the number of bits that its largest value needs, out of 8, 12 and 16 (or as many as it needs above);
     floats from 0 to 1 by 255.
-
-    Args:
-        image (`PIL.Image.Image`): of any mode.
-
-    Returns:
-        `PIL.Image.Image`: mode RGB; the image itself where nothing is to be done.
     """
     pixels = _upright(image)
     if pixels is image and image.info.get("transparency") is not None:
@@ -103,17 +87,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def array_to_rgb(array: Any) -> Image.Image:
-    """An RGB image of an array, with [`to_rgb`]'s rules for depth, floats and alpha.
+    """An RGB image of an array by [`to_rgb`]'s rules.
 
-    Args:
-        array (`np.ndarray` or `torch.Tensor`): shape `(height, width)`, `(channels, height, width)` or
-            `(height, width, channels)` with 1, 3 or 4 channels; bool, integer or float.
-
-    Returns:
-        `PIL.Image.Image`: mode RGB.
-
-    Raises:
-        ValueError: for another shape or dtype.
+    Shape `(height, width)`, `(channels, height, width)` or `(height, width, channels)` with 1, 3 or 4 channels.
     """
     values = np.asarray(array.detach().cpu() if hasattr(array, "detach") else array)
     if values.ndim == 3 and values.shape[0] in (1, 3, 4):

@@ -202,16 +202,7 @@ class OpenQwen2VLProcessor(ProcessorMixin):
         return super().prepare_inputs_layout(images=images if _any_image(images) else None, **kwargs)
 
     def validate_inputs(self, images: ImageInput | None = None, text: list[str] | None = None, **kwargs) -> None:
-        """Refuse a prompt whose placeholders and images differ in number, also where the totals agree.
-
-        Args:
-            images (`ImageInput`, *optional*): images, flat or one list per prompt.
-            text (`list[str]`, *optional*): prompts.
-            **kwargs: videos and audio, of which there are none.
-
-        Raises:
-            ValueError: with both numbers.
-        """
+        """Refuse a prompt whose placeholders and images differ in number, also where the totals agree."""
         super().validate_inputs(images=images, text=text, **kwargs)
         nested = isinstance(images, list) and all(isinstance(own, list | tuple) for own in images)
         if not nested or text is None or len(images) != len(text):
@@ -239,14 +230,7 @@ class OpenQwen2VLProcessor(ProcessorMixin):
         )
 
     def resize_images(self, images: list[Image.Image]) -> torch.Tensor:
-        """The transform without its normalisation, which the model does on its own device.
-
-        Args:
-            images (`list[PIL.Image.Image]`): RGB images of any size; may be empty.
-
-        Returns:
-            `torch.Tensor` of shape `(images, 3, height, width)`, uint8.
-        """
+        """uint8 `(images, 3, height, width)`: the transform but for the normalisation, which the model does."""
         size = self.image_processor.size
         # What the image processor does, without its way to arrays and back before it: the same pixels, sooner.
         resample = Image.Resampling(self.image_processor.resample)
@@ -256,19 +240,10 @@ class OpenQwen2VLProcessor(ProcessorMixin):
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
     def read_image(self, data: bytes) -> torch.Tensor:
-        """One image file as training reads it: what `resize_images` gives of it, in about half the time.
+        """One image file as training reads it, `(1, 3, height, width)`: as `resize_images`, in about half the time.
 
         Torch's integer kernel makes images smaller, after which one pixel in 500 is a grey level off; for what
         decoding large JPEGs at a fraction changes see `decode_image` in images.py.
-
-        Args:
-            data (`bytes`): content of a JPEG, PNG or WebP file.
-
-        Returns:
-            `torch.Tensor` of shape `(1, 3, height, width)`, uint8.
-
-        Raises:
-            SampleError: for a file that cannot be used.
         """
         height, width = self.image_processor.size["height"], self.image_processor.size["width"]
         image = decode_image(data, min_size=(width, height))

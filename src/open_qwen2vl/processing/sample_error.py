@@ -2,11 +2,7 @@
 
 
 class SampleError(ValueError):
-    """A sample, or part of one, that cannot be used.
-
-    Attributes:
-        reason (`str`): the name it is counted under, for example `"corrupt_image"`.
-    """
+    """A sample, or part of one, that cannot be used; `reason`, as `corrupt_image`, is what it is counted under."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(detail)

@@ -28,21 +28,13 @@ MAX_INTERLEAVED_IMAGES = 9
 
 @dataclass(frozen=True)
 class TextFormat:
-    """What stands around texts and media in a document that is no conversation.
+    """What stands around texts and media in a document that is no conversation."""
 
-    Attributes:
-        document_start (`tuple[int, ...]`): ids before the first entry.
-        document_end (`tuple[int, ...]`): ids behind the last entry.
-        after_media (`str`): text behind each image or video, tokenised with the text that follows it.
-        text_end (`tuple[int, ...]`): ids behind each text of a document with two or more media.
-        renames (`tuple[tuple[str, str], ...]`): literal strings of data's texts and what they become.
-    """
-
-    document_start: tuple[int, ...]
-    document_end: tuple[int, ...]
-    after_media: str = ""
-    text_end: tuple[int, ...] = ()
-    renames: tuple[tuple[str, str], ...] = ()
+    document_start: tuple[int, ...]  # ids before the first entry
+    document_end: tuple[int, ...]  # ids behind the last entry
+    after_media: str = ""  # text behind each image or video, tokenised with the text that follows it
+    text_end: tuple[int, ...] = ()  # ids behind each text of a document with two or more media
+    renames: tuple[tuple[str, str], ...] = ()  # literal strings of data's texts and what they become
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -50,15 +42,6 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
 
     `<s>` becomes the beginning of a document; in Qwen2.5's vocabulary it exists (id 128245). `<|endofchunk|>` is
     added (id 151665). Neither makes the embedding matrix grow: it has 151,936 rows.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): changed in place.
-
-    Returns:
-        `PreTrainedTokenizerBase`: the same tokenizer.
-
-    Raises:
-        ValueError: if it has no `<|im_end|>` or no `<|image_pad|>`.
     """
     vocabulary = tokenizer.get_vocab()
     for token in (EOS_TOKEN, IMAGE_TOKEN):
