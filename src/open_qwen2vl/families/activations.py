@@ -19,20 +19,12 @@ Run = Callable[[int, int], tuple[nn.Module, Callable[[], object]]]
 
 @dataclass(frozen=True)
 class Kept:
-    """What autograd keeps of a stack of equal blocks.
+    """What autograd keeps of a stack of equal blocks."""
 
-    Attributes:
-        block (`float`): bytes of a block for each position, patch or image.
-        rest (`float`): bytes outside of the blocks, likewise.
-        copies (`float`): bytes of a block's weights in the type that it computes in, whatever the batch.
-        entrance (`float`): bytes that enter a block, for each position, patch or image.
-        blocks (`int`): number of blocks.
-    """
-
-    block: float
-    rest: float
-    copies: float
-    entrance: float
+    block: float  # bytes of a block for each position, patch or image
+    rest: float  # bytes outside of the blocks, likewise
+    copies: float  # bytes of a block's weights in the type that it computes in, whatever the batch
+    entrance: float  # bytes that enter a block, for each position, patch or image
     blocks: int
 
     def bytes(self, units: int, checkpoint_every: int = 0) -> float:

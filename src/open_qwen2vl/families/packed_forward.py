@@ -28,14 +28,9 @@ _OWN_OPTIONS = ("label_positions", "skip_logits", "return_row_losses")
 
 @dataclass
 class PackedOutput(CausalLMOutputWithPast):
-    """Output of a packed forward: transformers' own, with the losses of each row where they are asked for.
+    """Output of a packed forward: transformers' own, with the losses of each row where they are asked for."""
 
-    Attributes:
-        row_losses (`torch.FloatTensor` of shape `(packs,)`, *optional*): sum of the losses of each row's labels,
-            detached.
-    """
-
-    row_losses: torch.FloatTensor | None = None
+    row_losses: torch.FloatTensor | None = None  # sum of the losses of each row's labels, detached
 
 
 class PackedForward:

@@ -14,18 +14,13 @@ AfterVideo = Literal["space", "time"]
 
 
 class VideoRule(NamedTuple):
-    """How a checkpoint numbers videos; images do not depend on it.
+    """How a checkpoint numbers videos; images do not depend on it."""
 
-    Attributes:
-        after (`str`): text behind a video goes on after the largest of its rows and columns (`"space"`, transformers
-            5) or of its frames too (`"time"`, the paper and older code).
-        tokens_per_second (`float | None`): Qwen2.5-VL's times are seconds times this; None counts frames.
-        frames_apart (`bool`): Qwen3-VL's frames are images of their own, between time stamps.
-    """
-
+    # what text behind a video counts on from: the largest of its rows and columns (`"space"`, transformers 5), or of
+    # its frames too (`"time"`, the paper and older code)
     after: AfterVideo = "space"
-    tokens_per_second: float | None = None
-    frames_apart: bool = False
+    tokens_per_second: float | None = None  # Qwen2.5-VL's times are seconds times this; None counts frames
+    frames_apart: bool = False  # Qwen3-VL's frames are images of their own, between time stamps
 
 
 def mrope_positions(

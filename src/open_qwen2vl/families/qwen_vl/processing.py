@@ -36,16 +36,8 @@ _PROBES = [
 class QwenVLDocuments:
     """Lays out documents for Qwen2-VL, Qwen2.5-VL and Qwen3-VL; see [`DocumentProcessor`] for its methods.
 
-    Args:
-        processor (`Qwen2VLProcessor`, `Qwen2_5_VLProcessor` or `Qwen3VLProcessor`): as `AutoProcessor` loads it.
-        chat_template (`str`, *optional*): name of one of its chat templates.
-        min_pixels (`int`, *optional*): images are enlarged to it; the image processor's own limit where not given.
-        max_pixels (`int`, *optional*): images are reduced to it, likewise.
-        fixed_resolution (`int`, *optional*): side of the square that every image becomes, for ablations.
-
-    Raises:
-        ValueError: if the limits allow no image, the tokenizer lacks a control token, or the chat template is neither
-            Qwen's own nor has `{% generation %}` marks.
+    Images are brought between `min_pixels` and `max_pixels` (the image processor's own where not given), or all to a
+    square of side `fixed_resolution`, for ablations.
     """
 
     needs_sizes = True

@@ -9,24 +9,13 @@ from ...processing.sample_error import SampleError
 
 @dataclass(frozen=True)
 class ImageSizes:
-    """The sizes that a checkpoint's image processor, or a source's own budget, allows.
+    """The sizes that a checkpoint's image processor, or a source's own budget, allows."""
 
-    Attributes:
-        patch_size (`int`): pixels of a patch's side.
-        merge_size (`int`): patches of a token's side.
-        min_pixels (`int`): smaller images are enlarged to it.
-        max_pixels (`int`): larger images are reduced to it.
-        fixed_resolution (`int | None`): side of the square that every image becomes instead, for ablations.
-
-    Raises:
-        ValueError: for limits that no image can meet.
-    """
-
-    patch_size: int
-    merge_size: int
-    min_pixels: int
-    max_pixels: int
-    fixed_resolution: int | None = None
+    patch_size: int  # pixels of a patch's side
+    merge_size: int  # patches of a token's side
+    min_pixels: int  # smaller images are enlarged to it
+    max_pixels: int  # larger images are reduced to it
+    fixed_resolution: int | None = None  # side of the square that every image becomes instead, for ablations
 
     def __post_init__(self):
         area = self.factor**2
