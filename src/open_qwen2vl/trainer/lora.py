@@ -103,14 +103,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig | None = None) -> PeftMo
 
 
 def check_targets(model: PeftModel) -> None:
-    """Refuse an adapter on the wrong modules.
-
-    Args:
-        model (`peft.PeftModel`): with its adapter in place.
-
-    Raises:
-        ValueError: as [`add_lora`] says.
-    """
+    """Refuse an adapter on the wrong modules, as [`add_lora`] says."""
     adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     parts = packed_model(model.get_base_model().config).parts
     if not any(part_of(name, parts) == LANGUAGE_MODEL for name in adapted):
@@ -165,14 +158,7 @@ def merged_model(adapter: str | os.PathLike, **options) -> PreTrainedModel:
 
 
 def changes_anything(model: PeftModel) -> bool:
-    """Whether the active adapter's weights differ from those of an adapter that was never trained.
-
-    Args:
-        model (`peft.PeftModel`): with its adapter in place.
-
-    Returns:
-        `bool`: True if an update is not zero, or a module that is saved in full differs from the base model's.
-    """
+    """Whether the active adapter's weights differ from those of an adapter that was never trained."""
     name = model.active_adapter
     for module in model.modules():
         if isinstance(module, LoraLayer) and name in module.lora_B and module.lora_B[name].weight.any():

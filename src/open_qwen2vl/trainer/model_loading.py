@@ -52,9 +52,6 @@ def tokens_per_image(given: int | None, plans: dict[str, dict[str, Any]]) -> int
     """Tokens per image of the model that packs make, from their plans by path, in the order of training.
 
     The last plan's: where the number changes, training ends with it. None for families whose images differ in size.
-
-    Raises:
-        ValueError: for a given number that is not the plans'.
     """
     budgets = {path: plan.get("vision", plan).get("image_seq_length") for path, plan in plans.items()}
     path, last = list(budgets.items())[-1]

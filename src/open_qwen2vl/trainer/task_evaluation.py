@@ -25,11 +25,7 @@ SECONDS = "eval_tasks_seconds"
 
 
 class TaskEvaluation:
-    """Runs `eval_tasks` on a model.
-
-    Raises:
-        ValueError: for tasks that do not exist, a trainer without processor, or sharded weights.
-    """
+    """Runs `eval_tasks` on a model."""
 
     def __init__(self, args: PackedArguments, processor: Any, sharded: bool):
         self.args = args

@@ -19,11 +19,7 @@ NAMED = 3  # weights in a message
 def checkpoint_to_resume(
     asked: str | os.PathLike | bool | None, output_dir: str, record: dict[str, Any], model: nn.Module
 ) -> str | None:
-    """The checkpoint that was asked for, or for True the newest complete one in `output_dir`, if there is any.
-
-    Raises:
-        ValueError: if it is incomplete, was trained with other options or data, or is of another model.
-    """
+    """The checkpoint that was asked for, or for True the newest complete one in `output_dir`, if there is any."""
     if asked is True:
         asked = newest_complete_checkpoint(output_dir)
     if not asked:

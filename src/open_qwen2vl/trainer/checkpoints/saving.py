@@ -36,11 +36,7 @@ class Staging:
         wait: Callable[[], None],
         writer: bool,
     ) -> None:
-        """Let `save` on all ranks write `final`'s files elsewhere, and `finish` on the `writer` give them their name.
-
-        Raises:
-            CheckpointError: if it cannot be written; nothing of it is left.
-        """
+        """Let `save` on all ranks write `final` elsewhere, and `finish` on the `writer` name them, or leave none."""
         staged = final.parent / STAGING_NAME / final.name
         if writer:
             shutil.rmtree(staged.parent, ignore_errors=True)

@@ -20,22 +20,14 @@ class DataStopped(TrainingStopped):
 
 
 class DataWatch(TrainerCallback, ExportableState):
-    """Counts labels and lost documents; its state is in the checkpoint.
-
-    Attributes:
-        window (`list[list[int]]`): documents read and lost in each of the last steps, about [`WINDOW`] in all.
-        empty (`int`): steps without a label since the last with one.
-        learned (`bool`): whether any step had a label.
-        reasons (`dict[str, int]`): lost documents of the whole run.
-        places (`dict[str, str]`): where the first of each reason lies.
-    """
+    """Counts labels and lost documents; its state is in the checkpoint."""
 
     def __init__(self):
-        self.window: list[list[int]] = []
-        self.empty = 0
-        self.learned = False
-        self.reasons: dict[str, int] = {}
-        self.places: dict[str, str] = {}
+        self.window: list[list[int]] = []  # documents read and lost in each of the last steps, about WINDOW in all
+        self.empty = 0  # steps without a label since the last with one
+        self.learned = False  # whether any step had a label
+        self.reasons: dict[str, int] = {}  # lost documents of the whole run
+        self.places: dict[str, str] = {}  # where the first of each reason lies
 
     def state(self) -> dict[str, Any]:
         """What the checkpoint's `trainer_state.json` holds of this callback."""

@@ -9,17 +9,11 @@ from typing import NamedTuple
 
 
 class Gpu(NamedTuple):
-    """A kind of GPU.
+    """A kind of GPU."""
 
-    Attributes:
-        device_name (`str`): regular expression found in torch's device name.
-        peak_flops (`float`): dense bf16 FLOP/s with fp32 accumulation (NVIDIA's data sheets).
-        memory (`float`): GiB that torch can use (`total_memory`), a little less than the name says.
-    """
-
-    device_name: str
-    peak_flops: float
-    memory: float
+    device_name: str  # regular expression found in torch's device name
+    peak_flops: float  # dense bf16 FLOP/s with fp32 accumulation (NVIDIA's data sheets)
+    memory: float  # GiB that torch can use (`total_memory`), a little less than the name says
 
 
 # By the name that `open-qwen2vl estimate --gpu` takes; of two that fit a device name, the more special one first. Of

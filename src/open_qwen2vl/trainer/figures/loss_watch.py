@@ -28,12 +28,7 @@ class LossStopped(TrainingStopped):
 
 
 class LossWatch(TrainerCallback, ExportableState):
-    """The running average of the loss and the verdict on each step; its state is in the checkpoint.
-
-    Attributes:
-        average (`float`): running average of the steps' losses.
-        steps (`int`): steps in it.
-    """
+    """The running average of the loss and the verdict on each step; its state is in the checkpoint."""
 
     def __init__(self):
         self.average = 0.0

@@ -85,14 +85,7 @@ def _curves(points: Iterable[tuple[int, dict[str, float]]]) -> dict[str, tuple[l
 
 
 def smooth(losses: np.ndarray) -> np.ndarray:
-    """Exponential moving average over about a thirtieth of the run, without the bias of its start.
-
-    Args:
-        losses (`np.ndarray` of shape `(logs,)`): losses as logged.
-
-    Returns:
-        `np.ndarray` of shape `(logs,)`: smoothed losses.
-    """
+    """Exponential moving average over about a thirtieth of the run, without the bias of its start: `(logs,)`."""
     keep = 1 - 2 / (max(5, len(losses) / 30) + 1)
     averages, average, weight = [], 0.0, 0.0
     for loss in losses:

@@ -15,16 +15,11 @@ OPERATORS = 60  # rows of the table
 
 
 class ProfileCallback(TrainerCallback):
-    """Records some of a run's first steps into `output_dir/profile`; the run goes on as if nothing was.
+    """Records some of a run's first steps into `output_dir/profile`; the run is as without it.
 
     `trace-rank0.json.gz` is for https://ui.perfetto.dev or `chrome://tracing`, `operators.txt` lists the operators by
-    the time that they take themselves. A rerun writes both anew.
-
-    Args:
-        wait (`int`, *optional*, defaults to 2): optimizer steps to let pass, in which caches fill.
-        warmup (`int`, *optional*, defaults to 1): steps in which the profiler runs and nothing is kept.
-        active (`int`, *optional*, defaults to 3): steps to record.
-        all_ranks (`bool`, *optional*, defaults to `False`): record every rank and not rank 0 alone.
+    the time that they take themselves. A rerun writes both anew. `wait` steps let caches fill, `warmup` run
+    profiled, unkept, `active` are recorded.
     """
 
     def __init__(self, wait: int = 2, warmup: int = 1, active: int = 3, all_ranks: bool = False):

@@ -55,15 +55,7 @@ class ThroughputProgressCallback(ProgressCallback):
 
 
 def progress_figures(logs: dict[str, float]) -> str:
-    """One short line of a training log.
-
-    Args:
-        logs (`dict`): a log that [`PackedTrainer`] completed.
-
-    Returns:
-        `str`: loss, tokens/s, images/s, TFLOP/s, MFU where it is known, how much of the time is spent waiting for data
-        if that is worth a look, and dropped documents where there are any.
-    """
+    """One short line of a training log that [`PackedTrainer`] completed; what is not known is left out."""
     figures = [
         f"loss {logs['loss']:.4f}",
         f"{logs['tokens_per_second']:,.0f} tok/s",
@@ -80,14 +72,7 @@ def progress_figures(logs: dict[str, float]) -> str:
 
 
 def summary_lines(summary: dict[str, Any]) -> str:
-    """The block that ends a training.
-
-    Args:
-        summary (`dict`): of [`PackedTrainer.summary`].
-
-    Returns:
-        `str`: aligned lines of names and figures.
-    """
+    """The block that ends a training: aligned lines of [`PackedTrainer.summary`]."""
     rows = {
         "steps": f"{summary['steps']:,} ({summary['epochs']:.2f} epochs)",
         "documents": f"{summary['documents']:,}",

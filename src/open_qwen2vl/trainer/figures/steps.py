@@ -18,33 +18,20 @@ BY_SOURCE = ("labels", "tokens", "packs")
 
 @dataclass
 class Step:
-    """One optimizer step.
+    """One optimizer step."""
 
-    Attributes:
-        number (`int`): the global step that it led to.
-        loss (`float`): mean over the labels of all its packs, in nats per token.
-        grad_norm (`float`): before clipping.
-        stop_requested (`bool`): whether any rank was asked to leave.
-        counts (`dict[str, float]`): [`COUNTS`] of all ranks; `data_wait` in seconds, summed over ranks.
-        source_losses (`list[float]`): sum of the losses of each source's labels.
-        sources (`list[dict[str, int]]`): [`BY_SOURCE`] of each source.
-        rows (`list[dict[str, int]]`): the rows of this rank, as the collator describes them.
-        row_losses (`torch.Tensor` of shape `(rows,)`): sum of the losses of each of these rows' labels.
-        dropped (`Counter`): documents that could not be read, by reason.
-        places (`dict[str, str]`): where the first of each reason lies.
-    """
-
-    number: int
-    loss: float = 0.0
-    grad_norm: float = 0.0
-    stop_requested: bool = False
+    number: int  # the global step that it led to
+    loss: float = 0.0  # mean over the labels of all its packs, in nats per token
+    grad_norm: float = 0.0  # before clipping
+    stop_requested: bool = False  # whether any rank was asked to leave
+    # [`COUNTS`] of all ranks; `data_wait` in seconds, summed over ranks
     counts: dict[str, float] = field(default_factory=dict)
-    source_losses: list[float] = field(default_factory=list)
-    sources: list[dict[str, int]] = field(default_factory=list)
-    rows: list[dict[str, int]] = field(default_factory=list)
-    row_losses: torch.Tensor | None = None
-    dropped: Counter = field(default_factory=Counter)
-    places: dict[str, str] = field(default_factory=dict)
+    source_losses: list[float] = field(default_factory=list)  # sum of the losses of each source's labels
+    sources: list[dict[str, int]] = field(default_factory=list)  # [`BY_SOURCE`] of each source
+    rows: list[dict[str, int]] = field(default_factory=list)  # the rows of this rank, as the collator describes them
+    row_losses: torch.Tensor | None = None  # sum of the losses of each of these rows' labels
+    dropped: Counter = field(default_factory=Counter)  # documents that could not be read, by reason
+    places: dict[str, str] = field(default_factory=dict)  # where the first of each reason lies
 
     @property
     def labels(self) -> int:

@@ -11,13 +11,7 @@ from .throughput import ThroughputCallback, rates
 def training_summary(
     counters: ThroughputCallback, state: TrainerState, names: list[str], device: torch.device, world_size: int
 ) -> dict[str, Any]:
-    """What `PackedTrainer.summary` gives, but for the scores of tasks.
-
-    Returns:
-        `dict`: `steps`, `epochs`, `documents`, `images`, `tokens`, `positions`, `flops`, `train_seconds` (without
-        evaluation and checkpoints), the mean [`rates`], `devices`, `final_loss` (the last log's), `sources` (packs,
-        tokens, labels and share of all tokens by name) and `dropped_documents` by reason.
-    """
+    """What `PackedTrainer.summary` gives, but for the scores of tasks; `train_seconds` without evaluation, saving."""
     totals = dict(counters.totals)
     seconds = totals.pop("seconds")
     speed = rates(totals, seconds, device, world_size)

@@ -54,21 +54,13 @@ def saved_attributes(callback: ExportableState, state: TrainerState) -> dict[str
 
 
 class ThroughputCallback(TrainerCallback, ExportableState):
-    """Adds up the steps of a run; [`PackedTraining`] feeds it and puts its figures into every training log.
-
-    Attributes:
-        totals (`dict`): `tokens`, `positions`, `documents`, `images`, `flops`, `data_wait` of all ranks and `seconds`
-            since the first step of the first run.
-        sources (`list[dict]`): `labels`, `tokens` and `packs` of each source since then.
-        dropped (`dict`): documents that could not be read, by reason; one that is met in every epoch counts each time.
-        window (`dict`): what the next log is made of.
-    """
+    """Adds up the steps of a run; [`PackedTraining`] feeds it and puts its figures into every training log."""
 
     def __init__(self):
-        self.totals = dict.fromkeys((*WORK, "seconds"), 0)
-        self.sources: list[dict[str, int]] = []
-        self.dropped: dict[str, int] = {}
-        self.window = _new_window()
+        self.totals = dict.fromkeys((*WORK, "seconds"), 0)  # of all ranks, since the first step of the first run
+        self.sources: list[dict[str, int]] = []  # `labels`, `tokens` and `packs` of each, likewise
+        self.dropped: dict[str, int] = {}  # lost documents by reason; one met in every epoch counts each time
+        self.window = _new_window()  # what the next log is made of
         self._resumed_at = time.perf_counter()
 
     def state(self) -> dict[str, Any]:

@@ -21,11 +21,7 @@ def account(
     describe: Callable[[int], dict[str, Any]] | None,
     last_step: int,
 ) -> bool:
-    """Whether any rank was asked to leave in these steps; every rank must call and comes to the same end.
-
-    Raises:
-        TrainingStopped: for a loss or data gone wrong.
-    """
+    """Whether any rank was asked to leave in these steps; every rank must call and comes to the same end."""
     asked = False
     for step in steps:
         throughput.add(step)
