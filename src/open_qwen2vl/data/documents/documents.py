@@ -31,29 +31,17 @@ CHUNK = 1024  # records whose texts are tokenised at once
 
 
 class Document(NamedTuple):
-    """A document of a plan.
+    """A document of a plan."""
 
-    Attributes:
-        shard (`int`): index of its file in the plan's list.
-        key (`str`): name of its record.
-        uid (`str`): 32 hex digits.
-        record ([`RecordPlace`]): where that is.
-        entries (`tuple[int, int]`, *optional*): the first of the record's entries and their number; None for all.
-        tokens (`int`): positions that it takes.
-        images (`list[PlannedImage]`): its images in reading order.
-        labels (`int`): labelled positions.
-        patches (`int`): of its images, the unit of visual load.
-    """
-
-    shard: int
-    key: str
-    uid: str
-    record: RecordPlace
-    entries: tuple[int, int] | None
-    tokens: int
-    images: list[PlannedImage]
-    labels: int
-    patches: int
+    shard: int  # index of its file in the plan's list
+    key: str  # name of its record
+    uid: str  # 32 hex digits
+    record: RecordPlace  # where that is
+    entries: tuple[int, int] | None  # the first of the record's entries and their number; None for all
+    tokens: int  # positions that it takes
+    images: list[PlannedImage]  # its images in reading order
+    labels: int  # labelled positions
+    patches: int  # of its images, the unit of visual load
 
 
 class Skipped(NamedTuple):
@@ -66,17 +54,12 @@ class Skipped(NamedTuple):
 
 
 class Group(NamedTuple):
-    """What becomes one part of a plan.
+    """What becomes one part of a plan."""
 
-    Attributes:
-        folder (`Path`): folder of the plan.
-        shards (`range`): indices of its files in the plan's list.
-        recipe (`dict`): all that its part depends on: the plan's options, `shards` as described by `describe_shard`
-            and, where a file has several groups, `range`: the first byte or row of this one and that behind it.
-    """
-
-    folder: Path
-    shards: range
+    folder: Path  # folder of the plan
+    shards: range  # indices of its files in the plan's list
+    # All that its part depends on: the plan's options, `shards` as `describe_shard` tells them and, where a file has
+    # several groups, `range`: the first byte or row of this one and that behind it.
     recipe: dict[str, Any]
 
 

@@ -56,37 +56,24 @@ class OwnImage(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A record and where it is.
-
-    Attributes:
-        place ([`RecordPlace`]): its place.
-        record (`Any`): parsed, in a tar of captions already [`Texts`], or the [`SampleError`] that it could not be.
-        key (`str`): its name: of a tar's sample its key, else its id, or its position where it has none.
-        position (`str`): names it within its file.
-        uid (`str`, *optional*): 32 hex digits, where they stand beside it.
-    """
+    """A record and where it is."""
 
     place: RecordPlace
-    record: Any
-    key: str
-    position: str
-    uid: str | None = None
+    record: Any  # parsed, in a tar of captions already [`Texts`], or the [`SampleError`] that it could not be
+    key: str  # its name: of a tar's sample its key, else its id, or its position where it has none
+    position: str  # names it within its file
+    uid: str | None = None  # 32 hex digits, where they stand beside it
 
 
 class ShardRecords:
-    """The records of a file, or of a part of it, in its order.
-
-    Attributes:
-        members (`dict`, *optional*): of a tar, offset and size of its files by key and extension.
-        skipped (`list[tuple[str, SampleError]]`): what of a tar is no sample, by key; complete after the records.
-        ignored_members (`int`): members of a tar that belong to no sample.
-    """
+    """The records of a file, or of a part of it, in its order."""
 
     def __init__(self, path: str, text_format: str, columns: Columns, max_bytes: int | None = None):
         self._path, self._text_format, self._columns, self._max_bytes = path, text_format, columns, max_bytes
+        # of a tar, offset and size of its files by key and extension
         self.members: dict[str, dict[str, tuple[int, int]]] | None = None
-        self.skipped: list[tuple[str, SampleError]] = []
-        self.ignored_members = 0
+        self.skipped: list[tuple[str, SampleError]] = []  # what of a tar is no sample, by key; complete at the end
+        self.ignored_members = 0  # members of a tar that belong to no sample
 
     def find(self, start: int = 0, stop: int = 0, needs_image: bool = True, with_images: bool = False) -> Iterable:
         """The records ([`Found`]) between two bytes or rows; of a tar all. Rows with images' bytes only on request."""

@@ -36,17 +36,11 @@ KNOWN_FORMS = (
 
 
 class SourceKind(NamedTuple):
-    """What some files have in common.
+    """What some files have in common."""
 
-    Attributes:
-        suffixes (`tuple[str, ...]`): of their container, one of `CONTAINERS`.
-        text_format (`str`): one of `TEXT_FORMATS`.
-        caption_column (`str`, *optional*): of captions and texts outside of tars, the field that has them.
-    """
-
-    suffixes: tuple[str, ...]
-    text_format: str
-    caption_column: str | None = None
+    suffixes: tuple[str, ...]  # of their container, one of `CONTAINERS`
+    text_format: str  # one of `TEXT_FORMATS`
+    caption_column: str | None = None  # of captions and texts outside of tars, the field that has them
 
     @property
     def images_elsewhere(self) -> bool:

@@ -23,15 +23,10 @@ CAPTION_FIELDS = ("caption", "text")  # where none is named, the first that a re
 
 
 class Texts(NamedTuple):
-    """The normal form.
+    """The normal form."""
 
-    Attributes:
-        texts (`list[str | None]`): in reading order, None where an image stands.
-        images (`list[Any]`): what stands there: a path, or a dict of `bytes`, `image_base64` or `path`.
-    """
-
-    texts: list[str | None]
-    images: list[Any]
+    texts: list[str | None]  # in reading order, None where an image stands
+    images: list[Any]  # what stands there: a path, or a dict of `bytes`, `image_base64` or `path`
 
 
 def caption_field(names: Any, wanted: str | None = None) -> str | None:
