@@ -1,4 +1,4 @@
-"""Which checkpoint a training goes on from: a whole one, of the very same run, with the weights of this model."""
+"""Which checkpoint a training resumes from: a whole one, of the very same run, with the weights of this model."""
 
 import contextlib
 import os
@@ -25,7 +25,7 @@ def checkpoint_to_resume(
     if not asked:
         return None
     if missing := missing_part(asked):
-        raise ValueError(f"{asked} is no checkpoint to go on from: {missing}")
+        raise ValueError(f"{asked} is no checkpoint to resume from: {missing}")
     check_same_run(asked, record)
     if (saved := weight_names(asked)) is not None and not hasattr(model, "peft_config"):
         expected = set(without_tied(list(model.state_dict()), model))

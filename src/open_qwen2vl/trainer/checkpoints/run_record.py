@@ -122,7 +122,7 @@ def write_run_record(checkpoint: str | os.PathLike, record: dict[str, Any]) -> N
 
 
 def check_same_run(checkpoint: str | os.PathLike, record: dict[str, Any]) -> None:
-    """Refuse to continue with other options or data than a checkpoint was trained with, naming every difference.
+    """Refuse to resume with other options or data than a checkpoint was trained with, naming every difference.
 
     A checkpoint of another trainer has no record and passes; what an older one did not record is not compared.
     """
@@ -133,7 +133,7 @@ def check_same_run(checkpoint: str | os.PathLike, record: dict[str, Any]) -> Non
     differences = _differences(saved, record)
     if differences:
         raise ValueError(
-            f"{checkpoint} was trained with {'; '.join(differences)}. Restore these to continue it, or start a new "
+            f"{checkpoint} was trained with {'; '.join(differences)}. Restore these to resume it, or start a new "
             "run with another output_dir (from these weights: model_name_or_path)"
         )
 

@@ -56,7 +56,7 @@ class Staging:
             newest = newest_complete_checkpoint(final.parent)
             raise CheckpointError(
                 f"cannot save {final}: {' '.join(str(error).split())}; "
-                + (f"the same command will continue from {newest}" if newest else "there is no checkpoint yet")
+                + (f"the same command resumes from {newest}" if newest else "there is no checkpoint yet")
             ) from error
 
 
