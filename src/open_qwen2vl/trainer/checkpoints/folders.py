@@ -65,9 +65,11 @@ def save_final_model(trainer: Trainer, folder: str | os.PathLike) -> None:
     """
     folder = Path(folder)
     partial = folder.with_name(f"{folder.name}.partial")
+    # What a killed run left must be gone before any rank writes.
     if trainer.is_world_process_zero():
         shutil.rmtree(partial, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+    # On every rank: sharded weights are gathered by a collective.
     trainer.save_model(str(partial))
     trainer.accelerator.wait_for_everyone()
     if not trainer.is_world_process_zero():

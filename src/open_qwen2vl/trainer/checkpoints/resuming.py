@@ -27,8 +27,10 @@ def checkpoint_to_resume(
     if missing := missing_part(asked):
         raise ValueError(f"{asked} is no checkpoint to resume from: {missing}")
     check_same_run(asked, record)
+    # An adapter's file has PEFT's names; `whole_adapters` compares those as they are loaded.
     if (saved := weight_names(asked)) is not None and not hasattr(model, "peft_config"):
         expected = set(without_tied(list(model.state_dict()), model))
+        # Tied weights are in a file once or twice: neither missed nor unknown.
         check_weight_names(expected - saved, saved - set(model.state_dict()), str(asked))
     return str(asked)
 

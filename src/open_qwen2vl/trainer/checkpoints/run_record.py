@@ -64,6 +64,7 @@ def run_record(args: PackedArguments, data: Any, weights: dict[str, Any]) -> dic
     """
     record = {name: getattr(args, name) for name in OPTIMISATION}
     record["packs_per_step"] = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    # By way of JSON, so that a tuple or an enum equals what is read from a checkpoint.
     return json.loads(json.dumps({**record, "data": data, **weights}, default=_plain))
 
 
@@ -104,8 +105,10 @@ def frozen_weights_hash(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad and parameter.is_floating_point():
             values = parameter.detach().reshape(-1)
+            # From all over: the first rows of an embedding may well agree between two models.
             some = values[:: max(1, values.numel() // SAMPLED)].cpu().contiguous().view(torch.uint8)
             digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            # As bytes, since numpy has no bfloat16.
             digest.update(some.numpy().tobytes())
     return digest.hexdigest()[:16]
 
