@@ -125,6 +125,37 @@ def test_rows_of_path_and_caption(images, tmp_path, processor, write):
     assert {row["reason"]: row["detail"] for row in lost}["missing_image"] == "there is no image 9.png"
 
 
+@pytest.mark.parametrize(("name", "text"), [("path", "caption"), ("file_name", "text"), ("image_path", "caption")])
+@pytest.mark.parametrize(
+    ("write", "file"), [(write_csv, "a.csv"), (write_lines, "a.jsonl"), (write_parquet, "a.parquet")]
+)
+def test_a_path_beside_a_caption_is_an_image(images, tmp_path, processor, write, file, name, text):
+    rows = [{name: f"{n}.png", text: caption} for n, caption in enumerate(TEXTS)]
+    report = plan(write(tmp_path / file, rows), tmp_path / "packs", processor, images=[images])
+    assert (report.documents, report.images, report.skipped) == (3, 3, {})
+    _, items = documents_of(tmp_path / "packs", processor)
+    assert sorted(n for item in items for n in item["pixel_values"][:, 0, 0, 0].tolist()) == [0, 1, 2]
+
+
+def test_the_path_of_a_text_is_no_image_and_images_are_asked_for(images, tmp_path, processor):
+    rows = [{"path": f"src/{n}.py", "text": text} for n, text in enumerate(TEXTS)]
+    report = plan(write_csv(tmp_path / "texts.csv", rows), tmp_path / "packs", processor)
+    assert (report.documents, report.images) == (3, 0)
+    captions = write_csv(tmp_path / "a.csv", [{"path": "0.png", "caption": "a cat"}])
+    with pytest.raises(ValueError, match="names the image 0.png, but no folder or archive of images was given"):
+        plan(captions, tmp_path / "none", processor)
+    with pytest.raises(ValueError, match="--images is given, but no column names an image among id, caption"):
+        plan(
+            write_csv(tmp_path / "b.csv", [{"id": 1, "caption": "a cat"}]), tmp_path / "no", processor, images=[images]
+        )
+
+
+def test_the_image_of_a_row_comes_before_its_path(images, tmp_path, processor):
+    rows = [{"image": {"bytes": png(n), "path": None}, "path": "gone.png", "caption": "a cat"} for n in range(2)]
+    report = plan(write_parquet(tmp_path / "a.parquet", rows), tmp_path / "packs", processor)
+    assert (report.documents, report.images, report.skipped) == (2, 2, {})
+
+
 def test_a_row_that_is_no_row_of_the_csv_is_named(tmp_path, processor):
     (tmp_path / "a.csv").write_bytes(b'text,note\na cat,x\na,dog,x\n\n"a ""mat""",x\n\xff,x\n')
     report = plan(tmp_path / "a.csv", tmp_path / "packs", processor)

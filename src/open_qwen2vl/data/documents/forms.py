@@ -26,7 +26,7 @@ from ...processing.text_formats import (
 )
 from ..storage.tables import CONVERSATION_COLUMNS, Columns
 from .records import MAX_DOCUMENT_BYTES
-from .texts import CAPTION_FIELDS, IMAGE_FIELD, Texts, read_caption, read_interleaved
+from .texts import CAPTION_FIELDS, IMAGE_FIELD, PATH_FIELDS, Texts, read_caption, read_interleaved
 
 RULES = ("standard", "original")
 TURNS = "texts"  # the field of FineVision's and Cauldron's rows
@@ -71,7 +71,8 @@ def columns_of(recipe: dict[str, Any]) -> Columns:
         return Columns((*CONVERSATION_COLUMNS.texts, TURNS), CONVERSATION_COLUMNS.images)
     if recipe["text_format"] == "interleaved":
         return Columns(("texts", "id", "uid"), ("images",))
-    return Columns((recipe["caption_column"] or CAPTION_FIELDS[0], "id", "uid"), (IMAGE_FIELD,))
+    images = (IMAGE_FIELD, *(PATH_FIELDS if recipe["text_format"] == "caption" else ()))
+    return Columns((recipe["caption_column"] or CAPTION_FIELDS[0], "id", "uid"), images)
 
 
 class TextsForm:
@@ -82,7 +83,8 @@ class TextsForm:
     def __init__(self, recipe: dict[str, Any], documents: DocumentProcessor):
         self._recipe, self._tokenizer, self._format = recipe, documents.tokenizer, documents.text_format
         self._is_interleaved = recipe["text_format"] == "interleaved"
-        self.needs_image = recipe["text_format"] == "caption" and not recipe.get("text_only")
+        self._is_caption = recipe["text_format"] == "caption"
+        self.needs_image = self._is_caption and not recipe.get("text_only")
         self.columns = columns_of(recipe)
         self.max_bytes = MAX_DOCUMENT_BYTES if self._is_interleaved else None
 
@@ -91,7 +93,7 @@ class TextsForm:
         if isinstance(record, Texts):
             return record
         if not self._is_interleaved:
-            return read_caption(record, self._recipe["caption_column"], self.needs_image)
+            return read_caption(record, self._recipe["caption_column"], self.needs_image, self._is_caption)
         texts, images = read_interleaved(record)
         if self._recipe["rules"] == "original":
             if not images:
@@ -113,7 +115,6 @@ class TextsForm:
     def _split(self, texts: list[str | None], lengths: list[int], blocks: Sequence[int]) -> list[Piece]:
         max_length, most = self._recipe["max_length"], MAX_INTERLEAVED_IMAGES
         if self._is_interleaved and self._recipe["rules"] == "original":
-            # The original cuts nothing: what is too long is left out whole.
             max_length = sys.maxsize
         elif self._is_interleaved:
             most = min(most, self._recipe["max_images"] or most)
@@ -121,7 +122,6 @@ class TextsForm:
         for first, stop, tokens in split_document(texts, lengths, list(blocks), self._format, max_length, most):
             after = before + texts[first:stop].count(None)
             starts_with_media = not self._format.document_start and texts[first] is None
-            # Nothing comes before the first token to tell it from; where that is an image, it has no label anyway.
             labels = tokens - sum(blocks[before:after]) - (not starts_with_media)
             pieces.append(Piece(first, stop - first, tokens, labels))
             before = after

@@ -23,7 +23,7 @@ from ..storage.tables import TEXT_COLUMNS, column_names, column_types, cut_rows,
 from ..storage.tars import find_shards, list_files, read_member, split_member_name
 from .forms import TURNS, columns_of, is_turns
 from .records import CSV, JSON, MAX_DOCUMENT_BYTES, TABLES, TAR
-from .texts import IMAGE_FIELD, caption_field, is_interleaved
+from .texts import CAPTION_FIELDS, IMAGE_FIELD, caption_field, image_field, is_interleaved
 
 LOOKED_AT = 64  # members of a tar, or records of a file, among which one tells what the file is
 CONTAINERS = (TAR, JSON, CSV, TABLES)
@@ -82,9 +82,11 @@ def find_sources(paths: Iterable[str | Path]) -> list[Path]:
     return find_shards(found)
 
 
-def source_kind(paths: Sequence[str | Path], caption_column: str | None = None) -> SourceKind:
-    """The kind of some files; a `ValueError` for a file of no kind, or files of several."""
-    first, *others = (_kind(os.fspath(path), caption_column) for path in paths)
+def source_kind(
+    paths: Sequence[str | Path], caption_column: str | None = None, has_images: bool = False
+) -> SourceKind:
+    """The kind of some files, perhaps with images elsewhere; a `ValueError` for a file of no kind, or of several."""
+    first, *others = (_kind(os.fspath(path), caption_column, has_images) for path in paths)
     for path, kind in zip(paths[1:], others, strict=True):
         if kind == first:
             continue
@@ -96,7 +98,7 @@ def source_kind(paths: Sequence[str | Path], caption_column: str | None = None) 
     return first
 
 
-def _kind(path: str, caption_column: str | None) -> SourceKind:
+def _kind(path: str, caption_column: str | None, has_images: bool) -> SourceKind:
     suffix = Path(path).suffix
     container = next((suffixes for suffixes in CONTAINERS if suffix in suffixes), None)
     if container is None:
@@ -107,41 +109,45 @@ def _kind(path: str, caption_column: str | None) -> SourceKind:
             raise ValueError(f"{path}: --caption-column {caption_column} is for tables, json and csv files")
         return SourceKind(TAR, "interleaved" if any(map(is_interleaved, _first_of_tar(path))) else "caption")
     if container == JSON:
-        return _kind_of_json(path, caption_column)
+        return _kind_of_json(path, caption_column, has_images)
     names, types = (csv_header(path), {}) if container == CSV else (column_names(path), column_types(path))
-    text_format = _format(names, caption_column, is_turns_type(types.get(TURNS)))
+    text_format = _format(names, caption_column, is_turns_type(types.get(TURNS)), has_images)
     if text_format is None:
         if caption_column is not None:
             raise ValueError(f"{path}: no columns {IMAGE_FIELD} and {caption_column} (--caption-column) among "
                              f"{', '.join(names)}")  # fmt: skip
         raise ValueError(f"{path}: no column {' or '.join(TEXT_COLUMNS)} among {', '.join(names)}, nor another form "
                          f"that is known: {KNOWN_FORMS}")  # fmt: skip
+    if text_format == "text" and has_images:
+        raise ValueError(f"{path}: --images is given, but no column names an image among {', '.join(names)}: "
+                         f"call it {IMAGE_FIELD}")  # fmt: skip
     return SourceKind(container, text_format, _caption_column(text_format, names, caption_column))
 
 
-def _kind_of_json(path: str, caption_column: str | None) -> SourceKind:
+def _kind_of_json(path: str, caption_column: str | None, has_images: bool) -> SourceKind:
     records = [record for record in _first_of_json(path) if isinstance(record, Mapping)]
-    formats = [_format(record, caption_column, is_turns(record.get(TURNS))) for record in records]
+    formats = [_format(record, caption_column, is_turns(record.get(TURNS)), has_images) for record in records]
     found = [name for name in TEXT_FORMATS if name in formats]
     if records and not found:
         raise ValueError(f"{path}: records of {', '.join(map(str, records[0]))} have no form that is known: "
                          f"{KNOWN_FORMS}")  # fmt: skip
-    # Nothing but damaged records so far: any form counts them by their reasons.
     text_format = found[0] if found else "conversation"
     names = next((record for record, own in zip(records, formats, strict=True) if own == text_format), {})
     return SourceKind(JSON, text_format, _caption_column(text_format, names, caption_column))
 
 
-def _format(names: Any, caption_column: str | None, has_turns: bool) -> str | None:
+def _format(names: Any, caption_column: str | None, has_turns: bool, has_images: bool) -> str | None:
     """The form of a record with these fields, or of a table with these columns; None for one that is not known."""
     if caption_column is None:
         if set(TEXT_COLUMNS) & set(names) or has_turns:
             return "conversation"
         if is_interleaved(names):
             return "interleaved"
-    if caption_field(names, caption_column) is None:
+    field = caption_field(names, caption_column)
+    if field is None:
         return None
-    return "caption" if IMAGE_FIELD in names else "text"
+    # A file of texts may have a path in each of its rows: that of an image stands beside a `caption`, or --images.
+    return "caption" if image_field(names, has_images or field == CAPTION_FIELDS[0]) else "text"
 
 
 def _caption_column(text_format: str, names: Any, wanted: str | None) -> str | None:

@@ -1,6 +1,6 @@
 """What a document of texts and images may look like in a file, and the one normal form that is planned and read.
 
-caption        {"image": path or {"bytes", "path"}, "caption" or "text": text}
+caption        {"image": path or {"bytes", "path"}, or a path in `path` and the like, "caption" or "text": text}
 text           {"text": text}
 OBELICS        {"texts": [text or null], "images": [null, path or {"bytes", "path"}]}, one of the two at each index
 the original   {"texts": [text or null], "image_info": [null or {"image_base64"}]}, likewise
@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 from ...processing.sample_error import SampleError
 
 IMAGE_FIELD = "image"
+# Other names of a path beside a caption; `path` beside a plain text may be that of the text.
+PATH_FIELDS = ("image_path", "img_path", "file_name", "filename", "file_path", "filepath", "path", "img")
 CAPTION_FIELDS = ("caption", "text")  # where none is named, the first that a record or a table has
 
 
@@ -34,7 +36,12 @@ def caption_field(names: Any, wanted: str | None = None) -> str | None:
     return next((name for name in ((wanted,) if wanted else CAPTION_FIELDS) if name in names), None)
 
 
-def read_caption(record: Any, field: str, needs_image: bool) -> Texts:
+def image_field(names: Any, is_caption: bool) -> str | None:
+    """Which field of a record, or column of a table, is the image of a caption; that of a text has one name only."""
+    return next((name for name in (IMAGE_FIELD, *(PATH_FIELDS if is_caption else ())) if name in names), None)
+
+
+def read_caption(record: Any, field: str, needs_image: bool, is_caption: bool = True) -> Texts:
     """A caption, or a text where there is no image and none is needed, in the normal form.
 
     Raises `missing_caption`, `bad_caption`, `empty_caption`, `bad_encoding`, `missing_image` or `bad_image`.
@@ -49,7 +56,7 @@ def read_caption(record: Any, field: str, needs_image: bool) -> Texts:
     _check_text(caption)
     if not has_words(caption):
         raise SampleError("empty_caption", "the caption is empty")
-    image = record.get(IMAGE_FIELD)
+    image = record.get(image_field(record, is_caption))
     reference = _reference(image)
     if reference is not None:
         return Texts([None, caption], [reference])
@@ -140,7 +147,6 @@ def _read_mmc4(sentences: list[Any], entries: list[Any]) -> Texts:
         if image is None:
             raise SampleError("bad_image", "an image has neither a name nor its content")
         index = entry.get("matched_text_index") if isinstance(entry, Mapping) else None
-        # True is an int, too, and would be the second sentence.
         if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(sentences):
             raise SampleError("bad_text_index", f"an image is matched to sentence {index!r} of {len(sentences)}")
         before[index].append(image)

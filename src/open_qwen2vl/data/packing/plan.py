@@ -92,7 +92,7 @@ def plan_packs(shards: Sequence[str | Path], output: str | Path, processor: Any,
     chosen = PackOptions(tuple(map(str, shards)), str(output), **options)
     if not shards:
         raise ValueError("no shards given: name at least one tar, or one file of conversations")
-    kind = source_kind(shards, chosen.caption_column)
+    kind = source_kind(shards, chosen.caption_column, bool(chosen.images))
     _check_options(kind, chosen)
     media = {name: getattr(chosen, name) for name in MEDIA_OPTIONS}
     documents = document_processor(processor, chat_template=chosen.chat_template, **media)
