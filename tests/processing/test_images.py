@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies
 from matplotlib import get_data_path
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from open_qwen2vl.processing.images import (
     DRAFT_MARGIN,
@@ -87,6 +87,15 @@ def test_corrupt_is_refused(data):
     with pytest.raises(SampleError) as error:
         decode_image(data)
     assert error.value.reason == "corrupt_image"
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_half_a_picture_is_refused_though_another_library_allows_it(monkeypatch, kind):
+    """As lmms-eval does for the whole process when it is imported: for evaluations during training too."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    data = encode(gradient(200, 200), kind)
+    with pytest.raises(SampleError, match="truncated"):
+        decode_image(data[: len(data) // 2])
 
 
 @pytest.mark.parametrize("side", [int(MAX_PIXELS**0.5) + 1, 60_000])
@@ -227,6 +236,17 @@ def test_one_rule_for_alpha_whatever_the_way_in():
 def test_arrays_that_are_no_image(array):
     with pytest.raises(ValueError, match="channels"):
         array_to_rgb(array)
+
+
+def test_pixels_that_are_normalised_already_are_refused_and_bfloat16_is_read():
+    values = np.asarray(gradient()) / 255
+    assert np.array_equal(array_to_rgb(torch.from_numpy(values).bfloat16()), array_to_rgb(
+        torch.from_numpy(values).bfloat16().float().numpy()
+    ))  # fmt: skip
+    assert array_to_rgb(values - 0.1 * (values == 0)).mode == "RGB"  # what resampling overshoots by
+    for mean, std in ((0.5, 0.5), (0.45, 0.22)):
+        with pytest.raises(ValueError, match="normalised already"):
+            array_to_rgb((values - mean) / std)
 
 
 def progressive_scans(number: int) -> bytes:

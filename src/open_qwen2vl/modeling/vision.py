@@ -60,8 +60,8 @@ def read_image_seq_length(value: Any, default: int) -> int:
 def _flatten(value: Any) -> list[int]:
     if value is None:
         return []
-    if isinstance(value, torch.Tensor):
-        value = value.tolist()  # batches that are collated: pipelines, TRL's GRPO
+    if hasattr(value, "tolist"):  # tensors and arrays of batches that are collated: pipelines, TRL's GRPO
+        value = value.tolist()
     return [number for part in value for number in _flatten(part)] if isinstance(value, list | tuple) else [value]
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
 from .sample_error import SampleError
 
@@ -91,16 +91,24 @@ def array_to_rgb(array: Any) -> Image.Image:
 
     Shape `(height, width)`, `(channels, height, width)` or `(height, width, channels)` with 1, 3 or 4 channels.
     """
-    values = np.asarray(array.detach().cpu() if hasattr(array, "detach") else array)
+    if hasattr(array, "detach"):
+        array = array.detach().cpu()
+        array = array.float() if array.is_floating_point() else array  # NumPy has no bfloat16
+    values = np.asarray(array)
     if values.ndim == 3 and values.shape[0] in (1, 3, 4):
         values = np.moveaxis(values, 0, -1)
     if values.ndim == 2:
         values = values[..., None]
     if values.ndim != 3 or values.shape[-1] not in (1, 3, 4) or values.dtype.kind not in "biuf" or not values.size:
-        raise ValueError(f"an image is an array of 1, 3 or 4 channels, not {values.dtype} of shape {values.shape}")
+        what = f"{values.dtype} of shape {values.shape}" if values.ndim else f"a {type(array).__name__}"
+        raise ValueError(f"an image is a Pillow image, a path, or an array of 1, 3 or 4 channels, not {what}")
     values = values[..., :3]
     if values.dtype != np.uint8:
-        values = _to_bytes(values, _largest(values))
+        largest = _largest(values)
+        # Far more than what resampling overshoots by: such pixels would be black.
+        if values.dtype.kind == "f" and np.nanmin(values) < -0.25 * max(1, largest):
+            raise ValueError("an image has values far below 0, as if it was normalised already: give it as it was")
+        values = _to_bytes(values, largest)
     return Image.fromarray(np.ascontiguousarray(np.broadcast_to(values, (*values.shape[:2], 3))))
 
 
@@ -111,6 +119,8 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             # Pillow's own bomb and palette-transparency warnings; the size is checked before any pixel.
             warnings.simplefilter("ignore")
+            # lmms-eval switches it on for the whole process: half a picture would be trained on as a grey one.
+            ImageFile.LOAD_TRUNCATED_IMAGES = False
             with Image.open(io.BytesIO(data), formats=_formats()) as image:
                 most = MAX_PIXELS // 2 if image.format in _HUNGRY else MAX_PIXELS
                 if image.width * image.height > most:

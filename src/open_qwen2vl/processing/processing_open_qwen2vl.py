@@ -7,6 +7,7 @@ This file travels with checkpoints: it imports installed libraries and its sibli
 
 import base64
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,7 @@ class OpenQwen2VLProcessor(ProcessorMixin):
         Raises:
             ValueError: if the tokenizer lacks `<|im_end|>` or `<|image_pad|>`.
         """
+        kwargs = {"trust_remote_code": False} | kwargs
         image_processor = SiglipImageProcessorPil.from_pretrained(vision, **kwargs)
         tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(text, **kwargs))
         return cls.from_parts(image_processor, tokenizer, image_seq_length)
@@ -174,8 +176,7 @@ class OpenQwen2VLProcessor(ProcessorMixin):
             ValueError: for a conversation that is empty or that the template refuses, and if the template does not
                 come to an end.
         """
-        if not conversation:
-            raise ValueError("the conversation is empty")
+        _check_conversation(conversation)
         if sanitize_control_tokens is None:
             sanitize_control_tokens = tokenize and not return_assistant_tokens_mask
         try:
@@ -279,6 +280,25 @@ def _read_source(source: str) -> bytes:
         return base64.b64decode(source.split(",", 1)[-1] if source.startswith("data:") else source, validate=True)
     except ValueError:
         raise ValueError(f"image {source[:80]!r}: no file of this name, no http(s) URL and no base64") from None
+
+
+def _check_conversation(conversation: Any) -> None:
+    """Refuse what has not the form of a conversation, or of several; what roles may be is the template's business."""
+    if not conversation:
+        raise ValueError("the conversation is empty")
+    if not isinstance(conversation, list | tuple):
+        raise ValueError(f"a conversation is a list of messages, not a {type(conversation).__name__}")
+    if isinstance(conversation[0], list | tuple):
+        for each in conversation:
+            _check_conversation(each)
+        return
+    for number, message in enumerate(conversation):
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if not isinstance(content, str | list | tuple):
+            raise ValueError(f"a message has no content (the {number + 1}.): it is text, or a list of parts")
+        for part in () if isinstance(content, str) else content:
+            if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
+                raise ValueError(f"a part of the {number + 1}. message has no type: {{'type': 'text', 'text': ...}}")
 
 
 def _any_image(images: ImageInput | None) -> bool:
