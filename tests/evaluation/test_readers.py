@@ -5,6 +5,8 @@ is known. MathVista's must all be read. The other benchmarks keep lmms-eval's ow
 paper's rules: for these the test says which forms they read, so that a change of either is noticed.
 """
 
+import time
+
 import pytest
 
 from open_qwen2vl.evaluation.tasks import paper
@@ -138,6 +140,19 @@ def test_every_plain_number_is_read():
         ("CO2 and H2O: 4", 4),
         ("area in cm2: 9", 9),
         ("two", 2),
+        ("Twenty-one.", 21),
+        ("thirty", 30),
+        ("2\u00bd", 2.5),
+        ("10^3", 1000),
+        ("10\u00b3", 1000),
+        ("1.2\u00d710\u207b\u00b3", 0.0012),
+        ("2\u221a3", 2 * 3**0.5),
+        (r"The answer is $5\sqrt{2}$ cm", 5 * 2**0.5),
+        ("The gap is 12 years (1950 - 1938).", 12),
+        ("2 and 3 give (5)", 5),
+        ("<think>It is 3? No.</think>\n\n<answer>7</answer>", 7),
+        ("\uff11\uff12", 12),
+        ("9^99999", None),
         ("5/0", None),
         ("1e999", None),
         ("nothing", None),
@@ -162,10 +177,47 @@ def test_other_ways_to_write_a_number(response, number):
         ("the light blue one", ["blue", "light blue"], "light blue"),
         ("The answer is not B, it is C", ["x", "y", "z"], "z"),
         ("3/110", ["3/11", "8/11"], None),
+        ("A or B", ["x", "y", "z"], None),
+        ("Either A or B", ["x", "y", "z"], None),
+        ("B or maybe C", ["x", "y", "z"], None),
+        ("A and B", ["x", "y", "z"], None),
     ],
 )
 def test_an_option_inside_another_number_or_word_is_not_named(response, choices, choice):
     assert read_choice(response, choices) == choice
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Option A is wrong. Option C is clearly wrong. So B.",
+        "A is wrong. B",
+        "Option C can be ruled out, and A is not right either. The answer is B",
+        "A and C are wrong, so the answer is B.",
+        "The answer cannot be A, so B",
+        "The answer isn't A but B",
+        "B!",
+        "<answer>B</answer>",
+        "<think>The answer is A? No.</think>\n<answer>B</answer>",
+        "{B}",
+        "*B*",
+        "_B_",
+        "Answer\uff1aB",
+        "\uff22",
+        "B\u200b",
+    ],
+)
+def test_letters_that_are_denied_and_other_marks(answer):
+    assert read_choice(answer, ["x", "y", "z"]) == "y"
+
+
+@pytest.mark.parametrize("unit", ["answer is ", "9", "(A ", "<think>"])
+def test_a_model_that_repeats_itself_costs_no_time(unit):
+    """Searches that look again at all that follows took minutes; a limit is against hanging only."""
+    start = time.process_time()
+    for read in (read_number, read_list, lambda text: read_choice(text, ["x", "y"])):
+        read(unit * (40_000 // len(unit)))
+    assert time.process_time() - start < 30
 
 
 def test_lists():
