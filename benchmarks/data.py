@@ -144,7 +144,7 @@ def measure_speed(folder: Path, tars: int, tokenizer_name: str, repeats: int, wo
 
 def measure_planning(pool: list[Path], indexed: list[Path], folder: Path, name: str, repeats: int) -> list[list[str]]:
     """Planning of the pool, which has no index, and of the same samples with one."""
-    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(name))
+    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(name, trust_remote_code=False))
     rows = []
     for label, tars in (("pack, from headers", pool), ("pack, by index", indexed)):
         wall, cpu = best(lambda output, tars=tars: plan_packs(tars, output, tokenizer, num_workers=1), folder, repeats)
@@ -164,7 +164,7 @@ def measure_memory(folder: Path, samples: int, tokenizer_name: str) -> list[list
     pool, subset, rows = folder / "pool", folder / "subset.npy", []
     uids = write_pool(pool, max(1, samples // SAMPLES_PER_TAR), 400, min(samples, SAMPLES_PER_TAR))
     write_uids(subset, np.sort(uids))
-    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(tokenizer_name))
+    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(tokenizer_name, trust_remote_code=False))
     paths, out = sorted(pool.iterdir()), folder / "out"
     steps = {
         "reshard --shuffle": lambda: reshard(ReshardOptions(paths, subset, out, num_workers=1, shuffle=True)),

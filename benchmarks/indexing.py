@@ -70,7 +70,7 @@ def measure(step: Callable[[], None], queue: multiprocessing.Queue) -> None:
 
 def steps(source: Path, archive: Path, folder: Path, tokenizer_name: str) -> dict[str, Callable[[], None]]:
     """What is measured."""
-    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(tokenizer_name))
+    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(tokenizer_name, trust_remote_code=False))
 
     def index() -> None:
         folder.mkdir(exist_ok=True)

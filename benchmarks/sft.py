@@ -141,7 +141,7 @@ class Timer(TrainerCallback):
 def measure(variant: str, folder: Path, threads: int, steps: int, rows_per_step: int) -> dict:
     """Train one variant here."""
     torch.set_num_threads(threads)
-    processor = AutoProcessor.from_pretrained(folder / "processor")
+    processor = AutoProcessor.from_pretrained(folder / "processor", trust_remote_code=False)
     options = {
         "use_cpu": True,
         "bf16": False,

@@ -216,8 +216,8 @@ def build(run: Path, data: Path, batch_size: int = 64) -> dict:
     if checkpoint is None or not (run / "train_results.json").exists():
         raise ValueError(f"{run} holds no finished training: run pretrain.py first")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForImageTextToText.from_pretrained(run / "model").to(device).eval()
-    processor = AutoProcessor.from_pretrained(run / "model")
+    model = AutoModelForImageTextToText.from_pretrained(run / "model", trust_remote_code=False).to(device).eval()
+    processor = AutoProcessor.from_pretrained(run / "model", trust_remote_code=False)
     examples = read_examples(data / "held-out.tar")
     seen = caption_examples(model, processor, examples, batch_size)
     blanked = caption_examples(model, processor, examples, batch_size, blanked=True)

@@ -236,8 +236,8 @@ def build(run: Path, batch_size: int = 128) -> dict:
         if not needed.exists():
             raise ValueError(f"{needed} is missing: run {step} first")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForImageTextToText.from_pretrained(run / "model").to(device).eval()
-    processor = AutoProcessor.from_pretrained(run / "model")
+    model = AutoModelForImageTextToText.from_pretrained(run / "model", trust_remote_code=False).to(device).eval()
+    processor = AutoProcessor.from_pretrained(run / "model", trust_remote_code=False)
     train, test = (read_questions(data / f"{split}.json", data / "images") for split in ("train", "test"))
     seen = answer_all(model, processor, test, batch_size)
     blanked = answer_blanked(model, processor, test, batch_size)

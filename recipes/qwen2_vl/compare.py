@@ -17,7 +17,7 @@ import transformers
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import open_qwen2vl  # noqa: F401 - registers the model with the Auto classes
+from open_qwen2vl.processing.images import decode_image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
 from report import Example, caption_examples, exact_match, read_examples, write_json  # noqa: E402
@@ -31,8 +31,8 @@ def resized(examples: list[Example], side: int) -> list[Example]:
     squares = []
     for example in examples:
         png = io.BytesIO()
-        with Image.open(io.BytesIO(example.png), formats=["PNG"]) as image:
-            image.resize((side, side), Image.Resampling.BICUBIC).save(png, format="PNG")
+        image = decode_image(example.png)
+        image.resize((side, side), Image.Resampling.BICUBIC).save(png, format="PNG")
         squares.append(Example(png.getvalue(), example.caption))
     return squares
 
@@ -40,8 +40,8 @@ def resized(examples: list[Example], side: int) -> list[Example]:
 def evaluate(run: Path, examples: list[Example], batch_size: int) -> dict:
     """Caption the held-out pictures with `run/model`; the figures also stand in `run/metrics.json`."""
     fixed = json.loads((run / "packs" / "plan.json").read_text())["vision"]["fixed_resolution"]
-    model = AutoModelForImageTextToText.from_pretrained(run / "model").eval()
-    processor = AutoProcessor.from_pretrained(run / "model")
+    model = AutoModelForImageTextToText.from_pretrained(run / "model", trust_remote_code=False).eval()
+    processor = AutoProcessor.from_pretrained(run / "model", trust_remote_code=False)
     shown = resized(examples, fixed) if fixed else examples
     seen = caption_examples(model, processor, shown, batch_size, prompt=PROMPT)
     blanked = caption_examples(model, processor, shown, batch_size, blanked=True, prompt=PROMPT)
