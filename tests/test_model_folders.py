@@ -50,6 +50,12 @@ def test_a_training_in_progress(tmp_path, config, weights, caplog):
     assert list(checkpoints_by_step(tmp_path)) == [7, 8, 9, 10]
 
 
+@pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "../nowhere", "runs/2b/model"])
+def test_a_path_that_does_not_exist_is_no_id_of_the_hub(name):
+    with pytest.raises(ValueError, match=f"^{name}: there is no such folder$"):
+        model_folder(name)
+
+
 def test_a_folder_without_a_model_is_named(tmp_path):
     with pytest.raises(ValueError, match="no model .* in it, in .*model or in a checkpoint$"):
         model_folder(tmp_path)

@@ -39,6 +39,8 @@ def model_folder(name: str | os.PathLike) -> str:
         ValueError: for a folder without a model, naming where it was looked for.
     """
     folder = Path(name)
+    if not folder.exists() and (folder.is_absolute() or str(name).startswith(".") or len(folder.parts) > 2):
+        raise ValueError(f"{name}: there is no such folder")  # no id of the Hub either
     if not folder.is_dir() or _has_any(folder, _MODEL + _TOKENIZER):
         return str(name)
     if _has_any(folder / "model", _MODEL):

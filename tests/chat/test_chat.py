@@ -209,6 +209,19 @@ def test_the_command_of_the_documentation_on_a_pipe(talk, talker, processor):
     assert model == "model" and code == 0 and out == answers(talker, processor, [(["cat.png"], "what is shown?")])
 
 
+@pytest.mark.parametrize("at", ["prompt", "answer"])
+def test_ctrl_c_on_a_pipe_ends_the_command(talk, place, talker, monkeypatch, at):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    if at == "prompt":
+        monkeypatch.setattr("builtins.input", interrupt)
+    else:
+        monkeypatch.setattr(Conversation, "ask", lambda *_: (interrupt() for _ in range(1)))
+    code, out, notes = talk("two dogs\ntwo dogs\n")
+    assert code == 130 and out == "" and notes[-1] == "open-qwen2vl chat: interrupted"
+
+
 def test_a_conversation_that_is_too_long_is_refused_and_goes_on(talk, place, talker, processor):
     config = json.loads((place / "model" / "config.json").read_text())
     config["text_config"]["max_position_embeddings"] = 60

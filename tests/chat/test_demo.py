@@ -273,7 +273,11 @@ def test_examples_are_images_with_their_questions(images, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--max-new-tokens=0"], "at least 1"), (["--examples=nowhere"], "--examples nowhere: no image there")],
+    [
+        (["--max-new-tokens=0"], "at least 1"),
+        (["--examples=nowhere"], "--examples nowhere: no image there"),
+        (["--port=80000"], "--port must be within 0 and 65535, got 80000"),
+    ],
 )
 def test_a_wrong_option_is_one_line_before_anything_is_loaded(options, message, capsys):
     assert main(["demo", "nowhere", *options]) == 2

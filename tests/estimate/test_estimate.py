@@ -128,6 +128,9 @@ def test_a_gpu_is_found_by_any_way_to_write_it_and_may_be_of_any_kind():
     name, gpu = find_gpu(EstimateOptions("", "Abacus 1", tflops=3, memory=0.5))
     assert name == "Abacus 1" and (gpu.peak_flops, gpu.memory) == (3e12, 0.5)
     assert find_gpu(EstimateOptions("", "h100", tflops=700))[1][1:] == (700e12, 79)
+    assert find_gpu(EstimateOptions("", tflops=3, memory=0.5))[1][1:] == (3e12, 0.5)
+    with pytest.raises(ValueError, match="by --gpu, or give both --tflops and --memory"):
+        EstimateOptions("", tflops=3)
 
 
 def test_the_command_prints_json(recipe, capsys):

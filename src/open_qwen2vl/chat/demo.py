@@ -45,13 +45,18 @@ def serve_demo(
 ) -> None:
     """Serve the page until the process is interrupted. `NAME.txt` in `examples` has the question on `NAME.jpg`."""
     generation_options(max_new_tokens, 0.0)
+    if not 0 <= port < 1 << 16:
+        raise ValueError(f"--port must be within 0 and 65535, got {port}")
     offered = find_examples(examples) if examples else []
     loaded, processor = load_model(model, image_seq_length)
     demo = Demo(loaded, processor, model)
     page = demo.build(image_seq_length, max_new_tokens, offered)
     start(page, host, port)
     print(f"{page.local_url} (Ctrl-C ends)", flush=True)
-    page.block_thread()
+    try:
+        Event().wait()  # gradio's own way takes Ctrl-C for a good end
+    finally:
+        page.close(verbose=False)
 
 
 @dataclass
@@ -198,7 +203,7 @@ class Demo:
         return self._examples[event.index if isinstance(event.index, int) else event.index[0]]
 
     def _drop_idle(self) -> None:
-        """Forget conversations that nobody comes back to, the longest idle first."""
+        """Forget conversations that nobody goes on with, the longest idle first."""
         talks = sorted(self._talks.items(), key=lambda entry: entry[1].used)
         surplus = len(talks) - MOST_TALKS + 1
         for number, (session, talk) in enumerate(talks):

@@ -144,12 +144,12 @@ def _talk(conversation: Conversation) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """Lines of the user that are not blank; Ctrl-D and, at the prompt, Ctrl-C end them."""
+    """Lines of the user that are not blank; Ctrl-D ends them."""
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
         try:
             line = input(prompt).strip()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
         if line:
             yield line
@@ -162,6 +162,8 @@ def _answer(conversation: Conversation, text: str) -> None:
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         pieces.close()
+        if not sys.stdin.isatty():  # nobody is there to go on
+            raise
     except ValueError as error:
         _note(str(error))
         return

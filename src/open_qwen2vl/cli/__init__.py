@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
-        with ended_by_ctrl_c(watched=args.command != "chat"):  # there it ends an answer
+        with ended_by_ctrl_c(watched=args.command != "chat" or not sys.stdin.isatty()):  # there it ends an answer
             from tqdm.contrib.logging import logging_redirect_tqdm
 
             with logging_redirect_tqdm():

@@ -63,8 +63,9 @@ def estimate_recipe(options: EstimateOptions) -> Estimate:
 def find_gpu(options: EstimateOptions) -> tuple[str, Gpu]:
     """The kind that `--gpu` means, by any way to write it, with the figures that are given for it."""
     names = {_VENDORS.sub("", name): name for name in GPUS}
-    asked = _VENDORS.sub("", options.gpu.lower())
-    name = names.get(asked, options.gpu)
+    given = options.gpu or f"GPU of {options.tflops:g} TFLOP/s"
+    asked = _VENDORS.sub("", given.lower())
+    name = names.get(asked, given)
     if name in GPUS:
         gpu = GPUS[name]
     elif options.tflops and options.memory:

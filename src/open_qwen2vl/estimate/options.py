@@ -14,7 +14,9 @@ class EstimateOptions:
     """
 
     recipe: str = option(help="options of recipes/pretrain.py", positional=True, metavar="CONFIG.yaml")
-    gpu: str = option(help="as h100, a100-40gb, rtx4090, or any name with --tflops and --memory", metavar="KIND")
+    gpu: str | None = option(
+        None, help="as h100, a100-40gb, rtx4090; or give --tflops and --memory of any other", metavar="KIND"
+    )
     num_gpus: int = option(1, help="data-parallel GPUs", metavar="N")
     tflops: float | None = option(None, help="dense bf16 peak of a GPU (default: its data sheet's)", metavar="X")
     memory: float | None = option(None, help="GiB of a GPU (default: its data sheet's)", metavar="X")
@@ -31,6 +33,8 @@ class EstimateOptions:
     json: bool = option(False, help="print JSON")
 
     def __post_init__(self):
+        if self.gpu is None and not (self.tflops and self.memory):
+            raise ValueError("name the kind of GPU by --gpu, or give both --tflops and --memory")
         if self.num_gpus < 1 or not 0 < self.mfu <= 1:
             raise ValueError(
                 f"--num-gpus must be at least 1 and --mfu within 0 and 1, got {self.num_gpus} and {self.mfu}"
