@@ -1,9 +1,9 @@
-"""Pre-train on packs: a new model from two backbones, or a checkpoint that goes on.
+"""Pre-train on packs: a new model from two backbones, or a checkpoint that trains further.
 
     open-qwen2vl pack shards/ --output packs/ --tokenizer Qwen/Qwen2.5-1.5B-Instruct
     accelerate launch recipes/pretrain.py recipes/pretrain_2b.yaml --train_packs packs/ --output_dir runs/2b
 
-Options stand in the YAML file; those on the command line win; `--help` lists them all. The same command again goes on
+Options stand in the YAML file; those on the command line win; `--help` lists them all. The same command again resumes
 from the newest checkpoint in `output_dir`, with the losses that an undisturbed run would have had. At the end
 `output_dir` holds `model/` (for the Auto classes), `loss.png` and `train_results.json`. docs/training.md tells more.
 
@@ -56,7 +56,7 @@ class ModelArguments:
     model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Hub id or folder of a checkpoint, or of a training, to go on from instead of two backbones."
+            "help": "Hub id or folder of a checkpoint, or of a training, to start from instead of two backbones."
         },
     )
     image_seq_length: int | None = field(

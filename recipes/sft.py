@@ -6,7 +6,7 @@
 
 Options are those of `trl sft` (`SFTConfig`, `ModelConfig`), as far as they apply to packs of images and text, and
 stand in the YAML file; those on the command line win; `--help` lists them all. All that recipes/pretrain.py does with
-a run holds here too: the same command goes on from the newest checkpoint, and `output_dir` ends with `model/` (the
+a run holds here too: the same command resumes from the newest checkpoint, and `output_dir` ends with `model/` (the
 adapter's folder with `use_peft`), `loss.png` and `train_results.json`. docs/sft.md tells more.
 """
 

@@ -1,6 +1,6 @@
 #!/bin/sh
 # From a raw pool to a model trained on what was worth keeping; docs/data.md tells the story. Each step does nothing if
-# its result is there, so the same command goes on after a kill.
+# its result is there, so the same command resumes after a kill.
 # LIMIT=60 takes so many emoji only, EPOCHS those of the scorer, STEPS those of the pre-training.
 set -eu
 export OMP_WAIT_POLICY=passive

@@ -150,7 +150,7 @@ def test_the_slurm_script_stops_and_requeues(config, tmp_path):
     (checkpoint,) = output_dir.glob("checkpoint-*")
     record = json.loads((checkpoint / "run.json").read_text())
     assert record["packs_per_step"] == 2  # one on each of the two machines
-    assert "pretrain.py: stopped on request; the same command goes on" in errors
+    assert "pretrain.py: stopped on request; the same command resumes" in errors
 
 
 def write_programs(folder: Path, **programs: str) -> None:

@@ -245,7 +245,7 @@ def test_ranks_leave_together(folder, backbones, monkeypatch):
     errors = [rank.communicate(timeout=1200)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [143, 143], errors
     stopped_at = int(newest_complete_checkpoint(folder / "killed").rpartition("-")[2])
-    assert f"goes on from {folder / 'killed'}/checkpoint-{stopped_at}" in errors[0]
+    assert f"resumes from {folder / 'killed'}/checkpoint-{stopped_at}" in errors[0]
 
     ranks = start_ranks(config)
     wait_for(folder / "killed" / f"checkpoint-{stopped_at // 5 * 5 + 10}", ranks)

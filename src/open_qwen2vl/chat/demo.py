@@ -203,7 +203,7 @@ class Demo:
         return self._examples[event.index if isinstance(event.index, int) else event.index[0]]
 
     def _drop_idle(self) -> None:
-        """Forget conversations that nobody goes on with, the longest idle first."""
+        """Forget conversations that nobody comes back to, the longest idle first."""
         talks = sorted(self._talks.items(), key=lambda entry: entry[1].used)
         surplus = len(talks) - MOST_TALKS + 1
         for number, (session, talk) in enumerate(talks):

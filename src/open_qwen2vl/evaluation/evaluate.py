@@ -3,7 +3,7 @@
     names -> targets -> tasks with data -> requests -> answers -> scores -> samples/TASK.parquet, results.json
 
 A task that fails leaves the others' results in place and ends the run with an error. Answers lie in OUTPUT/journal as
-soon as they are there: the same command goes on after a kill.
+soon as they are there: the same command resumes after a kill.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ def evaluate(
         model (`str`): hub id or folder of a model with its processor, or the `output_dir` of a training.
         tasks (`Sequence[str]`, *optional*): benchmarks by the names of benchmarks.py, or any tasks or groups of
             lmms-eval; the eight benchmarks where None.
-        output (`str` or `os.PathLike`): folder of the results; a rerun goes on where a killed one ended.
+        output (`str` or `os.PathLike`): folder of the results; a rerun resumes a killed one.
         rules (`str`, *optional*, defaults to `"standard"`): `"paper"` for the original's prompts and scoring.
         batch_size (`int`, *optional*, defaults to 8): prompts that run at a time, in each process.
         limit (`int`, *optional*): only the first documents of each task.
@@ -120,7 +120,7 @@ def evaluate_loaded(
         name (`str`, *optional*): the model's name in the results; where it was loaded from if not given.
 
     Returns:
-        `dict`: as [`evaluate`]; without fingerprint, and without a journal to go on from.
+        `dict`: as [`evaluate`]; without fingerprint, and without a journal to resume from.
 
     Raises:
         ValueError: as [`evaluate`].

@@ -47,6 +47,7 @@ def document_processor(
         ValueError: for a processor of no known family, an option that its family does not have, or one whose values
             are not those of `vision`.
     """
+    # By name, along the bases: a subclass belongs to its family, and no family is imported to find out.
     found = next((_DOCUMENTS[base.__name__] for base in type(processor).__mro__ if base.__name__ in _DOCUMENTS), None)
     if found is None:
         known = ", ".join(name for name in _DOCUMENTS if name != "PreTrainedTokenizerBase")

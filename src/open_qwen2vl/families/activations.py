@@ -43,6 +43,7 @@ def kept_by_blocks(run: Run, units: int, blocks: int, entrance: float, autocast:
         one, two, one_twice, two_twice = (
             saved_bytes(*run(number, size), autocast) for size in (units, 2 * units) for number in (1, 2)
         )
+    # What does not grow with the blocks cancels within the brackets, what does not with the batch between.
     block = ((two_twice - one_twice) - (two - one)) / units
     return Kept(
         block=block,
@@ -59,6 +60,7 @@ def saved_bytes(model: nn.Module, run: Callable[[], object], autocast: bool) -> 
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
+        # By storage: autograd keeps views of one tensor once.
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
             kept[storage._cdata] = storage

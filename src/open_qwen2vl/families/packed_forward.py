@@ -95,6 +95,7 @@ class PackedForward:
         )
 
 
+# Cached, so that two models of a stock class are of one class afterwards, too.
 @functools.cache
 def packed_class(stock: type[PreTrainedModel], mixin: type[PackedForward]) -> type[PreTrainedModel]:
     """A subclass of a stock class, under its name, whose forward takes packed batches too."""
@@ -105,6 +106,7 @@ def packed_class(stock: type[PreTrainedModel], mixin: type[PackedForward]) -> ty
     def forward(self, *args, **kwargs):
         kwargs |= dict(zip(names[1:], args, strict=False))
         kwargs |= self._as_stock_pixels({name: kwargs[name] for name in self.media_names if name in kwargs})
+        # Boundaries make a batch a packed one; any other, as in generation, meets the stock model.
         if kwargs.get("cu_seq_lens_q") is None:
             if kwargs.get("return_row_losses"):
                 raise ValueError("return_row_losses needs a packed batch (cu_seq_lens_q)")
@@ -112,6 +114,7 @@ def packed_class(stock: type[PreTrainedModel], mixin: type[PackedForward]) -> ty
         _check_packed_arguments(kwargs)
         return self._forward_packed(**{name: value for name, value in kwargs.items() if name not in _NOT_IN_PACKS})
 
+    # Before **kwargs, which has to stay last.
     own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in _OWN_OPTIONS]
     parameters = list(signature.parameters.values())
     # `generate` and Trainer look at the names that a forward takes.

@@ -37,7 +37,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "batch_eval_metrics": ((False,), _METRICS),
     "save_only_model": (
         (False,),
-        "such a checkpoint cannot be continued; output_dir/model is the model alone",
+        "such a checkpoint cannot be resumed; output_dir/model is the model alone",
     ),
     "save_on_each_node": ((False,), "all machines share output_dir"),
     "enable_jit_checkpoint": ((False,), "SIGTERM always saves a checkpoint and ends the run"),

@@ -287,7 +287,7 @@ class PackedTraining:
         return {**run_record(self.args, data, self._weights_record), "fsdp": self.is_fsdp_enabled}
 
     def checkpoint_to_resume(self, asked: str | bool | None = True) -> str | None:
-        """The checkpoint that [`train`] would go on from: the one asked for, or the newest complete one."""
+        """The checkpoint that [`train`] would resume from: the one asked for, or the newest complete one."""
         return resuming.checkpoint_to_resume(asked, self.args.output_dir, self.run_record(), self.model)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> Any:

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_recipe(program: str, build_trainer: Callable[[], PackedTraining], args: PackedArguments) -> None:
-    """Build the trainer, train to the end or go on from the newest checkpoint, save, plot, sum up.
+    """Build the trainer, train to the end or resume from the newest checkpoint, save, plot, sum up.
 
     `output_dir` gets `model/` for the Auto classes, `loss.png` and `train_results.json`. What a user can get wrong
     ends in one line and exit code 2, a failed checkpoint or a loss gone wrong in one line and exit code 1, SIGTERM in
@@ -55,13 +55,13 @@ def run_recipe(program: str, build_trainer: Callable[[], PackedTraining], args: 
     if trainer.interrupted:
         if trainer.is_world_process_zero():
             newest = newest_complete_checkpoint(args.output_dir)
-            print(f"{program}: stopped on request; the same command goes on from {newest}", file=sys.stderr)
+            print(f"{program}: stopped on request; the same command resumes from {newest}", file=sys.stderr)
         sys.exit(EXIT_CODE)
     _finish(trainer, Path(args.output_dir))
 
 
 def asked_checkpoint(args: PackedArguments) -> str | None:
-    """The checkpoint to go on from: the one that was named, else the newest in `output_dir`, if there is any."""
+    """The checkpoint to resume from: the one that was named, else the newest in `output_dir`, if there is any."""
     asked, output_dir = args.resume_from_checkpoint, Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"output_dir: {output_dir} is a file")
@@ -103,7 +103,7 @@ def _announce(trainer: PackedTraining, checkpoint: str | None) -> None:
         for line in describe_sources(mixture.sources, [dataset.plan for dataset in mixture.datasets]):
             logger.info(line)
     if checkpoint is not None:
-        logger.info("going on from %s", checkpoint)
+        logger.info("resuming from %s", checkpoint)
     if args.torch_compile:
         logger.info("the first steps compile the model, which takes minutes")
 

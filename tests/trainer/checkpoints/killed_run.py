@@ -1,7 +1,7 @@
 """A training that `test_kills.py` kills: a fork of this process for each life, so that none waits for imports.
 
 Usage: killed_run.py CONFIG.json, with `packs` (a list of {path, weight}), `vision`, `text` and `arguments`. For each
-line `OUTPUT_DIR FILE_LIMIT` on stdin a child trains or goes on in OUTPUT_DIR and its process id is printed; then its
+line `OUTPUT_DIR FILE_LIMIT` on stdin a child trains or resumes in OUTPUT_DIR and its process id is printed; then its
 exit code as wait status. FILE_LIMIT (bytes, 0 for none) stands for a disk that is full. Every pack read is noted in
 OUTPUT_DIR/reads.txt.
 """

@@ -1,4 +1,4 @@
-"""Checkpoints are complete or absent, and only the same run goes on from them."""
+"""Checkpoints are complete or absent, and only the same run resumes from them."""
 
 import copy
 import os
@@ -79,7 +79,7 @@ def test_a_disk_that_is_full_leaves_the_checkpoints_before(make_trainer, tmp_pat
     run = tmp_path / "full"
     cut = make_trainer(**SAVING, output_dir=str(run), callbacks=[fill])
     try:
-        with pytest.raises(CheckpointError, match=r"cannot save .*checkpoint-4: .*continue from .*checkpoint-2"):
+        with pytest.raises(CheckpointError, match=r"cannot save .*checkpoint-4: .*resumes from .*checkpoint-2"):
             cut.train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -187,7 +187,7 @@ def test_a_checkpoint_that_lacks_a_part_is_passed_over_or_refused(make_trainer, 
     assert newest_complete_checkpoint(run) == str(run / "checkpoint-4")
     (message,) = [text for text in caplog.messages if "is incomplete" in text]
     assert f"checkpoint-6 is incomplete (no whole {file}" in message
-    with pytest.raises(ValueError, match=f"checkpoint-6 is no checkpoint to go on from: no whole {file}"):
+    with pytest.raises(ValueError, match=f"checkpoint-6 is no checkpoint to resume from: no whole {file}"):
         make_trainer(**SAVING).train(resume_from_checkpoint=str(run / "checkpoint-6"))
 
 

@@ -123,7 +123,7 @@ def test_a_kill_a_sigterm_and_a_full_disk(runs):
     assert runs.live(run, file_limit=20_000) == 1
     assert "cannot save" in (runs.folder / "few.log").read_text()
     assert runs.live(run, packs=third, sign=signal.SIGTERM) == 128 + signal.SIGTERM
-    assert "stopped on request; the same command goes on from" in (runs.folder / "few.log").read_text()
+    assert "stopped on request; the same command resumes from" in (runs.folder / "few.log").read_text()
     assert runs.live(run) == 0
     assert_same(run, whole)
     # The last life begins where the newest checkpoint stood and reads nothing that came before.

@@ -113,6 +113,7 @@ class _Planner:
         )  # fmt: skip
         while chunk := list(islice(records, CHUNK)):
             self._plan(chunk)
+        # Known only behind the last record; they stand first.
         self.skipped[:0] = [Skipped(self._file, key, error.reason, str(error)) for key, error in self.records.skipped]
 
     def _plan(self, chunk: list[Found]) -> None:
@@ -131,6 +132,7 @@ class _Planner:
             contents.append(content)
             images.append(placed)
             costs.append(cost)
+        # A chunk in one call of the tokenizer: one a record takes several times as long.
         measured = self._form.measure(contents, [[length for length, _ in cost] for cost in costs])
         for found, content, placed, cost, pieces in zip(read, contents, images, costs, measured, strict=True):
             if isinstance(pieces, SampleError):
@@ -165,6 +167,7 @@ class _Planner:
             before = after
 
     def _skip(self, found: Found, error: SampleError) -> None:
+        # A path may hold bytes that are no text, which no column of text takes.
         detail = str(error).encode(errors="backslashreplace").decode()
         self.skipped.append(Skipped(self._file, found.key, error.reason, detail))
 
@@ -198,11 +201,13 @@ class DocumentReader:
             before = content[: entries["first"]].count(None)
             own = content[entries["first"] : entries["first"] + entries["count"]].count(None)
             references = references[before : before + own]
+        # A file may have changed since it was planned; what does not fit is dropped and counted.
         if len(references) != len(images):
             raise SampleError(f"changed_{self._what}", f"{len(references)} images, not as planned")
         media = [Media("image", image["width"], image["height"]) for image in images]
         blocks = [self._family.placeholder_ids(one) for one in media]
         input_ids, labels = self._form.document(content, entries, blocks)
+        # One token more, and the pack is longer than all others of the plan.
         if len(input_ids) != document["tokens"]:
             raise SampleError(f"changed_{self._what}", f"{len(input_ids)} tokens, {document['tokens']} in the plan")
         tensors = [self._read_media(document, *one) for one in zip(references, images, media, strict=True)]

@@ -115,6 +115,7 @@ class TextsForm:
     def _split(self, texts: list[str | None], lengths: list[int], blocks: Sequence[int]) -> list[Piece]:
         max_length, most = self._recipe["max_length"], MAX_INTERLEAVED_IMAGES
         if self._is_interleaved and self._recipe["rules"] == "original":
+            # The original cuts nothing: what is too long is left out whole.
             max_length = sys.maxsize
         elif self._is_interleaved:
             most = min(most, self._recipe["max_images"] or most)
@@ -122,6 +123,7 @@ class TextsForm:
         for first, stop, tokens in split_document(texts, lengths, list(blocks), self._format, max_length, most):
             after = before + texts[first:stop].count(None)
             starts_with_media = not self._format.document_start and texts[first] is None
+            # Nothing comes before the first token to tell it from; where that is an image, it has no label anyway.
             labels = tokens - sum(blocks[before:after]) - (not starts_with_media)
             pieces.append(Piece(first, stop - first, tokens, labels))
             before = after

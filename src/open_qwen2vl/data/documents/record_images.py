@@ -56,6 +56,7 @@ class RecordImages:
                 raise SampleError("missing_image", f"there is no member {name}")
             if own is not None:
                 return own
+        # Beside its table, unless folders were named: then those alone count.
         if not self._roots and self._paths[shard].endswith(TABLES):
             return PlannedImage(OWN, *self._beside(shard).find(name)[1:])
         return PlannedImage(*self._images.find(name))

@@ -107,6 +107,7 @@ class ShardRecords:
     def _find_in_tar(self, needs_image: bool) -> Iterable[Found]:
         if self._text_format in ("caption", "text"):
             indexed = read_shard_index(self._path)
+            # All before any is given out: that an index is another tar's may show at the last member.
             found = list(self._find_captions(*indexed, needs_image)) if indexed else None
             if found and any(isinstance(one.record, SampleError) and one.record.reason == "moved_member"
                              for one in found):  # fmt: skip
@@ -159,6 +160,7 @@ class RecordReader:
         self._paths, self._text_format, self._max_bytes = paths, text_format, max_bytes
         self.files = Newest(lambda shard: open(paths[shard], "rb", buffering=0))
         self._tables = Newest(lambda shard: RowTable(paths[shard], columns))
+        # A batch is decoded whole, and other documents of a pack have rows in it.
         self._batch = lru_cache(BATCHES)(lambda shard, batch: self._tables[shard].read_batch(batch))
 
     def read(self, document: dict[str, Any]) -> Any:

@@ -131,6 +131,7 @@ def _kind_of_json(path: str, caption_column: str | None, has_images: bool) -> So
     if records and not found:
         raise ValueError(f"{path}: records of {', '.join(map(str, records[0]))} have no form that is known: "
                          f"{KNOWN_FORMS}")  # fmt: skip
+    # Nothing but damaged records so far: any form counts them by their reasons.
     text_format = found[0] if found else "conversation"
     names = next((record for record, own in zip(records, formats, strict=True) if own == text_format), {})
     return SourceKind(JSON, text_format, _caption_column(text_format, names, caption_column))

@@ -147,6 +147,7 @@ def _read_mmc4(sentences: list[Any], entries: list[Any]) -> Texts:
         if image is None:
             raise SampleError("bad_image", "an image has neither a name nor its content")
         index = entry.get("matched_text_index") if isinstance(entry, Mapping) else None
+        # True is an int, too, and would be the second sentence.
         if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(sentences):
             raise SampleError("bad_text_index", f"an image is matched to sentence {index!r} of {len(sentences)}")
         before[index].append(image)

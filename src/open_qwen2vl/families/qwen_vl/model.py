@@ -44,6 +44,7 @@ class QwenVLPackedForward(PackedForward):
     def _normalised(self, patches: torch.Tensor) -> torch.Tensor:
         """uint8 `(patches, 3 * P * P)` as the stock processor's floats `(patches, 3 * frames * P * P)`."""
         frames = self.config.vision_config.temporal_patch_size
+        # In place from here: pixels are the largest input, and a broadcast would hold them twice.
         channels = patches.unflatten(1, (3, -1)).float()
         for channel, (mean, std) in enumerate(zip(self.pixel_mean, self.pixel_std, strict=True)):
             channels[:, channel].sub_(mean).div_(std)
@@ -55,11 +56,13 @@ class QwenVLPackedForward(PackedForward):
         merge = vision.spatial_merge_size
         device = self.get_input_embeddings().weight.device
         features = self.model.get_image_features(
+            # One token: no image is smaller.
             torch.zeros(merge**2, width, device=device),
             torch.tensor([[1, merge, merge]], device=device),
             **self._packed_options(),
         )
         deepstack = getattr(features, "deepstack_features", None) or []
+        # All outputs, deepstack's too: a parameter without a gradient is one that DDP waits for.
         return 0 * sum(tensor.sum() for part in (features.pooler_output, *deepstack) for tensor in part)
 
 

@@ -41,14 +41,17 @@ def mrope_positions(
     }
     rows, start, position = [], 0, 0
     placeholders = np.flatnonzero(np.isin(input_ids, list(grids)))
+    # From image to image, not from token to token: a document has few images and many tokens.
     while (next_media := np.searchsorted(placeholders, start)) < len(placeholders):
         first = int(placeholders[next_media])
         frames, height, width, step = _next_grid(grids[int(input_ids[first])], first)
         height, width = height // merge_size, width // merge_size
         rows += [_text(position, first - start), _block(position + first - start, frames, height, width, step)]
         last_time = int(rows[-1][0, -1]) - position - (first - start) if rule.after == "time" else 0
+        # Text counts on behind the largest coordinate: positions grow more slowly than the sequence.
         position += first - start + max(height, width, last_time + 1)
         start = first + frames * height * width
+        # A grid of another image would shift all that follows in silence.
         if (input_ids[first:start] != input_ids[first]).any():
             raise ValueError(f"the grid of the placeholders at {first} is not theirs")
     if any(next(iterator, None) is not None for iterator in grids.values()):

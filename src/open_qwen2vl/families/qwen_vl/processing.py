@@ -95,6 +95,7 @@ class QwenVLDocuments:
     def read_media(self, data: bytes, media: Media) -> dict[str, torch.Tensor]:
         """`pixel_values` uint8 `(patches, 3 * P * P)` and `image_grid_thw` int64 `(1, 3)` of one image file."""
         image = decode_image(data)
+        # Its placeholders are in the sequence by now: another size would need another number of them.
         if media.width and (image.width, image.height) != (media.width, media.height):
             raise SampleError(
                 "image_changed", f"it has {image.width}x{image.height} pixels, planned {media.width}x{media.height}"
@@ -134,6 +135,7 @@ def training_template(processor: ProcessorMixin, name: str | None = None) -> str
     if has_generation_marks(own):
         return own
     templates = [path.read_text(encoding="utf8") for path in sorted(Path(__file__).parent.glob("*.jinja"))]
+    # By name: Qwen2-VL's comes first, Qwen3-VL's second.
     if own is None:
         return templates[type(processor).__name__ == "Qwen3VLProcessor"]
     options = processor.tokenizer.special_tokens_map
@@ -150,5 +152,6 @@ def training_template(processor: ProcessorMixin, name: str | None = None) -> str
 def _render(template: str, options: dict[str, Any]) -> list[str] | None:
     try:
         return render_jinja_template(_PROBES, chat_template=template, **options)[0]
+    # One that takes no system turn, say, refuses a probe: it is none of ours.
     except (TemplateError, TypeError, ValueError):
         return None

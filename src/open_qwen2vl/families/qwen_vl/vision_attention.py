@@ -65,6 +65,7 @@ def segment_attention(
 
 
 def _by_length(query, key, value, lengths: list[int], scaling: float) -> torch.Tensor:
+    # Images of one size, or a single one: a view, nothing is copied.
     if len(set(lengths)) == 1:
         shape = (len(lengths), lengths[0])
         return _attend(*(states.unflatten(0, shape) for states in (query, key, value)), scaling).flatten(0, 1)
@@ -80,6 +81,7 @@ def _by_length(query, key, value, lengths: list[int], scaling: float) -> torch.T
         q, k, v = (states.index_select(0, rows.flatten()).unflatten(0, rows.shape) for states in (query, key, value))
         outputs.append(_attend(q, k, v, scaling).flatten(0, 1))
         places.append(rows.flatten())
+    # Back into the order of the patches.
     return torch.cat(outputs).index_select(0, torch.argsort(torch.cat(places)))
 
 

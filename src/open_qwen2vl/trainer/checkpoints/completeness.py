@@ -20,6 +20,7 @@ def missing_part(checkpoint: str | os.PathLike) -> str | None:
     if not folder.is_dir():
         return "it is no folder"
     try:
+        # Parsed, not only looked for: a copy that was cut off is there, too.
         json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return f"no whole {STATE_NAME}"
@@ -31,6 +32,7 @@ def missing_part(checkpoint: str | os.PathLike) -> str | None:
         return "no whole optimizer.pt (save_only_model writes none)"
     if not _is_whole_archive(folder / "scheduler.pt"):
         return "no whole scheduler.pt"
+    # One file a rank: any will do, since a run may resume on another number of processes.
     if not any(map(_is_whole_archive, folder.glob("rng_state*.pth"))):
         return "no whole rng_state.pth"
     return None
@@ -54,6 +56,7 @@ def _weights(folder: Path) -> Iterator[Path]:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (OSError, ValueError, KeyError, AttributeError):
             return
+        # Without one shard the others are worthless.
         if not all(_safetensors_header(folder / name) for name in names):
             return
     yield from (folder / name for name in names if _safetensors_header(folder / name))
@@ -65,10 +68,12 @@ def _safetensors_header(path: Path) -> dict:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             size = os.fstat(file.fileno()).st_size
+            # A damaged length may be anything: more than the file has is not read.
             header = json.loads(file.read(length)) if length <= size else {}
         end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=-1)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
         return {}
+    # Tensors follow the header without a gap: a file that was cut anywhere is shorter than it says.
     return header if 8 + length + end == size else {}
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent, which of them to continue from, and the model for use.
+"""Checkpoints that are complete or absent, which of them to resume from, and the model for use.
 
 A checkpoint is written to `output_dir/.saving/checkpoint-N`, synced to disk and renamed. What a killed run left there
 is removed by the next save. Pruning renames first, too.
@@ -26,7 +26,7 @@ class CheckpointError(OSError):
 
 
 def newest_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The checkpoint to continue from.
+    """The checkpoint to resume from.
 
     One that lacks a file, or has one cut off, is passed over with a warning: by this trainer checkpoints are whole or
     absent, but copies may not be, and transformers' own Trainer writes in place.
@@ -50,7 +50,7 @@ def prune(output_dir: str | os.PathLike, limit: int | None, keep: str | None) ->
     if not limit:
         return
     folders = [f for f in checkpoints_by_step(output_dir).values() if keep is None or str(f) != os.path.normpath(keep)]
-    # The newest is never deleted: training continues from it.
+    # The newest is never deleted: training resumes from it.
     others = max(1, limit - (keep is not None))
     for folder in folders[:-others]:
         remove_folder(folder)
@@ -65,9 +65,11 @@ def save_final_model(trainer: Trainer, folder: str | os.PathLike) -> None:
     """
     folder = Path(folder)
     partial = folder.with_name(f"{folder.name}.partial")
+    # What a killed run left must be gone before any rank writes.
     if trainer.is_world_process_zero():
         shutil.rmtree(partial, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+    # On every rank: sharded weights are gathered by a collective.
     trainer.save_model(str(partial))
     trainer.accelerator.wait_for_everyone()
     if not trainer.is_world_process_zero():

@@ -35,7 +35,9 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+        # The handler only sets a flag, so that a step is never cut in half.
         before = signal.signal(signal.SIGTERM, self._on_signal)
+        # Ends the watch with this training: a process may run several.
         over = threading.Event()
         if any(name in os.environ for name in LAUNCHER_VARIABLES):
             threading.Thread(target=self._watch_parent, args=(os.getppid(), over), daemon=True).start()

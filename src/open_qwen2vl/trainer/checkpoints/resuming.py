@@ -1,4 +1,4 @@
-"""Which checkpoint a training goes on from: a whole one, of the very same run, with the weights of this model."""
+"""Which checkpoint a training resumes from: a whole one, of the very same run, with the weights of this model."""
 
 import contextlib
 import os
@@ -25,10 +25,12 @@ def checkpoint_to_resume(
     if not asked:
         return None
     if missing := missing_part(asked):
-        raise ValueError(f"{asked} is no checkpoint to go on from: {missing}")
+        raise ValueError(f"{asked} is no checkpoint to resume from: {missing}")
     check_same_run(asked, record)
+    # An adapter's file has PEFT's names; `whole_adapters` compares those as they are loaded.
     if (saved := weight_names(asked)) is not None and not hasattr(model, "peft_config"):
         expected = set(without_tied(list(model.state_dict()), model))
+        # Tied weights are in a file once or twice: neither missed nor unknown.
         check_weight_names(expected - saved, saved - set(model.state_dict()), str(asked))
     return str(asked)
 

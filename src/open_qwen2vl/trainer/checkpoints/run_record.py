@@ -64,6 +64,7 @@ def run_record(args: PackedArguments, data: Any, weights: dict[str, Any]) -> dic
     """
     record = {name: getattr(args, name) for name in OPTIMISATION}
     record["packs_per_step"] = args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    # By way of JSON, so that a tuple or an enum equals what is read from a checkpoint.
     return json.loads(json.dumps({**record, "data": data, **weights}, default=_plain))
 
 
@@ -104,8 +105,10 @@ def frozen_weights_hash(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad and parameter.is_floating_point():
             values = parameter.detach().reshape(-1)
+            # From all over: the first rows of an embedding may well agree between two models.
             some = values[:: max(1, values.numel() // SAMPLED)].cpu().contiguous().view(torch.uint8)
             digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            # As bytes, since numpy has no bfloat16.
             digest.update(some.numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -122,7 +125,7 @@ def write_run_record(checkpoint: str | os.PathLike, record: dict[str, Any]) -> N
 
 
 def check_same_run(checkpoint: str | os.PathLike, record: dict[str, Any]) -> None:
-    """Refuse to continue with other options or data than a checkpoint was trained with, naming every difference.
+    """Refuse to resume with other options or data than a checkpoint was trained with, naming every difference.
 
     A checkpoint of another trainer has no record and passes; what an older one did not record is not compared.
     """
@@ -133,7 +136,7 @@ def check_same_run(checkpoint: str | os.PathLike, record: dict[str, Any]) -> Non
     differences = _differences(saved, record)
     if differences:
         raise ValueError(
-            f"{checkpoint} was trained with {'; '.join(differences)}. Restore these to continue it, or start a new "
+            f"{checkpoint} was trained with {'; '.join(differences)}. Restore these to resume it, or start a new "
             "run with another output_dir (from these weights: model_name_or_path)"
         )
 

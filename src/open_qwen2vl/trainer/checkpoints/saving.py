@@ -38,6 +38,7 @@ class Staging:
     ) -> None:
         """Let `save` on all ranks write `final` elsewhere, and `finish` on the `writer` name them, or leave none."""
         staged = final.parent / STAGING_NAME / final.name
+        # What a killed run left must be gone before any rank writes.
         if writer:
             shutil.rmtree(staged.parent, ignore_errors=True)
         wait()
@@ -49,14 +50,16 @@ class Staging:
                 self.active = False
             wait()
             if writer:
+                # All files of all ranks are on disk here, and nobody trains on before they have their name.
                 finish(staged)
             wait()
+        # A full disk is a RuntimeError to torch, and an error of its own to safetensors.
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(staged.parent, ignore_errors=True)
             newest = newest_complete_checkpoint(final.parent)
             raise CheckpointError(
                 f"cannot save {final}: {' '.join(str(error).split())}; "
-                + (f"the same command will continue from {newest}" if newest else "there is no checkpoint yet")
+                + (f"the same command resumes from {newest}" if newest else "there is no checkpoint yet")
             ) from error
 
 
@@ -64,9 +67,11 @@ def finish_checkpoint(
     final: Path, state: TrainerState, record: dict[str, Any], limit: int | None, staged: Path
 ) -> None:
     """Mark a written checkpoint, give it its name, and prune older ones to `limit`."""
+    # The trainer noted the folder that it wrote to, which is about to be renamed.
     if state.best_model_checkpoint == str(staged):
         state.best_model_checkpoint = str(final)
         state.save_to_json(str(staged / STATE_NAME))
+    # Before the rename: a checkpoint without its record would pass for any run.
     write_run_record(staged, record)
     publish_folder(staged, final)
     staged.parent.rmdir()

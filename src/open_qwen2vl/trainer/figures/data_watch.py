@@ -35,7 +35,7 @@ class DataWatch(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        """Take up the counts of the checkpoint that training continues from."""
+        """Take up the counts of the checkpoint that training resumes from."""
         for name, value in saved_attributes(self, state).items():
             setattr(self, name, value)
 

@@ -39,7 +39,7 @@ class LossWatch(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"average": self.average, "steps": self.steps}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        """Take up the average of the checkpoint that training continues from."""
+        """Take up the average of the checkpoint that training resumes from."""
         for name, value in saved_attributes(self, state).items():
             setattr(self, name, value)
 

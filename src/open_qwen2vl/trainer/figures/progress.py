@@ -14,7 +14,7 @@ class ThroughputProgressCallback(ProgressCallback):
     """transformers' progress bar with the latest log behind it, in place of a printed dict per log."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        """Open the bar where training continues."""
+        """Open the bar where training resumes."""
         self.current_step = state.global_step
         if state.is_world_process_zero:
             # In a log file each refresh is a line of its own.

@@ -47,7 +47,7 @@ def sum_over_ranks(values: list[float], device: torch.device, world_size: int) -
 
 
 def saved_attributes(callback: ExportableState, state: TrainerState) -> dict[str, Any]:
-    """The attributes that a callback goes on with: those in the checkpoint, or new ones where there is none."""
+    """The attributes that a callback resumes with: those in the checkpoint, or new ones where there is none."""
     new = type(callback)().state()
     saved = new if state.global_step == 0 else state.stateful_callbacks.get(type(callback).__name__, new)
     return saved["attributes"]
@@ -132,7 +132,7 @@ class ThroughputCallback(TrainerCallback, ExportableState):
             self._resumed_at = time.perf_counter()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        """Take up the totals of the checkpoint that training continues from."""
+        """Take up the totals of the checkpoint that training resumes from."""
         for name, value in saved_attributes(self, state).items():
             setattr(self, name, value)
         self._resumed_at = time.perf_counter()
