@@ -4,7 +4,8 @@
         subprocess.run(["sh", "run.sh"], env={**os.environ, "PATH": path})
 
 `python SCRIPT ...` and `open-qwen2vl ...` in the script are then small clients: each hands its arguments, folder,
-environment and standard streams to a server, which is a fork of this process and forks once more for each.
+environment and standard streams to a server, which is a fork of this process and forks once more for each. With
+"accelerate" among the programs, what `accelerate launch` starts is one such fork, however many processes it asks.
 """
 
 import json
@@ -17,6 +18,8 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from accelerate.commands.launch import launch_command_parser
 
 from open_qwen2vl import cli
 
@@ -91,6 +94,9 @@ def _run(program: str, argv: list[str]) -> int:
     try:
         if program == "open-qwen2vl":
             return cli.main(argv)
+        if program == "accelerate":
+            args = launch_command_parser().parse_args(argv[1:])
+            argv = [args.training_script, *args.training_script_args]
         sys.argv = argv
         sys.path.insert(0, os.path.dirname(os.path.abspath(argv[0])))
         runpy.run_path(argv[0], run_name="__main__")

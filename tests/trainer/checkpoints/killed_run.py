@@ -1,6 +1,6 @@
 """A training that `test_kills.py` kills: a fork of this process for each life, so that none waits for imports.
 
-Usage: killed_run.py CONFIG.json, with `packs` (a list of {path, weight}), `vision`, `text` and `arguments`. For each
+Usage: killed_run.py CONFIG.json, with `packs` (a list of {path, weight}), `model` (a folder) and `arguments`. For each
 line `OUTPUT_DIR FILE_LIMIT` on stdin a child trains or resumes in OUTPUT_DIR and its process id is printed; then its
 exit code as wait status. FILE_LIMIT (bytes, 0 for none) stands for a disk that is full. Every pack read is noted in
 OUTPUT_DIR/reads.txt.
@@ -15,14 +15,10 @@ from pathlib import Path
 
 import torch
 
-from open_qwen2vl import (
-    OpenQwen2VLForConditionalGeneration,
-    OpenQwen2VLProcessor,
-    PackedTrainer,
-    PackedTrainingArguments,
-)
+from open_qwen2vl import PackedTrainer, PackedTrainingArguments
 from open_qwen2vl.data.packing.mixture import PackMixture, parse_sources
 from open_qwen2vl.trainer import run_recipe
+from open_qwen2vl.trainer.model_loading import load_pretrained
 
 
 class NotedMixture(PackMixture):
@@ -38,12 +34,10 @@ class NotedMixture(PackMixture):
 
 def build_trainer(config: dict, args: PackedTrainingArguments) -> PackedTrainer:
     torch.manual_seed(0)
-    backbones = (config["vision"], config["text"])
-    processor = OpenQwen2VLProcessor.from_vision_text_pretrained(*backbones, 4)
+    model, processor = load_pretrained(config["model"], "float32", "packed_varlen")
     packs = NotedMixture(parse_sources(config["packs"]), processor)
     packs.notes = Path(args.output_dir) / "reads.txt"
     packs.notes.parent.mkdir(parents=True, exist_ok=True)
-    model = OpenQwen2VLForConditionalGeneration.from_vision_text_pretrained(*backbones, 4)
     return PackedTrainer(model=model, args=args, train_dataset=packs, processing_class=processor)
 
 

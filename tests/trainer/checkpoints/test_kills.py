@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from open_qwen2vl import cli
+from open_qwen2vl import OpenQwen2VLForConditionalGeneration, OpenQwen2VLProcessor, cli
 from open_qwen2vl.trainer.checkpoints.folders import checkpoints_by_step
+from tests.qwen_vl import FAMILIES
 from tests.tars import write_caption_tar
 
 SCRIPT = Path(__file__).with_name("killed_run.py")
@@ -63,22 +65,34 @@ def count_lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, backbones):
+def save_open_qwen2vl(folder: Path, backbones: dict[str, str]) -> Path:
+    torch.manual_seed(0)
+    for part in (OpenQwen2VLForConditionalGeneration, OpenQwen2VLProcessor):
+        part.from_vision_text_pretrained(**backbones, image_seq_length=4).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(
+    scope="module", params=["open_qwen2vl", *(pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES)]
+)
+def runs(request, tmp_path_factory, backbones, qwen_vl_folder):
     """Lives on a mixture of two plans made from real tars, and a finished undisturbed one in `whole`."""
-    folder = tmp_path_factory.mktemp("kills")
+    folder, ours = tmp_path_factory.mktemp("kills"), request.param == "open_qwen2vl"
+    model = save_open_qwen2vl(folder / "model", backbones) if ours else qwen_vl_folder(request.param)
+    sizes = ["--image-seq-length", "4", "--max-length", "48"] if ours else ["--max-length", "64"]
     rng = random.Random(0)
     packs = []
     for name, count, weight in (("dogs", 60, 2), ("cats", 40, 1)):
         captions = [
             " ".join(rng.choices(["a", "photo", "of", "two", name], k=rng.randint(1, 12))) for _ in range(count)
         ]
-        write_caption_tar(folder / f"{name}.tar", captions)
-        plan = ["--output", str(folder / name), "--image-seq-length", "4", "--max-length", "48", "--num-workers", "1"]
-        assert cli.main(["pack", str(folder / f"{name}.tar"), "--tokenizer", backbones["text"], *plan]) == 0
+        write_caption_tar(folder / f"{name}.tar", captions, size=(24, 40) if ours else (count, 90))
+        plan = ["--output", str(folder / name), *sizes, "--num-workers", "1"]
+        assert cli.main(["pack", str(folder / f"{name}.tar"), "--processor", str(model), *plan]) == 0
         packs.append({"path": str(folder / name), "weight": weight})
     config = folder / "config.json"
-    config.write_text(json.dumps({"packs": packs, **backbones, "arguments": ARGUMENTS}))
+    arguments = ARGUMENTS if ours else ARGUMENTS | {"train_vision_tower": True}
+    config.write_text(json.dumps({"packs": packs, "model": str(model), "arguments": arguments}))
     runs = Runs(config)
     runs.folder = folder
     assert runs.live(folder / "whole") == 0, (folder / "whole.log").read_text()
