@@ -95,7 +95,7 @@ def _by_count(row: tuple[str, int]) -> tuple[int, str]:
 def _captions(selection: Selection, files: list[int], tar: Path) -> Iterator[tuple[str, bool]]:
     """Captions of the pairs of a tar, and whether each pair stays."""
     rows = selection.connection.execute(
-        "SELECT key, step = $kept FROM keyed WHERE key IS NOT NULL AND place // $factor IN (SELECT unnest($files))",
+        "SELECT key, step = $kept FROM keyed WHERE key IS NOT NULL AND row_id // $factor IN (SELECT unnest($files))",
         {"kept": selection.kept, "factor": FILE_FACTOR, "files": files},
     ).fetchall()
     kept = dict(rows)

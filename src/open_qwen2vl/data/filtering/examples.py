@@ -47,19 +47,19 @@ def find_examples(selection: Selection, tars: Sequence[Path] | None) -> list[Exa
     rows = []
     for step in range(selection.kept + 2):
         rows += _pick(selection, step, EXAMPLES if step == selection.kept else dropped)
-    places = {row[column] for row in rows for column in ("place", "keeper_place")} - {None}
-    samples = {place: _sample_of(selection, place) for place in places}
+    row_ids = {row[column] for row in rows for column in ("row_id", "keeper_row_id")} - {None}
+    samples = {row_id: _sample_of(selection, row_id) for row_id in row_ids}
     contents = _read_pool(samples.values(), tars)
     return [
         Example(
             row["step"],
             row["uid"],
-            samples[row["place"]][1],
-            samples[row["place"]][0].stem,
+            samples[row["row_id"]][1],
+            samples[row["row_id"]][0].stem,
             row["reason"],
             {name: row[f"s{number}"] for name, number in selection.columns.scores.items()},
-            contents[samples[row["place"]]],
-            None if row["keeper_place"] is None else contents[samples[row["keeper_place"]]],
+            contents[samples[row["row_id"]]],
+            None if row["keeper_row_id"] is None else contents[samples[row["keeper_row_id"]]],
         )
         for row in rows
     ]
@@ -73,7 +73,7 @@ def _pick(selection: Selection, step: int, count: int) -> list[dict[str, Any]]:
     scores = "".join(f", s{number}" for number in selection.columns.scores.values())
     picked = connection.sql(
         f"""
-        SELECT replace(uid::VARCHAR, '-', '') AS uid, step, {reason} AS reason, place,
+        SELECT replace(uid::VARCHAR, '-', '') AS uid, step, {reason} AS reason, row_id,
             keeper::VARCHAR AS keeper {scores}
         FROM (
             SELECT * FROM decided WHERE step = $step AND {one_in(rows, SAMPLED_ROWS)}
@@ -86,16 +86,16 @@ def _pick(selection: Selection, step: int, count: int) -> list[dict[str, Any]]:
     # A lookup of its own: as a join this would be one with the whole table.
     keepers = [row["keeper"] for row in rows if row["keeper"]]
     found = connection.execute(
-        "SELECT uid::VARCHAR, place FROM decided WHERE uid IN (SELECT unnest($keepers::VARCHAR[])::UUID)",
+        "SELECT uid::VARCHAR, row_id FROM decided WHERE uid IN (SELECT unnest($keepers::VARCHAR[])::UUID)",
         {"keepers": keepers},
     ).fetchall()
-    places = dict(found)
-    return [{**row, "keeper_place": places.get(row["keeper"])} for row in rows]
+    row_ids = dict(found)
+    return [{**row, "keeper_row_id": row_ids.get(row["keeper"])} for row in rows]
 
 
-def _sample_of(selection: Selection, place: int) -> tuple[Path, str | None]:
-    """Score file and key of a place."""
-    number, row = divmod(place, FILE_FACTOR)
+def _sample_of(selection: Selection, row_id: int) -> tuple[Path, str | None]:
+    """Score file and key of a row of the scores."""
+    number, row = divmod(row_id, FILE_FACTOR)
     path = selection.scores.files[number]
     file = pq.ParquetFile(path)
     for group in range(file.num_row_groups):

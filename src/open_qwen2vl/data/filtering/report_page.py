@@ -151,8 +151,8 @@ def _plot(plot: Histogram) -> str:
 def _bar(x: float, y: float, width: float, height: float, kind: str) -> str:
     if not height:
         return ""
-    place = f'x="{x + 0.5:.1f}" y="{y:.1f}" width="{width - 1:.1f}" height="{height:.1f}"'
-    return f'<rect {place} fill="var(--{kind})"/>'
+    box = f'x="{x + 0.5:.1f}" y="{y:.1f}" width="{width - 1:.1f}" height="{height:.1f}"'
+    return f'<rect {box} fill="var(--{kind})"/>'
 
 
 def _examples(report: SelectionReport, examples: Sequence[Example]) -> str:
@@ -181,14 +181,14 @@ def _example(example: Example, kept: bool) -> str:
     caption = example.content.caption
     if len(caption) > _CAPTION_CHARACTERS:
         caption = caption[:_CAPTION_CHARACTERS] + " \u2026"
-    place = f"{example.tar}/{example.key or ''}"
+    where = f"{example.tar}/{example.key or ''}"
     reason = "<br>".join(_breakable(part) for part in example.reason.split("; "))
     scores = ((name, "\u2013" if value is None else f"{value:.4g}") for name, value in example.scores.items())
     rows = "".join(f"<tr><td>{_breakable(name)}</td><td>{value}</td></tr>" for name, value in scores)
     return (
         f'<figure class="{"kept" if kept else "dropped"}"><div class="picture">{pictures}</div><figcaption>'
         f'<p>{escape(caption)}</p><p class="reason">{reason}</p><table>{rows}</table>'
-        f'<p class="where">{escape(place)}<br>{escape(example.uid)}</p>'
+        f'<p class="where">{escape(where)}<br>{escape(example.uid)}</p>'
         "</figcaption></figure>"
     )
 

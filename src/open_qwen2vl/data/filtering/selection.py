@@ -29,7 +29,7 @@ from .histograms import histograms
 from .options import FilterOptions
 from .report import SelectionReport, measure
 from .report_page import report_page
-from .tables import FILE_FACTOR, Columns, Scores, find_scores, keys_of_places, make_pairs, open_database
+from .tables import FILE_FACTOR, Columns, Scores, find_scores, keys_of_rows, make_pairs, open_database
 
 DECISIONS_NAME, PAGE_NAME = "decisions.parquet", "index.html"
 _ROWS_AT_ONCE = 1 << 17
@@ -125,7 +125,7 @@ def _decide(selection: Selection, near_distance: int) -> int:
         without_hash = find_duplicates(connection, selection.scores.hash_files, selection.deduplicate, near_distance)
     statement = selection.statement()
     step = f"CASE WHEN keeper IS NOT NULL THEN {kept + 1} ELSE {statement.first_failing(selection.term)} END"
-    columns = ", ".join(["place", *selection.columns.names(), "keeper"])
+    columns = ", ".join(["row_id", *selection.columns.names(), "keeper"])
     connection.execute(
         f"""
         CREATE TABLE decided AS SELECT uid, {columns}, ({step})::USMALLINT AS step
@@ -143,12 +143,12 @@ def _write_decisions(selection: Selection, path: Path, kept: int) -> np.ndarray:
     # A statement for the join and one for the sort: in one, neither would leave the other the memory it needs.
     selection.connection.execute(
         "CREATE TABLE keyed AS SELECT decided.*, key "
-        f"FROM decided LEFT JOIN {keys_of_places(selection.scores)} USING (place)"
+        f"FROM decided LEFT JOIN {keys_of_rows(selection.scores)} USING (row_id)"
     )
     rows = selection.connection.sql(
         f"""
         SELECT (uid::UHUGEINT >> 64)::UBIGINT AS high, (uid::UHUGEINT & {2**64 - 1})::UBIGINT AS low,
-            replace(uid::VARCHAR, '-', '') AS uid, key, place // {FILE_FACTOR} AS file,
+            replace(uid::VARCHAR, '-', '') AS uid, key, row_id // {FILE_FACTOR} AS file,
             step = {selection.kept} AS kept, {reason} AS reason
         FROM (SELECT * FROM keyed ORDER BY uid)
         """,

@@ -1,11 +1,11 @@
 """The tables that a selection works on, in a DuckDB file beside its output: memory stays bounded, the rest spills.
 
     score files (a row for each uid and score) ── GROUP BY uid ──┐
-    in(FILE) arrays of uids ── LEFT JOIN ────────────────────────┴─► pairs: uid, place,
+    in(FILE) arrays of uids ── LEFT JOIN ────────────────────────┴─► pairs: uid, row_id,
                                               s0 r0 s1 r1 ... (score, reason why there is none), f0 f1 ... (is in FILE)
 
-A uid that stands in several tars is one pair: its largest score counts, and its place is its first. `place` is the row
-of the score files that names its key: file * 2^32 + row.
+A uid that stands in several tars is one pair: its largest score counts, and its first row names it. `row_id` is that
+row of the score files: file * 2^32 + row.
 """
 
 import logging
@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 UID = "TRY_CAST(uid AS UUID)"  # its order is that of the hex digits
 FILE_FACTOR = 1 << 32
-_PLACE = f"(file_index::BIGINT * {FILE_FACTOR} + file_row_number::BIGINT)"
-_WITHOUT_KEY = 1 << 62  # added to a place, so that one with a key goes before
+_ROW_ID = f"(file_index::BIGINT * {FILE_FACTOR} + file_row_number::BIGINT)"
+_WITHOUT_KEY = 1 << 62  # added to the id, so that one with a key goes before
 _UIDS_AT_ONCE = 1 << 20
 _DUCKDB_SHARE = 0.6  # of the memory limit; the rest is for the process itself (0.8 GB), its batches and the uids
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?", re.IGNORECASE)
@@ -142,15 +142,15 @@ def make_pairs(connection: "duckdb.DuckDBPyConnection", scores: Scores, columns:
     """Make the table `pairs`."""
     name_number = _numbered("scorer", list(columns.scores))
     reason_number = _numbered("reason", scores.reasons)
-    place = f"{_PLACE} + CASE WHEN key IS NULL THEN {_WITHOUT_KEY} ELSE 0 END"
-    gathered = [f"min(place) % {_WITHOUT_KEY} AS place"]
+    row_id = f"{_ROW_ID} + CASE WHEN key IS NULL THEN {_WITHOUT_KEY} ELSE 0 END"
+    gathered = [f"min(row_id) % {_WITHOUT_KEY} AS row_id"]
     for number in columns.scores.values():
         gathered.append(f"max(value) FILTER (part = {number}) AS s{number}")
         gathered.append(f"min(reason) FILTER (part = {number}) AS r{number}")
     connection.execute(
         f"""
         CREATE TABLE pairs AS SELECT uid, {", ".join(gathered)} FROM (
-            SELECT {UID} AS uid, {place} AS place, {name_number} AS part, CASE WHEN isnan(value) THEN NULL ELSE value
+            SELECT {UID} AS uid, {row_id} AS row_id, {name_number} AS part, CASE WHEN isnan(value) THEN NULL ELSE value
                 END AS value, CASE WHEN isnan(value) THEN {scores.reasons.index("nan_score")} ELSE {reason_number}
                 END::SMALLINT AS reason
             FROM {score_rows(scores.files)} WHERE {UID} IS NOT NULL
@@ -160,9 +160,9 @@ def make_pairs(connection: "duckdb.DuckDBPyConnection", scores: Scores, columns:
     return {path: _mark_listed(connection, path, number) for path, number in columns.files.items()}
 
 
-def keys_of_places(scores: Scores) -> str:
+def keys_of_rows(scores: Scores) -> str:
     """SQL for the keys that the score files name."""
-    return f"(SELECT {_PLACE} AS place, key FROM {score_rows(scores.files)} WHERE key IS NOT NULL)"
+    return f"(SELECT {_ROW_ID} AS row_id, key FROM {score_rows(scores.files)} WHERE key IS NOT NULL)"
 
 
 def _numbered(column: str, values: list[str]) -> str:
