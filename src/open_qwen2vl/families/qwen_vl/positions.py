@@ -89,8 +89,8 @@ def _video_grids(
             yield frames, height, width, rule.tokens_per_second * seconds
 
 
-def _next_grid(grids: Iterator[tuple[int, int, int, float]], place: int) -> tuple[int, int, int, float]:
+def _next_grid(grids: Iterator[tuple[int, int, int, float]], index: int) -> tuple[int, int, int, float]:
     try:
         return next(grids)
     except StopIteration:
-        raise ValueError(f"the placeholder at {place} has no image or video grid") from None
+        raise ValueError(f"the placeholder at {index} has no image or video grid") from None

@@ -74,15 +74,15 @@ def _by_length(query, key, value, lengths: list[int], scaling: float) -> torch.T
     for length in lengths:
         starts[length].append(position)
         position += length
-    outputs, places = [], []
+    outputs, order = [], []
     for length, own in starts.items():
         # (segments, length): the rows of the segments of this length
         rows = (torch.tensor(own)[:, None] + torch.arange(length)).to(query.device)
         q, k, v = (states.index_select(0, rows.flatten()).unflatten(0, rows.shape) for states in (query, key, value))
         outputs.append(_attend(q, k, v, scaling).flatten(0, 1))
-        places.append(rows.flatten())
+        order.append(rows.flatten())
     # Back into the order of the patches.
-    return torch.cat(outputs).index_select(0, torch.argsort(torch.cat(places)))
+    return torch.cat(outputs).index_select(0, torch.argsort(torch.cat(order)))
 
 
 def _attend(query, key, value, scaling: float) -> torch.Tensor:
