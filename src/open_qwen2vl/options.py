@@ -9,11 +9,15 @@ The dataclass lies beside the step that it is of and imports nothing heavy: `cli
 Fields are of `bool`, `int`, `float`, `str`, a `Literal` of texts, a tuple of one of these, or any of them or None.
 """
 
+import os
 import types
 import typing
 from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
 from typing import Any, Literal
+
+_MAX_BYTES = 1 << 20  # of a YAML file
+_MAX_NODES = 100_000  # with every alias counted as often as it stands
 
 
 def option(
@@ -69,12 +73,7 @@ def flag(name: str) -> str:
 
 def read_options(options: type, path: str) -> dict[str, Any]:
     """The fields of a dataclass of options that a YAML file names, of the types that the command line gives them."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"--config {path}: {error}") from error
+    content = load_yaml(f"--config {path}", path)
     if not isinstance(content, dict):
         raise ValueError(f"--config {path}: not a file of `option: value` lines")
     known, found = kinds(options), {}
@@ -85,8 +84,50 @@ def read_options(options: type, path: str) -> dict[str, Any]:
         try:
             found[key] = _read(known[key], value)
         except TypeError:
-            raise ValueError(f"--config {path}: {name}: {value!r} is no value for it") from None
+            raise ValueError(f"--config {path}: {name}: {repr(value)[:200]} is no value for it") from None
     return found
+
+
+def load_yaml(what: str, path: str | os.PathLike) -> Any:
+    """The values of a YAML file; a `ValueError` of one line that begins with `what`."""
+    import yaml
+
+    loader = yaml.SafeLoader("")
+    try:
+        root = compose_yaml(what, path)
+        return None if root is None else loader.construct_document(root)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{what}: {' '.join(str(error).split())}") from error
+    finally:
+        loader.dispose()
+
+
+def compose_yaml(what: str, path: str | os.PathLike) -> Any:
+    """The root node of a YAML file: nothing is built or run, and what aliases would expand to is bounded."""
+    import yaml
+
+    try:
+        if Path(path).stat().st_size > _MAX_BYTES:
+            raise ValueError(f"{what}: it is larger than 1 MiB, which no file of options is")
+        root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        if root is not None and _expanded_size(root, {}) > _MAX_NODES:
+            raise ValueError(f"{what}: its aliases stand for more than {_MAX_NODES:,} values")
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{what}: {' '.join(str(error).split())}") from error
+    except RecursionError:
+        raise ValueError(f"{what}: nested too deeply") from None
+    return root
+
+
+def _expanded_size(node: Any, sizes: dict[int, float]) -> float:
+    """Nodes below and with one, aliases followed; infinite where one stands for itself."""
+    if node.id == "scalar":
+        return 1
+    if id(node) not in sizes:
+        sizes[id(node)] = float("inf")  # until it is known
+        children = [child for pair in node.value for child in pair] if node.id == "mapping" else node.value
+        sizes[id(node)] = 1 + sum(_expanded_size(child, sizes) for child in children)
+    return sizes[id(node)]
 
 
 def _read(kind: Kind, value: Any) -> Any:

@@ -214,6 +214,8 @@ def test_what_is_wrong_is_one_line(recipe, capsys, options, arguments, message):
 
 def test_a_file_that_is_no_recipe_is_one_line(tmp_path, capsys):
     (tmp_path / "words.yaml").write_text("just words\n")
-    for name, message in (("words.yaml", "not a YAML file"), ("nowhere.yaml", "nowhere.yaml")):
+    (tmp_path / "deep.yaml").write_text("dtype: " + "[" * 5000 + "\n")
+    messages = {"words.yaml": "not a YAML file", "nowhere.yaml": "nowhere.yaml", "deep.yaml": "nested too deeply"}
+    for name, message in messages.items():
         assert main(["estimate", str(tmp_path / name), "--gpu", "h100"]) == 2
         assert message in capsys.readouterr().err

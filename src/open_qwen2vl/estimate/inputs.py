@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..data.packing.mixture import parse_sources
 from ..data.packing.plan_files import read_plan
 from ..data.packing.weights import picks_per_epoch
 from ..modeling.configuration_open_qwen2vl import OpenQwen2VLConfig
+from ..options import load_yaml
 from ..trainer.arguments import PackedTrainingArguments
 from .memory import Training
 
@@ -98,10 +98,7 @@ def assumed_work(
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """Options of a recipe's YAML file."""
-    try:
-        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
+    options = load_yaml(f"cannot read {path}", path)
     if not isinstance(options, dict):
         raise ValueError(f"{path}: not a YAML file of `option: value` lines")
     return {**DEFAULTS, "dtype": "float32", **options}

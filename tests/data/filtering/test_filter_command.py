@@ -11,6 +11,7 @@ from tests.data.killed_step import OUTPUT, check_killed_step
 from .conftest import uid_of
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "data" / "open_qwen2vl.yaml"
+BOMB = "keep: &a0 [lol]\nscores:\n" + "".join(f"- &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 11))
 UIDS = [uid_of(number) for number in range(6)]
 
 
@@ -43,6 +44,9 @@ def test_options_of_a_config_file_yield_to_the_command_line(scores, tmp_path, ca
         ("kepp: clip > 1", "no option 'kepp'; there are scores, keep, output"),
         ("- clip", "not a file of `option: value` lines"),
         ("keep: 'clip", "--config"),
+        pytest.param("keep: " + "[" * 5000, "nested too deeply", id="deep"),
+        pytest.param(BOMB, "its aliases stand for more than 100,000 values", id="bomb"),
+        ("keep: !!python/object/apply:os.getcwd []", "could not determine a constructor for the tag"),
     ],
 )
 def test_mistake_in_a_config_file_is_one_line(scores, tmp_path, capsys, config, message):

@@ -11,10 +11,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
 from PIL import Image
 from transformers import BatchFeature
 
+from ...options import load_yaml
 from .score_tokens import ScoreTokens
 
 _TEXT = "\ue000"  # private use: stands for a user's text to see where the chat template puts it
@@ -127,10 +127,7 @@ def read_prompts(path: str | None, metrics: Sequence[str]) -> dict[str, str]:
     """
     file = Path(path) if path is not None else files(__package__) / "prompts.yaml"
     where = f"--prompts {path}" if path is not None else "prompts.yaml"
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where}: not a YAML file: {error}") from error
+    content = load_yaml(f"{where}: not a YAML file", file)
     texts = content.get("metrics") if isinstance(content, dict) else None
     if not isinstance(texts, dict) or not texts:
         raise ValueError(f"{where}: needs the key metrics with a text for each metric")
