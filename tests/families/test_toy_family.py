@@ -117,13 +117,27 @@ def test_a_changed_image_or_another_processor_is_refused(tar, toy, tmp_path, pro
         plan_packs([tar], tmp_path / "other", toy, image_seq_length=4, **OPTIONS)
 
 
-def test_order_balances_patches_and_phases_are_fingerprints(tar, toy, tmp_path, tokenizer):
-    for name, most in (("a", 64), ("b", 64), ("c", 32)):
+def test_order_balances_patches_and_mixes_budgets_but_for_phases(tar, toy, tmp_path, tokenizer):
+    for name, most in (("a", 64), ("b", 64), ("c", 9)):
         plan_packs([tar], tmp_path / name, ToyProcessor(tokenizer, most), **OPTIONS)
-    mixture = PackMixture(parse_sources([{"path": str(tmp_path / name)} for name in "cab"]), toy)
-    order = list(PackOrder(mixture, 1, 1, 4, seed=0))
-    size = len(mixture.datasets[0])
-    first = [index for index in order[: -(-size // 4) * 4] if index < len(mixture)]
-    assert sorted(first) == list(range(size))  # c alone, then a and b together
-    patches = np.append(mixture.patches_per_pack, [0, 0, 0])[order].reshape(-1, 4)
-    assert (np.diff(patches, axis=1) <= 0).all()
+
+    def ordered(phases):
+        entries = [{"path": str(tmp_path / name), **({"phase": phases[name]} if phases else {})} for name in "abc"]
+        mixture = PackMixture(parse_sources(entries), toy)
+        order = list(PackOrder(mixture, 1, 1, 4, seed=0))
+        patches = np.append(mixture.patches_per_pack, [0, 0, 0])[order].reshape(-1, 4)
+        assert (np.diff(patches, axis=1) <= 0).all()
+        items = [mixture[index] for index in order]
+        assert all(not item["dropped"] for item in items)
+        stats = [PackingCollator()(items[i : i + 4])["packing_stats"]["patches"] for i in range(0, len(items), 4)]
+        assert stats == patches.sum(1).tolist()
+        return mixture, order
+
+    mixture, order = ordered(None)
+    assert mixture.phases == [[0, 1, 2]] and len(order) == -(-len(mixture) // 4) * 4
+    mixture, order = ordered({"a": 2, "b": 2, "c": 1})
+    first, others = len(mixture.datasets[2]), len(mixture) - len(mixture.datasets[2])
+    assert mixture.phases == [[2], [0, 1]]  # c alone, then a and b together
+    steps = -(-first // 4) * 4
+    assert sorted(index for index in order[:steps] if index < len(mixture)) == list(range(others, len(mixture)))
+    assert sorted(index for index in order[steps:] if index < len(mixture)) == list(range(others))

@@ -302,14 +302,20 @@ def test_large_images_are_reduced_to_what_is_needed(monkeypatch, photograph, mod
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_orientation_equals_pillows_own(orientation):
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
+def test_every_orientation_equals_pillows_own(orientation, image_format):
     exif = Image.Exif()
     exif[0x0112] = orientation
+    turns = [None, *(Image.Transpose(number) for number in (0, 3, 1, 5, 4, 6, 2))]
     for mode in ("RGB", "L"):
-        data = encode(gradient(33, 17).convert(mode), "PNG", exif=exif)
-        wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+        image = gradient(33, 17).convert(mode)
+        data = encode(image, image_format, exif=exif)
+        turn = turns[orientation - 1]
+        wanted = (image if turn is None else image.transpose(turn)).convert("RGB")
+        assert np.array_equal(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"), wanted)
         assert np.array_equal(decode_image(data), wanted)
-        assert read_image_size(data) == (33, 17) and read_image_size(data, upright=True) == wanted.size
+        assert read_image_size(data, upright=True) == wanted.size
+        assert image_format == "TIFF" or read_image_size(data) == (33, 17)
 
 
 def peak_bytes(read) -> int:

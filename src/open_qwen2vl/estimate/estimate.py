@@ -125,10 +125,10 @@ def _price(gpu: str, given: float | None) -> tuple[float | None, str]:
 
 
 def _steps(options: dict[str, Any], work: list[Work], packs_per_step: int) -> tuple[int, float]:
-    """Optimizer steps and epochs; sources of one number of tokens per image fill up whole steps together."""
-    phases: Counter[float] = Counter()
+    """Optimizer steps and epochs; sources of one phase fill up whole steps together."""
+    phases: Counter[int] = Counter()
     for each in work:
-        phases[each.media_tokens / each.images if each.images else 0] += each.packs
+        phases[each.phase] += each.packs
     steps_per_epoch = sum(math.ceil(packs / packs_per_step) for packs in phases.values())
     epochs, max_steps = number_of(options, "num_train_epochs"), int(number_of(options, "max_steps"))
     if max_steps > 0:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..data.packing.mixture import parse_sources
+from ..data.packing.mixture import parse_sources, source_phases
 from ..data.packing.plan_files import read_plan
 from ..data.packing.weights import picks_per_epoch
 from ..modeling.configuration_open_qwen2vl import OpenQwen2VLConfig
@@ -18,6 +18,7 @@ from ..options import load_yaml
 from ..trainer.arguments import PackedTrainingArguments
 from .memory import Training
 
+FORWARD_OPTIONS = ("image_seq_length",)  # of a plan's `vision` what a batch has one of
 PARTS = ("vision_tower", "projector", "language_model")
 DEFAULTS = {name: field.default for name, field in PackedTrainingArguments.__dataclass_fields__.items()}
 
@@ -34,6 +35,7 @@ class Work:
     squared_lengths: float  # sum over documents of their length squared
     max_length: int  # positions of a pack
     most_images: float  # images of the pack that has the most
+    phase: int = 0  # packs of one fill up whole steps together
 
 
 def planned_work(train_packs: str | list[dict[str, Any]]) -> list[Work]:
@@ -44,8 +46,10 @@ def planned_work(train_packs: str | list[dict[str, Any]]) -> list[Work]:
         if not plan["totals"]["packs"]:
             raise ValueError(f"{source.path} holds no packs")
     picks = picks_per_epoch(sources, [plan["totals"]["packs"] for plan in plans], plans)
+    options = [{name: plan["vision"].get(name) for name in FORWARD_OPTIONS} for plan in plans]
+    phase_of = {s: number for number, phase in enumerate(source_phases(sources, options)) for s in phase}
     work = []
-    for plan, packs in zip(plans, picks, strict=True):
+    for number, (plan, packs) in enumerate(zip(plans, picks, strict=True)):
         totals = plan["totals"]
         times = packs / totals["packs"]
         work.append(
@@ -58,6 +62,7 @@ def planned_work(train_packs: str | list[dict[str, Any]]) -> list[Work]:
                 squared_lengths=totals["tokens"] ** 2 / totals["documents"] * times,
                 max_length=plan["max_length"],
                 most_images=totals["images_per_pack"][1],
+                phase=phase_of[number],
             )
         )
     return work

@@ -186,6 +186,9 @@ def _upright(image: Image.Image, needed: int | None = None) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int | None:
+    # Pillow itself turns a TIFF when it is loaded, and has the size of afterwards before that.
+    if image.format == "TIFF":
+        return None
     # Pillow would decode a PNG to look for EXIF behind its pixels, where nobody writes it.
     if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
         return None

@@ -55,8 +55,10 @@ def test_a_list_names_sources_with_epochs_or_weights():
         ({"path": "a"}, "must be a folder or a list"),
         (["a"], "source 1 of the packs needs a `path`, got 'a'"),
         ([{"path": "a"}, {"name": "b"}], "source 2 of the packs needs a `path`"),
-        ([{"path": "a", "wieght": 1}], "unknown key 'wieght'; known are path, name, weight, epochs"),
+        ([{"path": "a", "wieght": 1}], "unknown key 'wieght'; known are path, name, weight, epochs, weight_by, phase"),
         ([{"path": "a", "weight": 1, "epochs": 1}], "source 1 of the packs has both a weight and epochs"),
+        ([{"path": "a", "phase": 1}, {"path": "b"}], "source 'b' has no phase: give all of them one, or none"),
+        ([{"path": "a", "phase": 1.5}], "phase of source 1 of the packs must be a whole number, got 1.5"),
         ([{"path": "a", "weight": 1}, {"path": "b"}], "source 'b' has no weight: give all of them one, or none"),
         ([{"path": "a", "epochs": 1}, {"path": "b", "weight": 1}], "source 'a' has no weight"),
         ([{"path": "x/a"}, {"path": "y/a"}], "two sources are named 'a'"),
@@ -133,6 +135,24 @@ def test_the_fingerprint_tells_mixtures_apart_but_not_their_places(plans, proces
         shutil.copy2(plans["cats"] + f"/../{tar}", tmp_path / "moved" / tar)
     moved = [{"path": str(tmp_path / "moved" / name)} for name in ("cats", "dogs")]
     assert fingerprint(*moved) == found
+
+
+def test_phases_are_read_in_their_order_and_hold_what_a_batch_can(plans, processor):
+    def mixture(**phases):
+        return PackMixture(parse_sources([{"path": plans[name], "phase": n} for name, n in phases.items()]), processor)
+
+    found = mixture(large=2, cats=-1, dogs=2 - 1)
+    assert found.phases == [[1], [2], [0]] and mixture(large=7, cats=3, dogs=3).phases == [[1, 2], [0]]
+    sources = np.searchsorted(found._ends, [i for i in PackOrder(found, 1, 1, 1, seed=0) if i < len(found)], "right")
+    assert list(dict.fromkeys(sources.tolist())) == [1, 2, 0]
+    assert (
+        found.fingerprint["large"]["phase"] == 2
+        and "phase" not in PackMixture(parse_sources(plans["cats"]), processor).fingerprint["cats"]
+    )
+    with pytest.raises(
+        ValueError, match="'cats' and 'large' are both of phase 1, .*image_seq_length 4, now 16 in the"
+    ):
+        mixture(cats=1, large=1)
 
 
 def test_the_order_of_sources_belongs_to_the_fingerprint(plans, processor):

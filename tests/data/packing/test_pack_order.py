@@ -12,27 +12,25 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from open_qwen2vl.data import PackMixture, PackOrder, Source, parse_sources, plan_packs
+from open_qwen2vl.data.packing.mixture import source_phases
 
 
 class Packs(list):
-    """As much of a `PackedDataset` as an order looks at: the number of packs and how media are read."""
+    """As much of a `PackedDataset` as an order looks at: the number of packs."""
 
-    def __init__(self, packs, budget=144):
-        super().__init__(packs)
-        self.plan = {"vision": {"family": "open_qwen2vl", "image_seq_length": budget}}
+    plan: dict = {}
 
 
 def mixture(*sizes, weights=None, epochs=None, budgets=None, seed=0):
     """As much of a `PackMixture` as an order looks at; packs of 10 to 23 patches."""
-    datasets = [
-        Packs(range(size), *budget) for size, *budget in zip(sizes, *([budgets] if budgets else []), strict=True)
-    ]
+    datasets = [Packs(range(size)) for size in sizes]
     sources = [
         Source(str(i), "", weight=weights[i]) if weights else Source(str(i), "", epochs=epochs[i] if epochs else 1.0)
         for i in range(len(sizes))
     ]
     patches = np.random.default_rng(seed).integers(10, 24, sum(sizes))
-    return SimpleNamespace(sources=sources, datasets=datasets, patches_per_pack=patches)
+    phases = source_phases(sources, [{"image_seq_length": budget} for budget in budgets or [144] * len(sizes)])
+    return SimpleNamespace(sources=sources, datasets=datasets, patches_per_pack=patches, phases=phases)
 
 
 def steps(order: PackOrder, epoch: int = 0) -> np.ndarray:

@@ -25,8 +25,9 @@ def indexed(write_tar, sample):
     """A tar of three samples and the rows of its index."""
     tar = write_tar([member for key in "abc" for member in sample(key)])
     rows = [
-        {"key": one.key, "uid": f"{n:032x}", "width": 8, "height": 8,
-         "members": [{"ext": ext, "offset": place[0], "size": place[1]} for ext, place in one.members.items()]}
+        {"key": one.key, "uid": f"{n:032x}",
+         "members": [{"ext": ext, "offset": place[0], "size": place[1],
+                      **({"width": 8, "height": 8} if ext == "png" else {})} for ext, place in one.members.items()]}
         for n, one in enumerate(index_shard(tar).samples)
     ]  # fmt: skip
     return tar, rows
@@ -43,6 +44,7 @@ def change_member(field, value):
         *((change_member("offset", value), "outside") for value in (-1, 0, 511, 1 << 40, 2**63 - 1)),
         *((change_member("size", value), "outside") for value in (-1, 1 << 40, 2**63 - 1)),
         *((change_member(field, None), "nulls") for field in ("ext", "offset", "size")),
+        *((change_member("width", value), "no image has") for value in (-1, 0, None, 1 << 30)),
         (lambda rows: rows[1].update(members=None), "nulls"),
         (lambda rows: rows[1].update(key=None), "nulls"),
         (lambda rows: rows[1].update(key="a"), "twice"),

@@ -1,4 +1,5 @@
 import io
+import json
 import os
 import struct
 import tempfile
@@ -15,8 +16,14 @@ from open_qwen2vl.data.packing.plan_files import read_part_metadata
 from open_qwen2vl.data.resharding.options import ReshardOptions
 from open_qwen2vl.data.resharding.resharding import reshard
 from open_qwen2vl.data.storage.tar_index import index_path, member_image_size, read_shard_index, write_shard_index
-from open_qwen2vl.data.storage.uids import UID_DTYPE, write_uids
+from open_qwen2vl.data.storage.tars import index_shard, read_json, sample_uid
+from open_qwen2vl.data.storage.uids import UID_DTYPE, parse_uid, write_uids
+from open_qwen2vl.families import register_family
+from open_qwen2vl.processing.images import decode_image, read_image_size
+from open_qwen2vl.processing.sample_error import SampleError
+from tests.data.conftest import encode_image, write
 from tests.data.packing.test_plan import read_bytes, read_rows
+from tests.families.toy_family import ToyDocuments, ToyProcessor
 
 OPTIONS = {"image_seq_length": 4, "max_length": 128, "num_workers": 1}
 
@@ -45,17 +52,43 @@ def test_image_sizes_are_those_of_the_decoder(encode, image_format, options, mod
     assert size_of(encode(image, image_format, **options)) == (37, 11)
 
 
-@settings(max_examples=150, deadline=None)
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF", "MPO", "AVIF"])
+@pytest.mark.parametrize("turn", range(10))
+def test_sizes_are_upright(encode, image_format, turn):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    data = encode(Image.new("RGB", (37, 11), "red"), image_format, exif=exif)
+    assert size_of(data) == decode_image(data).size == ((11, 37) if turn in (5, 6, 7, 8) else (37, 11))
+
+
+def test_a_turn_behind_the_size_or_in_xmp_counts(encode):
+    plain = encode(Image.new("RGB", (37, 11), "red"), "JPEG")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = exif.tobytes()
+    segment = b"\xff\xe1" + struct.pack(">H", len(content) + 2) + content
+    scan = plain.index(b"\xff\xda")
+    assert size_of(plain[:scan] + segment + plain[scan:]) == (11, 37)
+    xmp = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta tiff:Orientation="6"/>'
+    segment = b"\xff\xe1" + struct.pack(">H", len(xmp) + 2) + xmp
+    data = plain[:2] + segment + plain[2:]
+    assert size_of(data) == read_image_size(data, upright=True)
+
+
+@settings(max_examples=300, deadline=None)
 @given(data=st.data())
-def test_damaged_images_have_the_decoders_size_or_none(data):
+def test_damaged_images_have_the_decoders_size_where_it_has_one(data):
     image_format, options = data.draw(st.sampled_from(FORMATS))
     buffer = io.BytesIO()
     Image.new("RGB", (9, 5), "red").save(buffer, image_format, **options)
     content = bytearray(buffer.getvalue())
     place = data.draw(st.integers(0, min(len(content), 700) - 1))
     content[place] = data.draw(st.integers(0, 255))
-    found = size_of(bytes(content[: data.draw(st.integers(0, len(content)))]))
-    assert found is None or len(found) == 2 and all(side >= 0 for side in found)
+    damaged = bytes(content[: data.draw(st.integers(0, len(content)))])
+    try:
+        assert size_of(damaged) == read_image_size(damaged, upright=True)
+    except SampleError:
+        pass  # what has a size all the same is dropped when it is read
 
 
 def test_header_without_an_image_is_no_size():
@@ -78,9 +111,106 @@ def resharded(make_tar, sample, encode, tmp_path):
 
 
 def test_image_sizes_stand_in_the_index(resharded):
-    table = pa.parquet.read_table(index_path(resharded)).to_pydict()
-    sizes = list(zip(table["width"], table["height"], strict=True))
-    assert sizes[:7] == [(n + 1, 5) for n in range(7)] and sizes[7] == (None, None) and sizes[30] == (8, 8)
+    samples, _ = read_shard_index(resharded)
+    sizes = [sample.image_sizes for sample in samples]
+    assert sizes[:7] == [{"png": (n + 1, 5)} for n in range(7)] and sizes[7] == {} and sizes[30] == {"png": (8, 8)}
+
+
+def write_index_1(tar):
+    """The index of format version 1, whose sizes are those of before rotation."""
+    table = pa.parquet.read_table(index_path(tar)).to_pylist()
+    for row in table:
+        row["members"] = [{name: one[name] for name in ("ext", "offset", "size")} for one in row["members"]]
+        row |= {"width": 3, "height": 3}
+    members = pa.list_(pa.struct([("ext", pa.string()), ("offset", pa.int64()), ("size", pa.int64())]))
+    sides = [("width", pa.int32()), ("height", pa.int32())]
+    schema = pa.schema([("key", pa.string()), ("uid", pa.string()), ("members", members), *sides])
+    metadata = {"open_qwen2vl": json.dumps({"tar_bytes": os.path.getsize(tar)})}
+    pa.parquet.write_table(pa.Table.from_pylist(table, schema.with_metadata(metadata)), index_path(tar))
+
+
+def test_an_older_index_is_used_but_for_its_sizes(resharded):
+    samples, uids = read_shard_index(resharded)
+    write_index_1(resharded)
+    old, old_uids = read_shard_index(resharded)
+    assert old_uids == uids and [one.members for one in old] == [one.members for one in samples]
+    assert not any(one.image_sizes for one in old)
+
+
+def picture(number):
+    """Of its own size, every third turned by EXIF."""
+    exif = Image.Exif()
+    exif[0x0112] = 6 if number % 3 == 0 else 1
+    return encode_image(Image.new("RGB", (8 * (number + 1), 16), "red"), "JPEG", exif=exif)
+
+
+def caption_members():
+    for number in range(9):
+        yield f"{number}.jpg", picture(number)
+        yield f"{number}.txt", b"a cat"
+
+
+def document_members():
+    """Two images in the folder of their document's key, one of a name of its own."""
+    for number in range(6):
+        texts = {"texts": [None, "a cat", None, "and a dog"], "images": ["0.jpg", None, "1.jpg", None]}
+        yield f"{number}.json", json.dumps({**texts, "uid": f"{number:032x}"}).encode()
+        yield f"{number}.0.jpg", picture(number)
+        yield f"{number}.1.jpg", picture(2 * number)
+
+
+@pytest.mark.parametrize("make", [caption_members, document_members])
+def test_plans_over_resharded_tars_open_no_image(make, tokenizer, tmp_path):
+    """The pictures are gone after resharding, and two plans of different budgets are what they were before."""
+    register_family("ToyProcessor", ToyDocuments, "toy")
+    pool = write(tmp_path / "pool.tar", list(make()))
+    uids = [sample_uid(read_json(file.fileno(), one), pool.name, one.key) for file in [open(pool, "rb")]
+            for one in index_shard(pool).samples]  # fmt: skip
+    write_uids(tmp_path / "subset.npy", np.sort(np.array([parse_uid(uid) for uid in uids], UID_DTYPE)))
+    reshard(ReshardOptions([pool], tmp_path / "subset.npy", tmp_path / "out", num_workers=1))
+    tar, options = tmp_path / "out/00000.tar", {"max_length": 128, "num_workers": 1}
+    index = index_path(tar).read_bytes()
+
+    def plan(name, most):
+        plan_packs([tar], tmp_path / name, ToyProcessor(tokenizer, most), **options)
+        return [without_uids(row) for kind in ("part", "skipped") for row in read_rows(tmp_path / name, kind)]
+
+    index_path(tar).unlink()
+    by_header = [plan("header-64", 64), plan("header-9", 9)]
+    index_path(tar).write_bytes(index)
+    data, times = tar.read_bytes(), (tar.stat().st_atime_ns, tar.stat().st_mtime_ns)
+    for _, content in make():
+        data = data.replace(content, bytes(len(content))) if content[:2] == b"\xff\xd8" else data
+    assert b"\xff\xd8" not in data
+    tar.write_bytes(data)
+    os.utime(tar, ns=times)
+    assert [plan("index-64", 64), plan("index-9", 9)] == by_header
+    assert by_header[0] != by_header[1] and any("too_many_patches" in row.values() for row in by_header[1])
+    write_index_1(tar)
+    with pytest.raises(ValueError, match="corrupt_image"):
+        plan("index-1", 64)
+
+
+def without_uids(row):
+    """Of tars without uids these are made of the first tar's name, which an index alone knows."""
+    documents = [{**one, "uid": None} for one in row.get("documents", ())]
+    return {**row, "documents": documents} if documents else row
+
+
+def test_the_index_of_another_tar_of_documents_is_not_used(tokenizer, tmp_path, caplog):
+    members = list(document_members())
+    tars = [write(tmp_path / f"{name}.tar", own) for name, own in (("a", members), ("b", members[::-1]))]
+    uids = np.array([(0, number) for number in range(6)], UID_DTYPE)
+    write_uids(tmp_path / "subset.npy", uids)
+    for tar in tars:
+        reshard(ReshardOptions([tar], tmp_path / "subset.npy", tmp_path / tar.stem, num_workers=1))
+    tar, other = tmp_path / "a/00000.tar", tmp_path / "b/00000.tar"
+    plan_packs([tar], tmp_path / "right", tokenizer, **OPTIONS)
+    index_path(tar).write_bytes(index_path(other).read_bytes())
+    assert os.path.getsize(tar) == os.path.getsize(other)
+    plan_packs([tar], tmp_path / "packs", tokenizer, **OPTIONS)
+    assert "index is that of another tar" in caplog.text
+    assert read_bytes(tmp_path / "packs") == read_bytes(tmp_path / "right")
 
 
 def test_pack_plans_the_same_by_index_and_by_headers(resharded, tmp_path, tokenizer, monkeypatch):
@@ -96,8 +226,6 @@ def test_pack_plans_the_same_by_index_and_by_headers(resharded, tmp_path, tokeni
 
 def test_the_index_keeps_the_uid_that_a_sample_had(make_tar, sample, tmp_path, tokenizer):
     """One that is made of the first tar's name, where no json has one."""
-    from open_qwen2vl.data.storage.tars import sample_uid
-
     uid = sample_uid(None, "pool.tar", "a")
     write_uids(tmp_path / "subset.npy", np.array([(int(uid[:16], 16), int(uid[16:], 16))], UID_DTYPE))
     reshard(

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
 from open_qwen2vl import PackedDataset, PackedTrainer, PackedTrainingArguments, PackingCollator, cli
+from open_qwen2vl.data import PackMixture, parse_sources
 from open_qwen2vl.trainer import newest_complete_checkpoint, save_final_model
 from tests.families.qwen_vl.packs import SIZES, picture
 from tests.qwen_vl import FAMILIES
@@ -168,6 +169,28 @@ def test_another_budget_is_another_plan(planned, capsys):
     processor.image_processor.patch_size = 8
     with pytest.raises(ValueError, match="patch_size"):
         PackedDataset(folder / "captions", processor)
+
+
+def test_budgets_of_pixels_mix_in_one_batch(planned, tmp_path):
+    """Each source keeps its own: the patches of a batch are those of both plans."""
+    model, folder = planned
+    options = ["--max-length", "96", "--max-pixels", str(MAX_PIXELS // 3)]
+    assert pack([folder / "0.tar"], tmp_path / "small", model, *options) == 0
+    processor = AutoProcessor.from_pretrained(model)
+    mixture = PackMixture(
+        parse_sources([{"path": str(tmp_path / "small")}, {"path": str(folder / "captions")}]), processor
+    )
+    assert mixture.phases == [[0, 1]]
+    items = [mixture[i] for i in range(len(mixture))]
+    area = processor.image_processor.patch_size**2
+    most = {0: 0, 1: 0}
+    for item in items:
+        most[item["source"]] = max(most[item["source"]], int(item["image_grid_thw"].prod(1).max()) * area)
+    assert most[0] < most[1]
+    batch = PackingCollator()(items)
+    patches = int(mixture.patches_per_pack.sum())
+    assert len(batch["pixel_values"]) == batch["packing_stats"]["patches"] == patches
+    assert len(batch["image_grid_thw"]) == 2 * 10
 
 
 class StopAt(TrainerCallback):

@@ -141,8 +141,11 @@ class _Planner:
                 self._add(found, content, placed, cost, pieces)
 
     def _place(self, found: Found, reference: Any) -> PlannedImage:
-        placed = self._images.find(self._number, found, reference, self.records.members)
+        placed = self._images.find(self._number, found, reference, self.records.samples)
         if not self._family.needs_sizes:
+            # A plan is the same with and without an index, which knows sizes.
+            return placed._replace(width=0, height=0) if placed.width else placed
+        if placed.width:
             return placed
         width, height = self._images.size(self._number, found, reference, placed)
         return placed._replace(width=width, height=height)

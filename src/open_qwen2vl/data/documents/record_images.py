@@ -10,21 +10,19 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...processing.images import read_image_size
 from ...processing.sample_error import SampleError
 from ..storage.image_files import MAX_IMAGE_BYTES, ImageFiles
-from ..storage.tars import IMAGE_EXTENSIONS, read_member, split_member_name
+from ..storage.image_sizes import upright_size
+from ..storage.tars import IMAGE_EXTENSIONS, Sample, read_member, split_member_name
 from .records import TABLES, TAR, Found, OwnImage, RecordReader
 from .texts import image_bytes
 
 OWN = -1
-HEAD_BYTES = 1 << 16  # of an image file: enough for its size and orientation in nearly all
 URLS = ("http://", "https://")
-Members = dict[str, dict[str, tuple[int, int]]]
 
 
 class PlannedImage(NamedTuple):
-    """An image of a document: its place, `root` None in the record itself, and its size, 0 where nobody asked."""
+    """An image of a document: its place, `root` None in the record itself, and its upright size, 0 if not known."""
 
     root: int | None
     offset: int = 0
@@ -41,7 +39,7 @@ class RecordImages:
         self._images = ImageFiles(folder, roots)
         self._beside = lru_cache(64)(lambda shard: ImageFiles(Path(paths[shard]).parent, [{"path": "."}]))
 
-    def find(self, shard: int, found: Found, reference: Any, members: Members | None) -> PlannedImage:
+    def find(self, shard: int, found: Found, reference: Any, samples: dict[str, Sample] | None) -> PlannedImage:
         """Where an image is; no byte of it is read."""
         if isinstance(reference, OwnImage):
             return PlannedImage(OWN, *reference)
@@ -50,8 +48,8 @@ class RecordImages:
         name = _name(reference)
         if name[:8].lower().startswith(URLS):
             raise SampleError("image_is_url", f"{name} has to be downloaded first")
-        if members is not None:
-            own = _own_member(members, found.key, name)
+        if samples is not None:
+            own = _own_member(samples, found.key, name)
             if own is None and not self._roots:
                 raise SampleError("missing_image", f"there is no member {name}")
             if own is not None:
@@ -67,10 +65,7 @@ class RecordImages:
 
     def size(self, shard: int, found: Found, reference: Any, place: PlannedImage) -> tuple[int, int]:
         """Upright width and height from an image's header."""
-        try:
-            return read_image_size(self._read(shard, found.key, reference, place, HEAD_BYTES), upright=True)
-        except SampleError:  # of a header that is longer, or for good
-            return read_image_size(self._read(shard, found.key, reference, place, None), upright=True)
+        return upright_size(lambda limit: self._read(shard, found.key, reference, place, limit))
 
     def _read(self, shard: int, key: str, reference: Any, place: PlannedImage, limit: int | None) -> bytes:
         if place.root is None:
@@ -79,11 +74,11 @@ class RecordImages:
                 raise SampleError("missing_image", "the record has no bytes of an image")
             return content[:limit]
         if place.root != OWN:
-            return self._images.read(_name(reference), (place.root, place.offset, place.size))[:limit]
+            return self._images.read(_name(reference), (place.root, place.offset, place.size), limit)
         if self._paths[shard].endswith(TAR):
             names = _own_names(key, reference)
             return read_member(self._records.files[shard].fileno(), names, place.offset, place.size, limit)
-        return self._beside(shard).read(_name(reference), (0, place.offset, place.size))[:limit]
+        return self._beside(shard).read(_name(reference), (0, place.offset, place.size), limit)
 
 
 def image_name(reference: Any) -> str:
@@ -108,12 +103,13 @@ def _own_names(key: str, reference: Any) -> list[str]:
     return [f"{key}.{name}", posixpath.join(posixpath.dirname(key), name), name]
 
 
-def _own_member(members: Members, key: str, name: str) -> PlannedImage | None:
+def _own_member(samples: dict[str, Sample], key: str, name: str) -> PlannedImage | None:
     for named in map(split_member_name, _own_names(key, name)):
-        found = members.get(named[0], {}).get(named[1]) if named else None
+        sample = samples.get(named[0]) if named else None
+        found = sample.members.get(named[1]) if sample else None
         if found is None:
             continue
         if not 0 < found[1] <= MAX_IMAGE_BYTES:
             raise SampleError("image_too_large" if found[1] else "empty_image", f"{name}: {found[1]} bytes")
-        return PlannedImage(OWN, *found)
+        return PlannedImage(OWN, *found, *sample.image_sizes.get(named[1], ()))
     return None

@@ -49,10 +49,12 @@ class RecordPlace(NamedTuple):
 
 
 class OwnImage(NamedTuple):
-    """The image of a caption in a tar: the member `KEY.jpg`, or of another image's extension."""
+    """The image of a caption in a tar: the member `KEY.jpg`, or of another image's extension; 0 what is not known."""
 
     offset: int = 0
     size: int = 0
+    width: int = 0
+    height: int = 0
 
 
 class Found(NamedTuple):
@@ -70,8 +72,7 @@ class ShardRecords:
 
     def __init__(self, path: str, text_format: str, columns: Columns, max_bytes: int | None = None):
         self._path, self._text_format, self._columns, self._max_bytes = path, text_format, columns, max_bytes
-        # of a tar, offset and size of its files by key and extension
-        self.members: dict[str, dict[str, tuple[int, int]]] | None = None
+        self.samples: dict[str, Sample] | None = None  # of a tar of documents, by key
         self.skipped: list[tuple[str, SampleError]] = []  # what of a tar is no sample, by key; complete at the end
         self.ignored_members = 0  # members of a tar that belong to no sample
 
@@ -114,9 +115,22 @@ class ShardRecords:
                 logger.warning("%s: its index is that of another tar: not used", self._path)
                 found = None
             return found if found is not None else self._find_captions(self._samples(), None, needs_image)
-        samples = self._samples()
-        self.members = {sample.key: sample.members for sample in samples}
-        return self._find_documents(samples)
+        samples, uids = self._indexed_documents() or (self._samples(), None)
+        self.samples = {sample.key: sample for sample in samples}
+        return self._find_documents(samples, uids)
+
+    def _indexed_documents(self) -> tuple[list[Sample], list[str]] | None:
+        """What an index names, if the headers of all records stand where it says."""
+        indexed = read_shard_index(self._path)
+        with open(self._path, "rb", buffering=0) as file:
+            try:
+                for sample in indexed[0] if indexed else ():
+                    if "json" in sample.members:
+                        read_member(file.fileno(), f"{sample.key}.json", *sample.members["json"], limit=0)
+            except SampleError:
+                logger.warning("%s: its index is that of another tar: not used", self._path)
+                return None
+        return indexed
 
     def _samples(self) -> list[Sample]:
         index = index_shard(self._path)
@@ -135,14 +149,14 @@ class ShardRecords:
                     yield Found(RecordPlace(None, None), error, sample.key, sample.key)
                     continue
                 uid = uids[number] if uids else sample_uid(read_json(tar, sample), name, sample.key)
-                own = [OwnImage(*place) for _, *place in image]
+                own = [OwnImage(*place, *sample.image_sizes.get(ext, ())) for ext, *place in image]
                 record = Texts([*(None for _ in own), caption], own)
                 yield Found(RecordPlace(offset, size), record, sample.key, sample.key, uid)
 
-    def _find_documents(self, samples: list[Sample]) -> Iterator[Found]:
+    def _find_documents(self, samples: list[Sample], uids: list[str] | None) -> Iterator[Found]:
         """The samples that have a json; the others are images of theirs."""
         with open(self._path, "rb", buffering=0) as file:
-            for sample in samples:
+            for number, sample in enumerate(samples):
                 if "json" not in sample.members:
                     continue
                 place = RecordPlace(*sample.members["json"])
@@ -150,7 +164,7 @@ class ShardRecords:
                     record = _read_tar_json(file.fileno(), sample.key, place.offset, place.size)
                 except SampleError as error:
                     record = error
-                yield Found(place, record, sample.key, sample.key)
+                yield Found(place, record, sample.key, sample.key, uids[number] if uids else None)
 
 
 class RecordReader:

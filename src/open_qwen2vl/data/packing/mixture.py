@@ -1,11 +1,12 @@
 """Several pack sets as one dataset: what `train_packs` of a recipe may name, and which pack each index stands for.
 
-    a folder, or a YAML list of {path, name?, weight? | epochs?} ──► Source ──► PackedDataset of each ──► PackMixture
+    a folder, or a YAML list of {path, name?, weight? | epochs?, phase?} ─► Source ─► PackedDataset ─► PackMixture
 
 Indices run through the sources one after the other; how often and in which order they are read is the business of
 `pack_order.py`. Behind the last pack stands one empty pack for each source, which fills up an optimizer step.
 """
 
+import json
 import math
 import os
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from ...families import difference
 from .packed_dataset import PackedDataset
 
-_KEYS = ("path", "name", "weight", "epochs", "weight_by")
+_KEYS = ("path", "name", "weight", "epochs", "weight_by", "phase")
 UNITS = ("packs", "tokens", "samples")  # that weights count
 
 
@@ -30,6 +32,7 @@ class Source:
         weight (`float`, *optional*): its share in what is read, relative to the other sources' weights.
         epochs (`float`, *optional*): how often each of its packs is read in an epoch of the run.
         weight_by (`str`, *optional*, defaults to `"packs"`): what weights count: packs, tokens or samples.
+        phase (`int`, *optional*): sources of a lower one are all read before, in each epoch.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Source:
     weight: float | None = None
     epochs: float | None = None
     weight_by: str = "packs"
+    phase: int | None = None
 
 
 def parse_sources(value: str | list[dict[str, Any]]) -> list[Source]:
@@ -45,7 +49,8 @@ def parse_sources(value: str | list[dict[str, Any]]) -> list[Source]:
     Args:
         value (`str | list[dict]`): a folder, or a list of entries with `path` and, each optional, `name` (the folder's
             by default) and either `weight` (in all entries or in none), perhaps with `weight_by` (the same in all:
-            packs, which is the default, tokens or samples), or `epochs` (1 by default).
+            packs, which is the default, tokens or samples), or `epochs` (1 by default); and `phase`, a whole number
+            (in all entries or in none), by which sources are read one after the other.
 
     Returns:
         `list[Source]`: at least one.
@@ -57,11 +62,12 @@ def parse_sources(value: str | list[dict[str, Any]]) -> list[Source]:
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"packs must be a folder or a list of {{path, name, weight or epochs}}, got {value!r}")
     sources = [_parse_source(number, entry) for number, entry in enumerate(entries, start=1)]
-    weighted = [source.weight is not None for source in sources]
-    if any(weighted) and not all(weighted):
-        raise ValueError(
-            f"source {sources[weighted.index(False)].name!r} has no weight: give all of them one, or none"
-        )
+    for key in ("weight", "phase"):
+        given = [getattr(source, key) is not None for source in sources]
+        if any(given) and not all(given):
+            raise ValueError(
+                f"source {sources[given.index(False)].name!r} has no {key}: give all of them one, or none"
+            )
     if len({source.weight_by for source in sources}) > 1:
         raise ValueError("weight_by must be the same in all sources of a mixture")
     names = [source.name for source in sources]
@@ -87,7 +93,10 @@ def _parse_source(number: int, entry: Any) -> Source:
     weight_by = entry.get("weight_by", UNITS[0])
     if weight_by not in UNITS or ("weight_by" in entry and weight is None):
         raise ValueError(f"weight_by of {where} is {', '.join(UNITS[:-1])} or {UNITS[-1]}, of sources with a weight")
-    return Source(name, entry["path"], weight, 1.0 if weight is None and epochs is None else epochs, weight_by)
+    phase = entry.get("phase")
+    if phase is not None and (not isinstance(phase, int) or isinstance(phase, bool)):
+        raise ValueError(f"phase of {where} must be a whole number, got {phase!r}")
+    return Source(name, entry["path"], weight, 1.0 if weight is None and epochs is None else epochs, weight_by, phase)
 
 
 def _positive(what: str, value: Any) -> float | None:
@@ -102,6 +111,33 @@ def _positive(what: str, value: Any) -> float | None:
     return number
 
 
+def source_phases(sources: list[Source], options: list[dict[str, Any]]) -> list[list[int]]:
+    """Numbers of the sources that may share a batch, phase by phase.
+
+    Args:
+        sources (`list[Source]`): their `phase` decides, where they have one.
+        options (`list[dict]`): of each what it asks of the forward, which is one for a batch, as `image_seq_length`.
+            Without phases, sources of other options come later, in the order in which they are listed.
+
+    Returns:
+        `list[list[int]]`: every source once.
+
+    Raises:
+        ValueError: if two sources of a phase have different options.
+    """
+    phases: dict[Any, list[int]] = {}
+    for number, (source, own) in enumerate(zip(sources, options, strict=True)):
+        key = json.dumps(own, sort_keys=True) if source.phase is None else source.phase
+        phases.setdefault(key, []).append(number)
+        first = phases[key][0]
+        if own != options[first]:
+            raise ValueError(
+                f"the sources {sources[first].name!r} and {source.name!r} are both of phase {key}, and no batch can "
+                f"hold packs of both ({difference(options[first], own)} in the second): give them different phases"
+            )
+    return list(phases.values()) if sources[0].phase is None else [phases[key] for key in sorted(phases)]
+
+
 class PackMixture(Dataset):
     """The packs of all sources.
 
@@ -113,7 +149,7 @@ class PackMixture(Dataset):
         processor (`ProcessorMixin`): its tokenizer must be the plans'.
 
     Raises:
-        ValueError: as [`PackedDataset`], or for a source without packs.
+        ValueError: as [`PackedDataset`] and [`source_phases`], or for a source without packs.
     """
 
     def __init__(self, sources: list[Source], processor: Any):
@@ -122,6 +158,8 @@ class PackMixture(Dataset):
         for source, dataset in zip(self.sources, self.datasets, strict=True):
             if not len(dataset):
                 raise ValueError(f"{source.path} holds no packs")
+        options = [dataset.documents.forward_options() for dataset in self.datasets]
+        self.phases = source_phases(self.sources, options)
         self.patches_per_pack = np.concatenate([dataset.per_pack("patches") for dataset in self.datasets])
         self._ends = np.cumsum([len(dataset) for dataset in self.datasets])
 
@@ -145,6 +183,7 @@ class PackMixture(Dataset):
                 "weight": source.weight,
                 "epochs": source.epochs,
                 **({} if source.weight_by == UNITS[0] else {"weight_by": source.weight_by}),
+                **({} if source.phase is None else {"phase": source.phase}),
             }
             for place, (source, dataset) in enumerate(zip(self.sources, self.datasets, strict=True))
         }

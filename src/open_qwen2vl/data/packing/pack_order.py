@@ -9,9 +9,7 @@ Nothing of it is state: a resumed run asks for the same epoch and skips. The pac
 global batch is split into devices, packs per device and accumulation.
 """
 
-import json
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -26,8 +24,9 @@ class PackOrder(Sampler[int]):
     A source is read `epochs` times in an epoch; with weights, the source that is largest for its weight is read once
     and the others as often as their weights ask. What one epoch leaves out of a permutation, the next begins with, so
     that no pack is read again before all others of its source were. The shares hold from the first step to the last.
-    Sources whose media are read in another way, as with more tokens per image, come later, in the order in which they
-    are listed. Each such phase is filled up with empty packs to a whole optimizer step.
+    Sources that no batch can hold together, as with more tokens per image of Open-Qwen2VL, are read one after another
+    ([`source_phases`]); Qwen2-VL's budgets of pixels are mixed unless the sources have phases. Each phase is filled up
+    with empty packs to a whole optimizer step.
 
     Args:
         mixture ([`PackMixture`]): the packs.
@@ -61,7 +60,7 @@ class PackOrder(Sampler[int]):
         self.seed, self.shuffle, self.epoch = seed, shuffle, 0
         self._sizes = [len(dataset) for dataset in mixture.datasets]
         self._counts = picks_per_epoch(mixture.sources, self._sizes, [dataset.plan for dataset in mixture.datasets])
-        self._phases = _phases([dataset.plan["vision"] for dataset in mixture.datasets])
+        self._phases = mixture.phases
         # The empty packs have no patches.
         self._patches = np.append(mixture.patches_per_pack, np.zeros(len(self._sizes), np.int64))
 
@@ -120,14 +119,6 @@ class PackOrder(Sampler[int]):
         dealt = packs.reshape(-1, self.batch_size, self.world_size)
         dealt[:, 1::2] = dealt[:, 1::2, ::-1].copy()
         return dealt.swapaxes(1, 2).ravel()
-
-
-def _phases(vision: list[dict[str, Any]]) -> list[list[int]]:
-    """Numbers of the sources by how their media are read, in the order of first appearance."""
-    phases: dict[str, list[int]] = {}
-    for source, fingerprint in enumerate(vision):
-        phases.setdefault(json.dumps(fingerprint, sort_keys=True), []).append(source)
-    return list(phases.values())
 
 
 def _interleave(counts: list[int]) -> np.ndarray:

@@ -169,17 +169,23 @@ def _lists(column: pa.ChunkedArray) -> list[list]:
 
 
 def _index_table(placed: _Placed, uids: list[str], file: int) -> pa.Table:
-    sizes = []
-    for members in placed.members:
-        places = {extension: (offset, size) for extension, offset, size in members}
-        image = next((places[ext] for ext in IMAGE_EXTENSIONS if ext in places), None)
-        sizes.append((image and member_image_size(file, *image)) or (None, None))
-    widths, heights = zip(*sizes, strict=True)
-    fields = zip(*(member for members in placed.members for member in members), strict=True)
-    places = pa.StructArray.from_arrays([pa.array(field) for field in fields], ["ext", "offset", "size"])
+    members = [member for own in placed.members for member in own]
+    sizes = [
+        (member_image_size(file, offset, size) if _is_image(extension) else None) or (None, None)
+        for extension, offset, size in members
+    ]
+    kind = SCHEMA.field("members").type.value_type
+    columns = [*zip(*members, strict=True), *zip(*sizes, strict=True)]
+    places = pa.StructArray.from_arrays(
+        [pa.array(column, field.type) for column, field in zip(columns, kind, strict=True)], fields=list(kind)
+    )
     starts = np.cumsum([0, *map(len, placed.members)]).astype(np.int32)
-    members = pa.ListArray.from_arrays(starts, places)
-    return pa.table([placed.keys, uids, members, widths, heights], SCHEMA.names).cast(SCHEMA)
+    return pa.table([placed.keys, uids, pa.ListArray.from_arrays(starts, places)], SCHEMA.names).cast(SCHEMA)
+
+
+def _is_image(extension: str) -> bool:
+    """Of `KEY.jpg`, and of the images of a document, as `KEY.0.jpg`."""
+    return extension.rpartition(".")[2] in IMAGE_EXTENSIONS
 
 
 def _copy_in_kernel(source: int, target: int, length: int, offset: int, target_offset: int) -> int:

@@ -156,12 +156,13 @@ class ImageFiles:
             raise SampleError("image_too_large" if found.size else "empty_image", f"{name} has {found.size} bytes")
         return found
 
-    def read(self, name: str, place: Sequence[int]) -> bytes:
-        """The file of an image.
+    def read(self, name: str, place: Sequence[int], limit: int | None = None) -> bytes:
+        """The file of an image, or its first `limit` bytes.
 
         Args:
             name (`str`): as given to `find`.
             place (`Sequence[int]`): what it returned.
+            limit (`int`, *optional*): most bytes that are read.
 
         Returns:
             `bytes`: the content of the image file.
@@ -174,13 +175,14 @@ class ImageFiles:
         if place.root in self._archives:
             file = self._files[place.root].fileno()
             if self._archives[place.root].endswith(".zip"):
-                return read_zip_member(file, _checked_name(name), place.offset, place.size, MAX_IMAGE_BYTES)
-            return _read_tar_member(file, _checked_name(name), place)
+                return read_zip_member(file, _checked_name(name), place.offset, place.size, MAX_IMAGE_BYTES, limit)
+            return _read_tar_member(file, _checked_name(name), place, limit)
         path = self._path_in_folder(place.root, _checked_name(name))
         try:
             if os.stat(path).st_size > MAX_IMAGE_BYTES:
                 raise SampleError("image_too_large", f"{name} is larger than {MAX_IMAGE_BYTES} bytes")
-            return Path(path).read_bytes()
+            with open(path, "rb", buffering=0) as file:
+                return file.read() if limit is None else file.read(limit)
         except OSError as error:
             raise SampleError("missing_image", f"{name}: {error}") from error
 
@@ -250,8 +252,6 @@ def _members(path: str) -> Iterator[tuple[str, int, int]]:
         logger.warning("%s; what follows there is missing", error)
 
 
-def _read_tar_member(file: int, name: str, place: Place) -> bytes:
-    try:
-        return read_member(file, name, place.offset, place.size)
-    except SampleError:
-        return read_member(file, f"./{name}", place.offset, place.size)  # as `tar -C folder .` names them
+def _read_tar_member(file: int, name: str, place: Place, limit: int | None) -> bytes:
+    # `tar -C folder .` names them with a dot.
+    return read_member(file, (name, f"./{name}"), place.offset, place.size, limit)

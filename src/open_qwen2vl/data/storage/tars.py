@@ -39,11 +39,13 @@ class Sample:
         members (`dict[str, tuple[int, int]]`): byte offset and size of the data by lower-case extension.
         spans (`list[tuple[int, int]]`): first byte and that behind the last of the members with their headers and
             their padding, one span for members that follow each other.
+        image_sizes (`dict[str, tuple[int, int]]`): upright width and height by extension, of what an index knows.
     """
 
     key: str
     members: dict[str, tuple[int, int]] = field(default_factory=dict)
     spans: list[tuple[int, int]] = field(default_factory=list)
+    image_sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

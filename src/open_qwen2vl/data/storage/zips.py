@@ -62,15 +62,16 @@ def list_members(path: str | os.PathLike) -> Iterator[tuple[str, int, int]]:
             yield name, offset + shift, packed
 
 
-def read_zip_member(file: int, name: str, offset: int, size: int, limit: int) -> bytes:
-    """Read a member and make sure that it is still this one.
+def read_zip_member(file: int, name: str, offset: int, size: int, most: int, limit: int | None = None) -> bytes:
+    """Read a member, or its first `limit` bytes, and make sure that it is still this one.
 
     Args:
         file (`int`): descriptor of the open zip.
         name (`str`): its name, perhaps without a leading `./`.
         offset (`int`): of its header.
         size (`int`): bytes of its compressed data.
-        limit (`int`): most bytes that it may have uncompressed.
+        most (`int`): bytes that it may have uncompressed.
+        limit (`int`, *optional*): most bytes that are read; of what is compressed, about.
 
     Returns:
         `bytes`: its data, uncompressed.
@@ -83,12 +84,13 @@ def read_zip_member(file: int, name: str, offset: int, size: int, limit: int) ->
     if fields[0] != b"PK\3\4":
         raise SampleError("moved_member", f"{name} is not at byte {offset} of the zip any more")
     name_size, extra_size = fields[9:]
+    size = size if limit is None else min(size, limit)
     rest = read_at(file, name_size + extra_size + size, offset + _HEADER.size)
     found = rest[:name_size].decode("utf-8" if fields[2] & _UTF8 else "cp437", errors="surrogateescape")
     if found.removeprefix("./") != name or len(rest) < name_size + extra_size + size:
         raise SampleError("moved_member", f"{name} is not at byte {offset} of the zip any more")
     data = rest[name_size + extra_size :]
-    return data if fields[3] == STORED else _inflate(name, data, limit)
+    return data if fields[3] == STORED else _inflate(name, data, most, limit)
 
 
 def _directory(path: str | os.PathLike, file: BinaryIO) -> tuple[int, int, int]:
@@ -128,12 +130,12 @@ def _widen(extra: bytes, plain: int, packed: int, offset: int) -> tuple[int, int
     return packed, offset
 
 
-def _inflate(name: str, data: bytes, limit: int) -> bytes:
+def _inflate(name: str, data: bytes, most: int, limit: int | None) -> bytes:
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
-        content = inflater.decompress(data, limit)
+        content = inflater.decompress(data, most if limit is None else limit)
     except zlib.error as error:
         raise SampleError("corrupt_image", f"{name}: {error}") from error
-    if not inflater.eof:
-        raise SampleError("corrupt_image", f"{name} is cut off in the zip, or larger than {limit} bytes")
+    if not inflater.eof and limit is None:
+        raise SampleError("corrupt_image", f"{name} is cut off in the zip, or larger than {most} bytes")
     return content
