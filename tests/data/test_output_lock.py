@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from open_qwen2vl.cli import main
+from open_qwen2vl.data import plan_packs
 from open_qwen2vl.data.storage.uids import UID_DTYPE, write_uids
 from open_qwen2vl.output_lock import FolderInUse, only_writer
 
@@ -59,6 +60,15 @@ def test_ranks_work_side_by_side_but_not_beside_another_run(tmp_path):
     with only_writer(tmp_path, rank=1, ranks=2):
         pass
     assert not (tmp_path / ".lock").exists()
+
+
+def test_a_planner_of_python_takes_the_lock(tmp_path, make_tar, sample, tokenizer):
+    tar, output = make_tar(tmp_path / "00000.tar", sample("a")), tmp_path / "packs"
+    with holder(output) as other:
+        with pytest.raises(FolderInUse, match=f"process {other.pid} is writing .*packs: wait"):
+            plan_packs([tar], output, tokenizer, max_length=256, num_workers=1)
+    assert plan_packs([tar], output, tokenizer, max_length=256, num_workers=1).documents == 1
+    assert not (output / ".lock").exists()
 
 
 @pytest.mark.parametrize("step", ["pack", "filter", "reshard", "score"])

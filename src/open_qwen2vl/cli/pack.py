@@ -4,7 +4,6 @@ from dataclasses import fields
 from typing import Any
 
 from ..data.packing.options import PackOptions as OPTIONS
-from ..output_lock import only_writer
 
 SUMMARY = "plan which captions, documents or conversations share a pack (reads texts and headers, no images)"
 
@@ -19,9 +18,7 @@ def run(options: OPTIONS) -> None:
     processor = _load_processor(options.processor, options.tokenizer)
     named = ("shards", "output", "processor", "tokenizer")
     others = {each.name: getattr(options, each.name) for each in fields(OPTIONS) if each.name not in named}
-    with only_writer(options.output):
-        report = plan_packs(shards, options.output, processor, **others)
-    print(report)
+    print(plan_packs(shards, options.output, processor, **others))
 
 
 def _load_processor(processor: str | None, tokenizer: str | None) -> Any:

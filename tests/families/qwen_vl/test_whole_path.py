@@ -174,7 +174,7 @@ def test_another_budget_is_another_plan(planned, capsys):
 def test_budgets_of_pixels_mix_in_one_batch(planned, tmp_path):
     """Each source keeps its own: the patches of a batch are those of both plans."""
     model, folder = planned
-    options = ["--max-length", "96", "--max-pixels", str(MAX_PIXELS // 3)]
+    options = ["--max-length", "96", "--max-pixels", str(MAX_PIXELS // 2)]
     assert pack([folder / "0.tar"], tmp_path / "small", model, *options) == 0
     processor = AutoProcessor.from_pretrained(model)
     mixture = PackMixture(

@@ -22,6 +22,7 @@ import numpy as np
 from ...families import difference, document_processor
 from ...families.interface import DocumentProcessor, Media
 from ...files import describe_shard, remove_temporaries
+from ...output_lock import only_writer
 from ...processing.text_formats import tokenizer_fingerprint
 from ..documents.documents import Group, Skipped, plan_group
 from ..documents.forms import RULES, conversation_format
@@ -76,7 +77,7 @@ def plan_packs(shards: Sequence[str | Path], output: str | Path, processor: Any,
 
     Args:
         shards (`Sequence[str | Path]`): files of one kind of `sources.py`; [`find_sources`] lists those of a folder.
-        output (`str | Path`): folder of the plan, for one planner at a time. Finished parts in it are kept.
+        output (`str | Path`): folder of the plan, which is locked meanwhile. Finished parts in it are kept.
         processor (`ProcessorMixin` or `PreTrainedTokenizerBase`): of a family of `families/`; for Open-Qwen2VL a fast
             tokenizer after [`prepare_tokenizer`] is enough.
         options: fields of [`PackOptions`].
@@ -85,8 +86,8 @@ def plan_packs(shards: Sequence[str | Path], output: str | Path, processor: Any,
         [`PlanReport`]: figures of the whole plan, parts of earlier runs included.
 
     Raises:
-        ValueError: for an option out of range, no shards, a folder with parts of another plan, or if not a single
-            sample can be packed.
+        ValueError: for an option out of range, no shards, a folder with parts of another plan or that another process
+            plans in ([`FolderInUse`]), or if not a single sample can be packed.
         OSError: if a file cannot be read.
     """
     chosen = PackOptions(tuple(map(str, shards)), str(output), **options)
@@ -97,8 +98,15 @@ def plan_packs(shards: Sequence[str | Path], output: str | Path, processor: Any,
     media = {name: getattr(chosen, name) for name in MEDIA_OPTIONS}
     documents = document_processor(processor, chat_template=chosen.chat_template, **media)
     _check_room(kind, chosen, documents)
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
+    with only_writer(output):
+        return _plan(kind, shards, chosen, documents)
+
+
+def _plan(
+    kind: SourceKind, shards: Sequence[str | Path], chosen: PackOptions, documents: DocumentProcessor
+) -> PlanReport:
+    """Make the parts that are missing, then plan.json."""
+    folder = Path(chosen.output)
     recipe = _recipe(kind, chosen, documents, folder)
     described = [describe_shard(shard, folder) for shard in shards]
     tasks = [
