@@ -77,7 +77,13 @@ def test_wheel_carries_its_template_and_runs_elsewhere(tmp_path):
     zipfile.ZipFile(wheel).extractall(site)
     assert (site / "open_qwen2vl/processing/chat_template.jinja").stat().st_size > 0
     recipes = next(site.glob("*.data")) / "data/share/open_qwen2vl/recipes"
-    for name in ("pretrain.py", "pretrain_2b.yaml", "accelerate/single_gpu.yaml", "quickstart/run.sh"):
+    for name in (
+        "pretrain.py",
+        "pretrain_2b.yaml",
+        "accelerate/single_gpu.yaml",
+        "quickstart/run.sh",
+        "qwen2_vl/run.sh",
+    ):
         assert (recipes / name).read_bytes() == (ROOT / "recipes" / name).read_bytes()
     code = "import open_qwen2vl, os; print(os.path.dirname(open_qwen2vl.__file__)); import open_qwen2vl.cli"
     out = run(code, cwd=tmp_path, env={"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin"})

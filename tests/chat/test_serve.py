@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.cli.serve import Serve
 
 from tests.hub.conftest import bare_site  # noqa: F401 - a fixture
 
@@ -134,3 +136,25 @@ def test_chat_completions_with_images(server, place, tiny_model, processor, monk
     with pytest.raises(urllib.error.HTTPError) as refused:
         ask(server, content(), model="another")
     assert refused.value.code == 400
+
+
+def test_qwen2_vl_is_served(qwen_vl_folder, place):
+    """The same server, here in a thread: nothing of it is ours, and nothing of the folder is either."""
+    folder, port = qwen_vl_folder("qwen2_vl"), free_port()
+    server = Serve(str(folder), device="cpu", host="127.0.0.1", port=port, non_blocking=True)
+    try:
+        deadline = time.monotonic() + 240
+        while not server.server.started:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        model, processor = (auto.from_pretrained(folder) for auto in (AutoModelForImageTextToText, AutoProcessor))
+        lengths = set()
+        for images in ([], [place / "dogs.png", place / "cat.png"]):
+            answer = json.loads(ask(f"http://127.0.0.1:{port}", content(*images), model=str(folder)))
+            text, length = expected(model, processor, images)
+            assert answer["usage"]["prompt_tokens"] == length
+            assert answer["choices"][0]["message"]["content"].strip() == text.strip()  # the server strips
+            lengths.add(length)
+        assert max(lengths) > min(lengths) + 2 * 16
+    finally:
+        server.kill_server()

@@ -1,6 +1,6 @@
 """The eight benchmarks in a process whose environment names a Hub: `benchmarks_client.py ANSWERS MODEL OUT`.
 
-Under each kind of rules a model that answers from a table, whose scores are known, and a real one.
+Under each kind of rules a model that answers from a table, whose scores are known, and two real ones.
 """
 
 import json
@@ -93,4 +93,8 @@ if __name__ == "__main__":
     few = figures["few"] = {"table": run_few_shot_table(few_answers, model, out)}
     options = {"few_shot": FewShot((0, 2), (0, 1)), "limit": 3, "batch_size": 2, "device": "cpu"}
     few["real"] = evaluate(model, None, out / "real_few", **options)
+    stock = figures["stock"] = {}
+    for rules in RULES:
+        options = {"rules": rules, "limit": 2, "batch_size": 2, "device": "cpu"}
+        stock[rules] = evaluate(str(out / "qwen2_vl"), ["mmmu_val", "ai2d", "pope"], out / f"stock_{rules}", **options)
     (out / "figures.json").write_text(json.dumps(figures))

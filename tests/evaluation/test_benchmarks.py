@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from transformers import GenerationConfig
 
 from open_qwen2vl import OpenQwen2VLForConditionalGeneration
 from open_qwen2vl.evaluation.benchmarks import BENCHMARKS, TASKS_FOLDER, category_of, sample_scores
@@ -16,6 +17,7 @@ from tests.evaluation.few_shot_fixtures import TASKS, add_few_shot_tasks, common
 from tests.evaluation.fixture_rows import benchmark_fixtures
 from tests.evaluation.fixtures import add_benchmarks, write_answers
 from tests.hub_server import hub_server
+from tests.qwen_vl import save_qwen_vl
 
 CLIENT = Path(__file__).with_name("benchmarks_client.py")
 FIXTURES = benchmark_fixtures()
@@ -32,6 +34,8 @@ def outcome(tmp_path_factory, backbones, processor) -> dict:
     model.generation_config.eos_token_id = list(range(model.config.text_config.vocab_size))
     model.save_pretrained(out / "model")
     processor.save_pretrained(out / "model")
+    folder = save_qwen_vl(out / "qwen2_vl", "qwen2_vl")
+    GenerationConfig(eos_token_id=list(range(544)), pad_token_id=0).save_pretrained(folder)
     write_answers(out / "answers.json")
     (out / "few_shot_answers.json").write_text(json.dumps({task: recorded(task)[0] for task in TASKS}))
     with hub_server() as hub:
@@ -78,6 +82,19 @@ def test_a_real_model_answers_each_benchmark(outcome, name, rules):
         assert all(prompt.endswith("\nAnswer:") and "<|im_start|>" not in prompt for prompt in prompts)
     else:
         assert all(prompt.endswith("<|im_start|>assistant\n") for prompt in prompts)
+
+
+@both_rules
+def test_qwen2_vl_is_asked_by_either_rules(outcome, rules):
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    for name in ("mmmu_val", "ai2d", "pope"):
+        entry = outcome["stock"][rules]["tasks"][name]
+        assert entry["num_samples"] == 2 and math.isfinite(entry["metrics"][entry["main_metric"]]["value"])
+        rows = pq.read_table(outcome["out"] / f"stock_{rules}" / "samples" / f"{name}.parquet").to_pylist()
+        for prompt in (row["prompt"] for row in rows):
+            assert image in prompt and "<s>" not in prompt
+            assert ("<|im_start|>" in prompt) == (rules == "standard")
+            assert prompt.endswith("Answer:" if rules == "paper" else "<|im_start|>assistant\n")
 
 
 @each_benchmark

@@ -132,17 +132,28 @@ def test_the_card_survives_the_next_push(pushed, folder):
     assert "Hours | 2 on 8 devices (16 device-hours)" in card.text
 
 
-def test_a_training_pushes_our_card(hub, folder, backbones, tmp_path):
+def test_a_training_pushes_our_card(hub, folder, qwen_vl_folder, tmp_path):
+    """Ours by its trainer, Qwen2-VL by the recipe, whose repository is a stock one."""
     write_caption_tar(tmp_path / "0.tar", ["a cat", "two dogs run"] * 4)
-    sizes = ["--image-seq-length", "4", "--max-length", "64", "--num-workers", "1"]
-    packs = str(tmp_path / "packs")
-    assert cli.main(["pack", str(tmp_path / "0.tar"), "--output", packs, "--tokenizer", str(folder), *sizes]) == 0
-    cards = client(hub, tmp_path, "train", str(folder), packs, "tester/run")
+    stock = qwen_vl_folder("qwen2_vl")
+    for name, processor, *sizes in (("packs", folder, "--image-seq-length", "4"), ("stock", stock)):
+        options = ["--processor", str(processor), *sizes, "--max-length", "64", "--num-workers", "1"]
+        assert cli.main(["pack", str(tmp_path / "0.tar"), "--output", str(tmp_path / name / "plan"), *options]) == 0
+    ours = [str(folder), str(tmp_path / "packs/plan"), "tester/run"]
+    found = client(hub, tmp_path, "train_both", *ours, str(stock), str(tmp_path / "stock/plan"), "tester/qwen")
+    cards = found["ours"]
     for text in cards.values():
         assert text.count("# run\n") == 1 and "| Steps | 2 |" in text and "| Samples read | 8 |" in text
         assert 'from_pretrained("tester/run", trust_remote_code=True)' in text
         assert yaml.safe_load(text.split("---")[1])["pipeline_tag"] == "image-text-to-text"
     assert "license: mit" in cards["after"] and "license" not in cards["during"].split("---")[1]
+
+    stocks = found["stock"]
+    assert stocks["same"] and isinstance(stocks["pipe"], str)
+    assert 'from_pretrained("tester/qwen")' in stocks["card"] and "| Steps | 2 |" in stocks["card"]
+    files = hub.repos["models", "tester/qwen"].files
+    assert json.loads(files["config.json"])["architectures"] == ["Qwen2VLForConditionalGeneration"]
+    assert not [name for name in files if name.endswith((".py", ".bin", ".pt"))]
 
 
 def test_loading_back_with_the_package(loaded, expected):

@@ -8,14 +8,16 @@ import pytest
 import torch
 import yaml
 
-from open_qwen2vl import PackedTrainingArguments
+from open_qwen2vl import PackedSFTConfig, PackedTrainingArguments
 from open_qwen2vl.data import parse_sources, plan_packs
 from open_qwen2vl.trainer import parse_arguments
 from tests.tars import write_caption_tar
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 NAMES = sorted(
-    str(path.relative_to(RECIPES)) for path in (*RECIPES.glob("pretrain_*.yaml"), *RECIPES.glob("stages/*.yaml"))
+    str(path.relative_to(RECIPES))
+    for pattern in ("pretrain_*.yaml", "stages/*.yaml", "qwen2_vl/pretrain_*.yaml")
+    for path in RECIPES.glob(pattern)
 )
 
 
@@ -47,7 +49,7 @@ def plans(tmp_path_factory, processor) -> Path:
 
 
 def test_all_of_them_are_found():
-    assert len(NAMES) == 6 and "stages/align.yaml" in NAMES and "pretrain_2b.yaml" in NAMES
+    assert len(NAMES) == 7 and "stages/align.yaml" in NAMES and "pretrain_2b.yaml" in NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -67,6 +69,28 @@ def test_options_are_known_and_comments_true(name, recipe, tmp_path):
     assert args.bf16 is False and yaml.safe_load(text)["bf16"] is True
     assert args.num_train_epochs == 1 and args.warmup_steps == 0.03 and args.lr_scheduler_type == "cosine"
     assert args.save_total_limit == 2 and args.save_strategy == "steps"
+
+
+@pytest.mark.parametrize(
+    ("name", "script", "arguments"),
+    [("pretrain", "pretrain.py", PackedTrainingArguments), ("sft_2b", "sft.py", PackedSFTConfig)],
+)
+def test_the_others_of_qwen2_vl(name, script, arguments, tmp_path):
+    """Options are known, and the command at the head names what the file reads."""
+    path, recipe = RECIPES / "qwen2_vl" / f"{name}.yaml", runpy.run_path(str(RECIPES / script))
+    classes = (recipe["ModelArguments"], recipe["DataArguments"], arguments)
+    model, data, args = parse_arguments(classes, "", [str(path), "--bf16=false", "--use_cpu"])
+    text = path.read_text()
+    assert f"recipes/{script} recipes/qwen2_vl/{name}.yaml" in text and args.train_projector
+    run = (RECIPES / "qwen2_vl" / "run.sh").read_text().replace("$name", "dynamic")
+    assert re.search(rf'--output "?{data.train_packs}\b', text if name == "sft_2b" else run)
+    if name == "sft_2b":
+        assert (model.model_name_or_path, args.train_vision_tower) == ("Qwen/Qwen2-VL-2B-Instruct", False)
+        assert f"--processor {model.model_name_or_path}" in text
+        packs = args.per_device_train_batch_size * args.gradient_accumulation_steps * 8
+        assert packs == int(re.search(r"(\d+) packs a step", text)[1])
+    else:
+        assert args.train_vision_tower and args.train_language_model and args.weight_decay == 0.05
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,116 @@
+"""The commands and the code of docs/qwen2_vl.md on a tiny Qwen2-VL, all in this process."""
+
+import io
+import json
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.launch import launch_command_parser
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from open_qwen2vl import PackedTrainingArguments, cli, prepare_for_packing
+from open_qwen2vl.data.packing.options import PackOptions
+from tests.evaluation.conftest import datasets_cache, easyvqa  # noqa: F401 - fixtures
+from tests.tars import write_caption_tar
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = (ROOT / "docs" / "qwen2_vl.md").read_text(encoding="utf8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", DOCUMENT, flags=re.MULTILINE | re.DOTALL)
+RELEASED = "Qwen/Qwen2-VL-2B-Instruct"
+TINY = "--use_cpu --bf16=false --dataloader_num_workers 0 --gradient_accumulation_steps 1 --max_steps 2"
+
+
+@pytest.fixture
+def place(tmp_path, qwen_vl_folder, monkeypatch) -> Path:
+    """A working folder with what the commands read; the tiny checkpoint lies under the released one's name."""
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "Qwen").mkdir()
+    (tmp_path / RELEASED).symlink_to(qwen_vl_folder("qwen2_vl"))
+    for folder in ("shards", "pool", "images"):
+        (tmp_path / folder).mkdir()
+    for path in ("shards/0.tar", "pool/0.tar"):
+        write_caption_tar(tmp_path / path, ["a cat", "two dogs run", "blue and green"] * 8, size=(60, 90))
+    for path in ("photo.jpg", "images/cat.png"):
+        Image.linear_gradient("L").convert("RGB").resize((90, 60)).save(tmp_path / path)
+    turns = [{"from": "human", "value": "<image>\nwhat is shown?"}, {"from": "gpt", "value": "a cat on a mat"}]
+    records = [{"id": str(number), "image": "cat.png", "conversations": turns} for number in range(6)]
+    (tmp_path / "conversations.json").write_text(json.dumps(records))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def launch(words: list[str], monkeypatch) -> None:
+    args = launch_command_parser().parse_args(words[2:])
+    monkeypatch.setattr(sys, "argv", [args.training_script, *args.training_script_args, *TINY.split()])
+    runpy.run_path(args.training_script, run_name="__main__")
+
+
+def check_loop(scope: dict) -> None:
+    """The loop's loss is that of the prepared model with the attention that it gets by itself."""
+    plain = AutoModelForImageTextToText.from_pretrained(RELEASED)
+    assert type(plain) is not type(scope["model"]) and isinstance(scope["model"], type(plain))
+    prepared = prepare_for_packing(plain, scope["processor"])
+    with torch.no_grad():
+        torch.testing.assert_close(prepared(**scope["batch"]).loss, scope["loss"], atol=1e-5, rtol=1e-5)
+    scope["loss"].backward()
+
+
+def test_all_blocks_in_order(place, easyvqa, monkeypatch, capsys):  # noqa: F811 - the fixture imported above
+    ends = {
+        "pack": "--max-length 192 --num-workers 1",
+        "chat": "--max-new-tokens 2",
+        "evaluate": f"--tasks easyvqa_gen --include-path {easyvqa} --trust-task-code --limit 2 --device cpu",
+    }
+    (score,) = re.findall(r"`open-qwen2vl (score [^`]*)`", DOCUMENT)
+    for kind, code in BLOCKS:
+        if kind == "python":
+            scope: dict = {}
+            exec(compile(code, "docs/qwen2_vl.md", "exec"), scope)
+            check_loop(scope)
+            continue
+        for command in code.replace("\\\n", "").splitlines():
+            program, *words = shlex.split(command)
+            monkeypatch.setattr(sys, "stdin", io.StringIO("what is shown?\n"))
+            if program == "accelerate":
+                launch([program, *words], monkeypatch)
+            elif program == "open-qwen2vl" and words[0] != "demo":
+                assert cli.main([*words, *ends[words[0]].split()]) == 0
+            else:  # tests/recipes/test_qwen2_vl.py and tests/evaluation/test_families.py have these
+                assert command in ("sh recipes/qwen2_vl/run.sh", "open-qwen2vl demo runs/qwen-sft")
+    for name in ("qwen", "qwen-sft"):
+        assert (place / "runs" / name / "model" / "model.safetensors").exists()
+    assert json.loads(Path("results/qwen-sft/results.json").read_text())["tasks"]["easyvqa_gen"]["num_samples"] == 2
+    assert cli.main([*score.split(), "--device", "cpu"]) == 0
+    assert list(Path("scores").rglob("*.parquet"))
+
+
+def test_what_the_text_says(place, capsys):
+    """Tokens of an image, names of skips, options of the packing and of the training."""
+    assert "a 224 x 224 image takes 64 and two marks" in DOCUMENT  # families/qwen_vl/test_sizes.py counts them
+    for option in ("--min-pixels", "--max-pixels", "--fixed-resolution", "--processor"):
+        assert option in DOCUMENT and option[2:].replace("-", "_") in PackOptions.__dataclass_fields__
+    assert "`train_vision_tower`" in DOCUMENT and "train_vision_tower" in PackedTrainingArguments.__dataclass_fields__
+    write_caption_tar(place / "shards/1.tar", ["too wide"], size=(2, 450))
+    (place / "shards/1.tar").replace(place / "wide.tar")
+    pack = ["pack", "wide.tar", "shards/0.tar", "--output", "packs/one", "--processor", RELEASED, "--num-workers", "1"]
+    assert cli.main([*pack, "--max-length", "64"]) == 0
+    assert json.loads(Path("packs/one/plan.json").read_text())["totals"]["skipped"] == {"image_aspect": 1}
+    assert "`image_aspect`" in DOCUMENT and "`corrupt_image`" in DOCUMENT
+
+
+def test_the_block_of_the_readme(place, monkeypatch):
+    section = (ROOT / "README.md").read_text(encoding="utf8").split("\n## Qwen2-VL\n")[1].split("\n## ")[0]
+    (block,) = re.findall(r"^```bash\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    pack, train = map(shlex.split, block.replace("\\\n", "").splitlines())
+    assert cli.main([*pack[1:], "--max-length", "128", "--num-workers", "1"]) == 0
+    launch(train, monkeypatch)
+    assert AutoProcessor.from_pretrained("runs/qwen/model").image_processor.patch_size == 14
+    assert all(
+        (ROOT / path).exists() for path in re.findall(r"\]\(([^)]+)\)|`sh (\S+)`", section) for path in path if path
+    )
