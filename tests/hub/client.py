@@ -72,12 +72,12 @@ def train(folder: str, packs: str, repo: str) -> dict:
 
 def train_stock(folder: str, packs: str, repo: str) -> dict:
     """The recipe on a stock model with `push_to_hub`; what it pushed answers without anything of ours."""
-    sys.argv = ["pretrain.py", "--model_name_or_path", folder, "--train_packs", packs, "--output_dir", "stock"]
+    sys.argv = ["pretrain.py", "--model_name_or_path", folder, "--train_packs", packs, "--output_dir", "qwen"]
     sys.argv += ["--max_steps", "2", "--use_cpu", "--dataloader_num_workers", "0"]
     sys.argv += ["--push_to_hub", "--hub_model_id", repo]
     runpy.run_path(str(Path(__file__).parents[2] / "recipes/pretrain.py"), run_name="__main__")
     pushed = AutoModelForImageTextToText.from_pretrained(repo)
-    trained = AutoModelForImageTextToText.from_pretrained("stock/model")
+    trained = AutoModelForImageTextToText.from_pretrained("qwen/model")
     same = all(torch.equal(*pair) for pair in zip(pushed.parameters(), trained.parameters(), strict=True))
     return {"same": same, "card": ModelCard.load(repo).content, "pipe": ask(pipeline("image-text-to-text", repo))}
 

@@ -4,12 +4,15 @@ A checkpoint is written to `output_dir/.saving/checkpoint-N`, synced to disk and
 is removed by the next save. Pruning renames first, too.
 """
 
+import contextlib
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from transformers import Trainer
+from huggingface_hub import HfApi
+from transformers import Trainer, TrainingArguments
 
 from ...files import publish_folder, remove_folder
 from ...model_folders import checkpoints_by_step
@@ -57,7 +60,7 @@ def prune(output_dir: str | os.PathLike, limit: int | None, keep: str | None) ->
 
 
 def save_final_model(trainer: Trainer, folder: str | os.PathLike) -> None:
-    """Save model and processor for use; the folder is replaced only when the new one is whole.
+    """Save model and processor for use; the folder is replaced only when the new one is whole, then it is pushed.
 
     Args:
         trainer (`Trainer`): after training; every rank must call.
@@ -70,7 +73,8 @@ def save_final_model(trainer: Trainer, folder: str | os.PathLike) -> None:
         shutil.rmtree(partial, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     # On every rank: sharded weights are gathered by a collective.
-    trainer.save_model(str(partial))
+    with _without_push(trainer.args):
+        trainer.save_model(str(partial))
     trainer.accelerator.wait_for_everyone()
     if not trainer.is_world_process_zero():
         return
@@ -78,3 +82,27 @@ def save_final_model(trainer: Trainer, folder: str | os.PathLike) -> None:
     # A pickle of the arguments: nothing that a model folder needs, and nothing that anybody should load.
     (partial / "training_args.bin").unlink(missing_ok=True)
     publish_folder(partial, folder)
+    if trainer.args.push_to_hub:
+        _push(trainer, folder)
+
+
+@contextlib.contextmanager
+def _without_push(args: TrainingArguments) -> Iterator[None]:
+    """Trainer's push after a save uploads all of `output_dir`, with the folder that is being written."""
+    asked, args.push_to_hub = args.push_to_hub, False
+    try:
+        yield
+    finally:
+        args.push_to_hub = asked
+
+
+def _push(trainer: Trainer, folder: Path) -> None:
+    trainer._finish_current_push()
+    HfApi().upload_folder(
+        repo_id=trainer.hub_model_id,
+        folder_path=folder,
+        commit_message="End of training",
+        token=trainer.args.hub_token,
+        revision=trainer.args.hub_revision,
+        delete_patterns=["training_args.bin"],  # of pushes during training
+    )
