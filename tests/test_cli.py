@@ -92,6 +92,15 @@ def test_wrong_option_is_one_line_and_exit_code_2(capsys, arguments, message):
     assert error.value.code == 2 and message in output and output.count("\n") == 1
 
 
+def test_ctrl_c_before_a_command_has_begun_is_one_line(capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("argparse.ArgumentParser.parse_args", interrupt)
+    assert main(["pack"]) == 130
+    assert capsys.readouterr().err == "open-qwen2vl: interrupted\n"
+
+
 def test_help_shows_defaults(capsys):
     for arguments, expected in ((["--help"], ["pack"]), (["pack", "--help"], ["144", "4096", "(default: 8)"])):
         with pytest.raises(SystemExit) as error:

@@ -1,8 +1,10 @@
 """transformers' own common tests, from the source distribution of the installed version, under the name `peer_tests`.
 
-pip fetches it into a cache folder; nothing of it is copied here. It lacks what the tests import from other folders
-(`generation/test_utils.py`, `exporters/test_export.py`): `GenerationTesterMixin` and `ExportTesterMixin` cannot be had
-and are empty classes. A helper of their CI that knows local copies of URLs is not there either.
+pip fetches it into a cache folder; nothing of it is copied here. setuptools puts `tests/test*.py` into a source
+distribution, and no folder below it; a wheel has no tests. So in no version on the registry (4.57.6, 5.23 and 5.24
+were looked at) is there a `generation/test_utils.py` or `exporters/test_export.py`: `GenerationTesterMixin` and
+`ExportTesterMixin` are empty classes here, and tests/modeling/test_generation.py has generation's own tests. A helper
+of their CI that knows local copies of URLs is not there either.
 """
 
 import importlib

@@ -31,6 +31,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         `int`: exit code, 0 if all went well, 2 after an error of the user's making, 130 after Ctrl-C.
     """
+    name = "open-qwen2vl"
+    try:
+        args = _parse(argv)
+        name = f"{name} {args.command}"
+        with ended_by_ctrl_c(watched=args.command != "chat" or not sys.stdin.isatty()):  # there it ends an answer
+            from tqdm.contrib.logging import logging_redirect_tqdm
+
+            with logging_redirect_tqdm():
+                args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser(prog="open-qwen2vl", description="Steps around the training of Open-Qwen2VL.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
@@ -38,16 +57,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         add_command(commands, command, config_file=command not in (chat, demo, estimate))
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    try:
-        with ended_by_ctrl_c(watched=args.command != "chat" or not sys.stdin.isatty()):  # there it ends an answer
-            from tqdm.contrib.logging import logging_redirect_tqdm
-
-            with logging_redirect_tqdm():
-                args.run(args)
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog} {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{parser.prog} {args.command}: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+    return args
