@@ -154,6 +154,9 @@ def split_document(
     def length(media: int, chunks: int, positions: int) -> int:
         return ends + positions + (chunks * text_end if media > 1 else 0)
 
+    if None not in texts[1:]:  # a caption or a text has nowhere to be split: the same as below, in one step
+        chunks = len(texts) - texts.count(None)
+        return [(0, len(texts), length(len(block_lengths), chunks, sum(part_lengths) + sum(block_lengths)))]
     pieces: list[tuple[int, int, int]] = []
     starts = [i for i, text in enumerate(texts) if text is None or i == 0]
     blocks = iter(block_lengths)

@@ -187,15 +187,18 @@ def read_member(file: int, name: str | Iterable[str], offset: int, size: int, li
         SampleError: `moved_member` if another header or nothing stands there; `text_too_large`, `record_too_large` or
             `image_too_large` if it is larger than its kind may be, which is found out unread.
     """
-    names = [name] if isinstance(name, str) else list(name)
+    names = (name,) if isinstance(name, str) else tuple(name)
     wanted = size if limit is None else min(size, limit)
     most, reason = _LIMITS.get(names[0].rpartition(".")[2].lower(), (MAX_IMAGE_BYTES, "image_too_large"))
     if wanted > most:
         raise SampleError(reason, f"{names[0]} has {size:,} bytes, more than {most:,}")
     block = read_at(file, BLOCK + wanted, max(0, offset - BLOCK))
-    if len(block) != BLOCK + wanted or not any(_is_header_of(block[:BLOCK], one, size) for one in names):
-        raise SampleError("moved_member", f"{' or '.join(names)} is not at byte {offset} of the tar any more")
-    return block[BLOCK:]
+    if len(block) == BLOCK + wanted and _size_in_header(block) == size:
+        found = block[:100].split(b"\0", 1)[0].lower()
+        for one in names:
+            if _may_be_named(found, one):
+                return block[BLOCK:]
+    raise SampleError("moved_member", f"{' or '.join(names)} is not at byte {offset} of the tar any more")
 
 
 def read_json(file: int, sample: Sample) -> Any:
@@ -210,7 +213,10 @@ def read_json(file: int, sample: Sample) -> Any:
 
 def has_dotted_key(sample: Sample) -> bool:
     """Whether a sample lacks an image because of dots in the names: of `a.b.jpg` the key is `a`."""
-    return any("." in ext and ext.rpartition(".")[2] in IMAGE_EXTENSIONS for ext in sample.members)
+    for ext in sample.members:
+        if "." in ext and ext.rpartition(".")[2] in IMAGE_EXTENSIONS:
+            return True
+    return False
 
 
 def sample_uid(metadata: Any, tar_name: str, key: str) -> str:
@@ -254,13 +260,15 @@ def _loggable(key: str) -> str:
     return key.encode(errors="backslashreplace").decode()
 
 
-def _is_header_of(header: bytes, name: str, size: int) -> bool:
-    expected = name.encode(errors="surrogateescape").lower()
-    found = header[:100].split(b"\0", 1)[0].lower()
+def _size_in_header(header: bytes) -> int | None:
     try:
-        if int(header[124:136].strip(b"\0 "), 8) != size:
-            return False
+        return int(header[124:136].strip(b"\0 "), 8)
     except ValueError:
-        return False
+        return None
+
+
+def _may_be_named(found: bytes, name: str) -> bool:
+    """Whether a header of this name, in lower case, may be that of a member."""
+    expected = name.encode(errors="surrogateescape").lower()
     # A longer or non-ASCII name stands in a block of its own; what is left of it here differs between tar writers.
     return found == expected[:100] or len(expected) > 100 or not expected.isascii()
