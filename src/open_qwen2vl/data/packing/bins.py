@@ -116,33 +116,22 @@ def _pack_with_images(
     images, max_images = _checked([] if images is None else images, max_images, ("images", "max_images"), 0)
     if images.size != lengths.size:
         raise ValueError(f"max_images needs the images of {lengths.size} documents, got {images.size}")
+    # Where tokens bind anyway, packs found by tokens alone mostly hold few enough images: better and much faster.
     if lower_bound(images[images > 0], max_images) <= lower_bound(lengths, max_length):
         packs = pack_lengths(lengths, max_length)
         if not packs.size or np.bincount(packs, weights=images).max() <= max_images:
             return packs
+    # A kind is one number whose order is by images, then by tokens.
     kinds, kind, counts = np.unique(images * (max_length + 1) + lengths, return_inverse=True, return_counts=True)
     of_images, of_tokens = (sizes.tolist() for sizes in np.divmod(kinds, max_length + 1))
     return _number_packs(kind, fewest_packs_with_images(of_tokens, of_images, counts.tolist(), max_length, max_images))
 
 
 def lower_bound(lengths: Sequence[int] | np.ndarray, max_length: int) -> int:
-    """
-    Number of packs that no packing of `lengths` can beat: the bound L2 of Martello and Toth (1990).
+    """Number of packs that no packing of `lengths` can beat: the bound L2 of Martello and Toth (1990).
 
     It is `ceil(sum / max_length)`, or more where long documents share their packs with none of at least t tokens:
     these and whatever the packs of the others above half cannot take need packs of their own, for the worst t.
-
-    Args:
-        lengths (`Sequence[int]` or `np.ndarray` of shape `(n,)`):
-            Length of each document in tokens, of any integer dtype.
-        max_length (`int`):
-            Capacity of a pack in tokens.
-
-    Returns:
-        `int`: the bound, in packs.
-
-    Raises:
-        `ValueError`: as `pack_lengths`.
     """
     lengths, max_length = _checked(lengths, max_length)
     return _lower_bound(*np.unique(lengths, return_counts=True), max_length)
@@ -212,7 +201,7 @@ def _first_fit_decreasing(stock: _Stock, max_length: int) -> list[_Pattern]:
     while stock.top:
         content: dict[int, int] = {}
         room = stock.fill_largest_first(content, max_length)
-        times = stock.times(content)
+        times = stock.times(content)  # the same pack comes again as long as the items last
         stock.take(content, times)
         patterns.append(_Pattern(content, times, room))
     return patterns
@@ -225,6 +214,7 @@ def _one_pass(
     weight = list(accumulate(count * x for count, x in zip(stock.left, value, strict=True)))
 
     def draw(room: int) -> int:
+        # Weights are those of the beginning: a size that has run out falls to the next smaller one.
         last = min(bisect_right(stock.sizes, room) - 1, stock.top)
         return stock.largest(bisect_right(weight, uniform() * weight[last], 0, last)) or stock.largest(last)
 
@@ -260,12 +250,13 @@ def _fill_exactly(stock: _Stock, content: dict[int, int], room: int, draw: Calla
             reach = reach or 1 << room
             steps.append((i, reach))
             drawn[i] = drawn.get(i, 0) + 1
+            # All subsets with this item at once: each space that was reached, less its size.
             reach |= reach >> sizes[i]
-            if reach & 1:
+            if reach & 1:  # full to the last token
                 break
     if not steps:
         return room
-    left = space = (reach & -reach).bit_length() - 1
+    left = space = (reach & -reach).bit_length() - 1  # the lowest bit: the least space
     for i, before in reversed(steps):
         if not before >> space & 1:  # not reached without this item
             content[i] = content.get(i, 0) + 1
@@ -296,5 +287,6 @@ def _number_packs(lengths: np.ndarray, patterns: Sequence[_Pattern | Pattern]) -
     in_row = np.arange(lengths.size) - np.repeat(np.cumsum(items) - items, items)
     pack = first[row] + in_row // number[row]
     packs = np.empty(lengths.size, dtype=np.int64)
+    # Both in the order of sizes, so that the n-th document of a size gets the n-th place for it.
     packs[np.argsort(lengths, kind="stable")] = pack[np.argsort(size[row], kind="stable")]
     return packs

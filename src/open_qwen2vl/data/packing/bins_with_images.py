@@ -17,15 +17,10 @@ _MOST_STATES = 1 << 22  # more cost too much time and memory: no search
 
 
 class Pattern(NamedTuple):
-    """Packs of equal content.
+    """Packs of equal content."""
 
-    Attributes:
-        content (`dict[int, int]`): index of a kind -> how many documents of it.
-        times (`int`): how many packs.
-    """
-
-    content: dict[int, int]
-    times: int
+    content: dict[int, int]  # index of a kind -> how many documents of it
+    times: int  # how many packs
 
 
 def fewest_packs_with_images(
@@ -33,15 +28,7 @@ def fewest_packs_with_images(
 ) -> list[Pattern]:
     """The better of a randomised pass (fixed seed) and of filling with the costliest kind that fits.
 
-    Args:
-        tokens (`list[int]`): of each kind of document; kinds ascend by images, then by tokens.
-        images (`list[int]`): of each kind, at least one of them above 0.
-        counts (`list[int]`): documents of each kind.
-        max_length (`int`): tokens of a pack.
-        max_images (`int`): images of a pack.
-
-    Returns:
-        `list[Pattern]`: packs that hold every document once.
+    The lists are of kinds of documents, which ascend by images, then by tokens; each document is packed once.
     """
     states = (max_length + 1) * (max_images + 1)
     searches = (0, _EFFORT // (4 * states + (1 << 17))) if states <= _MOST_STATES else (0,)
@@ -63,6 +50,7 @@ class _Packer:
             sum(size * count for size, count in zip(sizes, self.left, strict=True)) / capacity
             for sizes, capacity in ((self.tokens, max_length), (self.images, max_images))
         )
+        # The capacity that fills more packs binds: what of it is wasted costs most.
         most = max(packs_of_tokens, packs_of_images)
         self._token_cost, self._image_cost = packs_of_tokens / most / max_length, packs_of_images / most / max_images
         self._cost = [self._waste(*kind) for kind in zip(self.tokens, self.images, strict=True)]
@@ -73,7 +61,7 @@ class _Packer:
     def run(self, searches: int) -> list[Pattern]:
         """Pack everything; the first `searches` patterns are searched, the others filled costliest first."""
         patterns = []
-        if searches:  # the states without images left
+        if searches:  # one bit at each space: the states without images left; shifted, those with that many
             self._every = ((1 << self._width * (self.max_length + 1)) - 1) // ((1 << self._width) - 1)
         for first in sorted(range(1, len(self.left)), key=self._cost.__getitem__, reverse=True):
             while self.left[first]:
@@ -117,6 +105,7 @@ class _Packer:
             if number > quota:
                 break
             i = self._largest(bisect_right(self.tokens, room, first, end) - 1)
+            # `left` is counted down when a pack is done: what this pack holds already is not there any more.
             while i >= first and self.left[i] <= content.get(i, 0):
                 i = self._largest(i - 1)
             if i >= first:
@@ -134,9 +123,10 @@ class _Packer:
                 continue
             drawn[i] = drawn.get(i, 0) + 1
             steps.append((i, reach))
-            # Only states with enough images left: the others would borrow from the tokens.
+            # Only states with enough images left: the shift would borrow the others' images from their tokens.
             enough = self._every * ((1 << width) - (1 << images[i])) if images[i] else reach
             reach |= (reach & enough) >> self._shift(i)
+        # Back through the draws: a state that was not reached before one of them needs that document.
         state = best = self._least_waste(reach, quota)
         for i, before in reversed(steps):
             if not before >> state & 1:  # not reached without this document

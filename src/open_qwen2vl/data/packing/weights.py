@@ -22,15 +22,7 @@ def picks_per_epoch(sources: list[Source], sizes: list[int], plans: list[dict[st
 
 
 def describe_sources(sources: list[Source], plans: list[dict[str, Any]]) -> list[str]:
-    """What an epoch reads of each source, one line each, and a warning where packs are of different lengths.
-
-    Args:
-        sources (`list[Source]`): of a mixture.
-        plans (`list[dict]`): the content of their `plan.json`, as `read_plan` gives it.
-
-    Returns:
-        `list[str]`: lines to print before a run.
-    """
+    """Lines to print before a run: what an epoch reads of each source, and a warning where packs differ in length."""
     picks = picks_per_epoch(sources, [plan["totals"]["packs"] for plan in plans], plans)
     amounts = {
         unit: [
