@@ -20,18 +20,9 @@ _SUFFIXES = (".tar", ".parquet", ".jsonl")  # of a folder's files the first kind
 
 
 def download_files(uri: str) -> list[Path]:
-    """Download what a path on the Hub stands for.
+    """Download what a path on the Hub stands for, and name the files in the cache, sorted; or a `ValueError`.
 
-    Args:
-        uri (`str`): a file, a pattern with `*`, or a folder or a whole data set, which stands for its `*.tar`, or
-            else its `*.parquet`, or else its `*.jsonl` at any depth.
-
-    Returns:
-        `list[Path]`: the files in the cache, sorted.
-
-    Raises:
-        ValueError: for another form, no such data set, revision or file, several splits, or if the Hub cannot be
-            reached.
+    A folder or a whole data set stands for its `*.tar`, or else its `*.parquet`, or else its `*.jsonl` at any depth.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HTTPError

@@ -36,32 +36,15 @@ _ENTRY = struct.Struct("<Qiqq")  # hash of the name, then a place
 
 
 class Place(NamedTuple):
-    """Where an image is.
+    """Where an image is."""
 
-    Attributes:
-        root (`int`): index into the list of folders and archives.
-        offset (`int`): of a tar's member its data, of a zip's its header; 0 in a folder.
-        size (`int`): bytes in the file, compressed ones of a zip.
-    """
-
-    root: int
-    offset: int
-    size: int
+    root: int  # index into the list of folders and archives
+    offset: int  # of a tar's member its data, of a zip's its header; 0 in a folder
+    size: int  # bytes in the file, compressed ones of a zip
 
 
 def describe_images(images: Sequence[str | Path], folder: Path) -> list[dict[str, Any]]:
-    """What a plan remembers of its image folders and archives.
-
-    Args:
-        images (`Sequence[str | Path]`): folders, `.tar` and `.zip` files.
-        folder (`Path`): folder of the plan.
-
-    Returns:
-        `list[dict]`: `path` relative to the plan, of archives also `size` and `mtime_ns`.
-
-    Raises:
-        ValueError: if one is neither a folder nor an archive that can be read at any place.
-    """
+    """What a plan remembers of image folders and archives; a `ValueError` for what is none that can be read."""
     described = []
     for path in map(Path, images):
         if not path.is_dir() and not (path.is_file() and path.suffix in (".tar", ".zip")):
@@ -72,15 +55,7 @@ def describe_images(images: Sequence[str | Path], folder: Path) -> list[dict[str
 
 
 def index_archives(folder: Path, images: Sequence[dict[str, Any]]) -> None:
-    """Write the index of all archives' members, if there are archives: 16 bytes of memory for each, once.
-
-    Args:
-        folder (`Path`): folder of the plan.
-        images (`Sequence[dict]`): from [`describe_images`].
-
-    Raises:
-        ValueError: if a zip cannot be read, or compresses members in another way than deflate.
-    """
+    """Write the index of all archives' members, if there are archives: 16 bytes of memory for each, once."""
     remove_index(folder)
     archives = {number: shard_path(folder, root) for number, root in enumerate(images) if "size" in root}
     if not archives:
@@ -104,22 +79,13 @@ def index_archives(folder: Path, images: Sequence[dict[str, Any]]) -> None:
 
 
 def remove_index(folder: Path) -> None:
-    """Remove what [`index_archives`] wrote.
-
-    Args:
-        folder (`Path`): folder of the plan.
-    """
+    """Remove what [`index_archives`] wrote."""
     for path in folder.glob(f"{INDEX_NAME}.*"):
         path.unlink(missing_ok=True)
 
 
 class ImageFiles:
-    """The images of a plan, for one process.
-
-    Args:
-        folder (`Path`): folder of the plan.
-        images (`Sequence[dict]`): from [`describe_images`].
-    """
+    """The images of a plan, for one process; `images` is from [`describe_images`]."""
 
     def __init__(self, folder: Path, images: Sequence[dict[str, Any]]):
         paths = [shard_path(folder, root) for root in images]
@@ -132,19 +98,7 @@ class ImageFiles:
         self._real_folder = functools.lru_cache(1024)(os.path.realpath)
 
     def find(self, name: str) -> Place:
-        """Where the image of a name is.
-
-        Args:
-            name (`str`): path inside of a folder or an archive.
-
-        Returns:
-            [`Place`].
-
-        Raises:
-            SampleError: `unsafe_image_path` if the path could leave the folder, `missing_image`, `empty_image`,
-                `image_too_large` above `MAX_IMAGE_BYTES`.
-            ValueError: if there is no folder and no archive at all.
-        """
+        """Where the image of a path inside of a folder or archive is; a [`SampleError`] if nowhere."""
         if not self._folders and not self._archives:
             raise ValueError(
                 f"a record names the image {name}, but no folder or archive of images was given (--images)"
@@ -157,20 +111,7 @@ class ImageFiles:
         return found
 
     def read(self, name: str, place: Sequence[int], limit: int | None = None) -> bytes:
-        """The file of an image, or its first `limit` bytes.
-
-        Args:
-            name (`str`): as given to `find`.
-            place (`Sequence[int]`): what it returned.
-            limit (`int`, *optional*): most bytes that are read.
-
-        Returns:
-            `bytes`: the content of the image file.
-
-        Raises:
-            SampleError: as `find`; `moved_member` if another member stands at the place in the archive,
-                `corrupt_image` if it cannot be decompressed.
-        """
+        """The file of an image that `find` found, or its first `limit` bytes; or a [`SampleError`]."""
         place = Place(*place)
         if place.root in self._archives:
             file = self._files[place.root].fileno()

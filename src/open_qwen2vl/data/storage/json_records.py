@@ -22,18 +22,7 @@ _HEAD = 1 << 12
 
 
 def cut_records(path: str | os.PathLike, number: int) -> list[tuple[int, int]]:
-    """Cut a file into groups of records.
-
-    Args:
-        path (`str | os.PathLike`): an array of objects or an object in each line.
-        number (`int`): records of a group.
-
-    Returns:
-        `list[tuple[int, int]]`: first byte of each group and the byte behind it.
-
-    Raises:
-        ValueError: if it is an array that ends too early or whose braces do not match, with the byte.
-    """
+    """Cut a file into groups of so many records: first byte and that behind; a `ValueError` for a broken array."""
     groups, taken = [], 0
     start = stop = None
     for spans in _span_blocks(path, 0, os.path.getsize(path)):
@@ -51,35 +40,13 @@ def cut_records(path: str | os.PathLike, number: int) -> list[tuple[int, int]]:
 
 
 def record_spans(path: str | os.PathLike, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """The places of the records between two bytes.
-
-    Args:
-        path (`str | os.PathLike`): the file.
-        start (`int`): first byte of a record.
-        stop (`int`): the byte behind a record.
-
-    Yields:
-        `tuple[int, int]`: byte offset and size of each record, also of one that is too large; blank lines too.
-    """
+    """Offset and size of the records between two bytes, of those that are too large and of blank lines as well."""
     for spans in _span_blocks(path, start, stop):
         yield from map(tuple, spans.tolist())
 
 
 def read_record(file: int, offset: int, size: int, max_bytes: int | None = None) -> Any:
-    """Read and parse one record.
-
-    Args:
-        file (`int`): descriptor of the open file.
-        offset (`int`): its first byte.
-        size (`int`): its bytes.
-        max_bytes (`int`, *optional*): most of them; `MAX_RECORD_BYTES` where not given.
-
-    Returns:
-        `Any`: the parsed JSON; `None` for a blank line.
-
-    Raises:
-        SampleError: `record_too_large` above that, `invalid_json` if it cannot be parsed.
-    """
+    """Read and parse one record, None for a blank line; or `record_too_large` or `invalid_json`."""
     if size > (MAX_RECORD_BYTES if max_bytes is None else max_bytes):
         raise SampleError("record_too_large", f"the record at byte {offset} has {size:,} bytes")
     try:

@@ -11,11 +11,7 @@ OPEN_FILES = 64  # of each kind that one process keeps open
 
 
 class Newest:
-    """The files that were used last; older ones are closed.
-
-    Args:
-        open_file (`Callable[[int], Any]`): opens the file of a number.
-    """
+    """The files that were used last; older ones are closed."""
 
     def __init__(self, open_file: Callable[[int], Any]):
         self._open_file = open_file

@@ -34,15 +34,10 @@ MOST_VALUES = 1 << 27  # of a column in a row group: a few bytes may claim any n
 
 
 class Columns(NamedTuple):
-    """The columns of a table that are read.
+    """The columns of a table that are read."""
 
-    Attributes:
-        texts (`tuple[str, ...]`): what is read whole, to plan as well.
-        images (`tuple[str, ...]`): an image or a list of images in each row: structs of bytes and path, or paths.
-    """
-
-    texts: tuple[str, ...]
-    images: tuple[str, ...]
+    texts: tuple[str, ...]  # what is read whole, to plan as well
+    images: tuple[str, ...]  # an image or a list of images in each row: structs of bytes and path, or paths
 
 
 CONVERSATION_COLUMNS = Columns((*TEXT_COLUMNS, *BESIDE_TURNS), IMAGE_COLUMNS)
@@ -65,29 +60,12 @@ def column_types(path: str | os.PathLike) -> dict[str, pa.DataType]:
 
 
 def split_names(files: Iterable[str]) -> list[str]:
-    """The splits that parquet files belong to.
-
-    Args:
-        files (`Iterable[str]`): their names, perhaps with folders.
-
-    Returns:
-        `list[str]`: what stands before `-00000-of-00001.parquet`, as the Hub names them, each once and sorted.
-    """
+    """What stands before `-00000-of-00001.parquet` in the names of files, as the Hub has them: once each, sorted."""
     return sorted({match[1] for file in files if (match := _SPLIT.match(file))})
 
 
 def find_tables(path: Path) -> list[Path]:
-    """The tables of a data set's folder.
-
-    Args:
-        path (`Path`): a folder from `Dataset.save_to_disk`, or one that holds parquet files.
-
-    Returns:
-        `list[Path]`: its files in order; none if it is neither.
-
-    Raises:
-        ValueError: if it holds several splits.
-    """
+    """The tables of a data set's folder in order, none if it is no such; a `ValueError` if it holds several splits."""
     if (path / "dataset_dict.json").is_file():
         splits = list(map(str, _read_json(path / "dataset_dict.json")["splits"]))
         raise ValueError(f"{path} holds the splits {', '.join(splits)}: name one, as {path / splits[0]}")

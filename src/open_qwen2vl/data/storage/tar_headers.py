@@ -41,30 +41,14 @@ class DamagedTar(Exception):
 
 
 def split_member_name(name: str) -> tuple[str, str] | None:
-    """Split a member's name into key and extension.
-
-    Args:
-        name (`str`): path in the tar.
-
-    Returns:
-        `tuple[str, str]`: the path up to the first dot of its last part and the rest in lower case; `None` if either
-        is empty (hidden files, files without an extension).
-    """
+    """Split a name into key, up to the first dot of its last part, and extension in lower case; None without both."""
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return (folder + slash + stem, extension.lower()) if stem and extension else None
 
 
 def padded_end(offset: int, size: int) -> int:
-    """Where the next header may begin.
-
-    Args:
-        offset (`int`): first byte of a member's data.
-        size (`int`): its bytes.
-
-    Returns:
-        `int`: the byte behind the padding that fills its last block.
-    """
+    """Where the next header may begin: behind the padding of a member's last block."""
     return offset + -(-size // BLOCK) * BLOCK
 
 

@@ -38,25 +38,12 @@ _HEADER = 512  # bytes of a member's header in a tar
 
 
 def index_path(tar: Path) -> Path:
-    """The name of a tar's index.
-
-    Args:
-        tar (`Path`): `NAME.tar`.
-
-    Returns:
-        `Path`: `NAME.index.parquet` in the same folder.
-    """
+    """The index of `NAME.tar`: `NAME.index.parquet` beside it."""
     return tar.with_suffix(".index.parquet")
 
 
 def write_shard_index(path: Path, table: pa.Table, tar_bytes: int) -> None:
-    """Write an index.
-
-    Args:
-        path (`Path`): its file, which appears when it is whole.
-        table (`pa.Table`): columns of `SCHEMA`.
-        tar_bytes (`int`): size of the tar.
-    """
+    """Write an index, a table of `SCHEMA`, of a tar of so many bytes."""
     metadata = {_METADATA_KEY: json.dumps({"format_version": FORMAT_VERSION, "tar_bytes": tar_bytes})}
     with renamed_when_whole(path) as temporary:
         pq.write_table(table.cast(SCHEMA).replace_schema_metadata(metadata), temporary, compression="zstd")

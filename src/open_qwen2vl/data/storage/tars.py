@@ -32,36 +32,27 @@ _UNSAFE_KEY = re.compile(r"^/|(^|/)\.\.(/|$)|[\ud800-\udfff]")  # absolute, clim
 
 @dataclass(slots=True)
 class Sample:
-    """One sample of a tar.
+    """One sample of a tar."""
 
-    Attributes:
-        key (`str`): path in the tar up to the first dot of the last part.
-        members (`dict[str, tuple[int, int]]`): byte offset and size of the data by lower-case extension.
-        spans (`list[tuple[int, int]]`): first byte and that behind the last of the members with their headers and
-            their padding, one span for members that follow each other.
-        image_sizes (`dict[str, tuple[int, int]]`): upright width and height by extension, of what an index knows.
-    """
-
-    key: str
+    key: str  # path in the tar up to the first dot of the last part
+    # byte offset and size of the data by lower-case extension
     members: dict[str, tuple[int, int]] = field(default_factory=dict)
+    # first byte and that behind the last of the members with their headers and their padding, one span for members
+    # that follow each other
     spans: list[tuple[int, int]] = field(default_factory=list)
+    # upright width and height by extension, of what an index knows
     image_sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class ShardIndex:
-    """What a tar holds.
+    """What a tar holds."""
 
-    Attributes:
-        samples (`list[Sample]`): in the order in which they begin, each key once.
-        skipped (`list[tuple[str, str]]`): key and reason of what is no sample: `duplicate_key`, `unsafe_name`,
-            `truncated_tar` (the key is empty if no sample was cut) or `corrupt_tar`.
-        ignored_members (`int`): directories, links, devices and names without a key or an extension.
-    """
-
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)  # in the order in which they begin, each key once
+    # key and reason of what is no sample: `duplicate_key`, `unsafe_name`, `truncated_tar` (the key is empty if no
+    # sample was cut) or `corrupt_tar`
     skipped: list[tuple[str, str]] = field(default_factory=list)
-    ignored_members: int = 0
+    ignored_members: int = 0  # directories, links, devices and names without a key or an extension
 
 
 def find_shards(paths: Iterable[str | Path]) -> list[Path]:
@@ -102,7 +93,7 @@ def index_shard(path: str | Path) -> ShardIndex:
     place; the loss stands in `skipped` once, whatever its extent.
     """
     index, known = ShardIndex(), {}
-    run = Sample("")  # members of one key that follow each other
+    run = Sample("")  # members of one key that follow each other; joined when the next key begins
     try:
         for member in scan_tar(path):
             named = split_member_name(member.name)
@@ -110,6 +101,7 @@ def index_shard(path: str | Path) -> ShardIndex:
                 index.ignored_members += 1
                 continue
             key, extension = named
+            # An extension again is a duplicate of the sample, or the next of a tar that was joined to this one.
             if key != run.key or extension in run.members:
                 _join(index, known, run)
                 run = Sample(key)
@@ -123,6 +115,7 @@ def index_shard(path: str | Path) -> ShardIndex:
         if not damage.key and run.key not in known and index.samples:
             is_cut = run.members.keys() < index.samples[-1].members.keys()  # between two of its members
             damage.key = run.key if is_cut else ""
+        # A sample that lacks what comes behind the damage is not whole; one that ended before it is.
         if not is_cut:
             _join(index, known, run)
         index.skipped.append((_loggable(damage.key), damage.reason))
@@ -152,18 +145,7 @@ def _kinds(sample: Sample) -> set[str]:
 
 
 def list_files(path: str | Path) -> Iterator[tuple[str, int, int]]:
-    """The files of a tar that is no set of samples.
-
-    Args:
-        path (`str | Path`): an uncompressed tar.
-
-    Yields:
-        `tuple[str, int, int]`: name, byte offset and size of each file's data, in the order of the tar.
-
-    Raises:
-        SampleError: `truncated_tar` or `corrupt_tar`, where it cannot be followed any further.
-        OSError: if it cannot be read.
-    """
+    """Name, offset and size of the files of any tar in order; a [`SampleError`] where it is damaged."""
     try:
         yield from ((member.name, member.offset, member.size) for member in scan_tar(path) if member.is_file)
     except DamagedTar as damage:
@@ -173,19 +155,8 @@ def list_files(path: str | Path) -> Iterator[tuple[str, int, int]]:
 def read_member(file: int, name: str | Iterable[str], offset: int, size: int, limit: int | None = None) -> bytes:
     """Read a member's data, or its first `limit` bytes, and make sure that it is still this member's.
 
-    Args:
-        file (`int`): descriptor of the open tar.
-        name (`str` or `Iterable[str]`): the member's name, or those that it may have; case is not told apart.
-        offset (`int`): first byte of its data, which its header block precedes.
-        size (`int`): bytes of its data.
-        limit (`int`, *optional*): most bytes that are read.
-
-    Returns:
-        `bytes`: the data.
-
-    Raises:
-        SampleError: `moved_member` if another header or nothing stands there; `text_too_large`, `record_too_large` or
-            `image_too_large` if it is larger than its kind may be, which is found out unread.
+    `name` is its name, or those that it may have, in any case of letters. Raises `moved_member`, or `text_too_large`,
+    `record_too_large` or `image_too_large` unread.
     """
     names = (name,) if isinstance(name, str) else tuple(name)
     wanted = size if limit is None else min(size, limit)
@@ -220,17 +191,7 @@ def has_dotted_key(sample: Sample) -> bool:
 
 
 def sample_uid(metadata: Any, tar_name: str, key: str) -> str:
-    """The 128-bit name of a sample.
-
-    Args:
-        metadata (`Any`): the sample's parsed json, or `None`.
-        tar_name (`str`): file name of the tar.
-        key (`str`): key of the sample.
-
-    Returns:
-        `str`: 32 lower-case hex digits: the json's `uid` where it has such a one, else the first 128 bits of SHA-256
-        of `tar_name/key`.
-    """
+    """32 hex digits: the `uid` of the sample's json, else the first 128 bits of SHA-256 of `tar_name/key`."""
     uid = metadata.get("uid") if isinstance(metadata, dict) else None
     if isinstance(uid, str) and _UID.fullmatch(uid):
         return uid.lower()
@@ -238,14 +199,7 @@ def sample_uid(metadata: Any, tar_name: str, key: str) -> str:
 
 
 def has_bad_uid(metadata: Any) -> bool:
-    """Whether a sample names itself by something else than a uid.
-
-    Args:
-        metadata (`Any`): the sample's parsed json, or `None`.
-
-    Returns:
-        `bool`: whether the json has a `uid` that is not 32 hex digits.
-    """
+    """Whether a sample's json has a `uid` that is not 32 hex digits."""
     uid = metadata.get("uid") if isinstance(metadata, dict) else None
     return uid is not None and not (isinstance(uid, str) and _UID.fullmatch(uid))
 

@@ -22,61 +22,27 @@ _CHECKED_AT_ONCE = 1 << 20
 
 
 def parse_uid(text: str) -> tuple[int, int]:
-    """The numbers of a uid.
-
-    Args:
-        text (`str`): 32 hex digits, upper or lower case.
-
-    Returns:
-        `tuple[int, int]`: upper and lower half.
-
-    Raises:
-        ValueError: if it is anything else.
-    """
+    """Upper and lower half of 32 hex digits; a `ValueError` for anything else."""
     if not isinstance(text, str) or not _HEX_DIGITS.fullmatch(text):
         raise ValueError(f"a uid has 32 hex digits, this has not: {text!r:.80}")
     return int(text[:16], 16), int(text[16:], 16)
 
 
 def parse_uids(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers of many uids.
-
-    Args:
-        texts (`Sequence[str]`): of 32 hex digits each, which is not checked.
-
-    Returns:
-        `tuple[np.ndarray, np.ndarray]` of shape `(n,)` and dtype uint64: upper and lower halves.
-    """
+    """Upper and lower halves of many uids of 32 hex digits, which is not checked: uint64 `(n,)` each."""
     halves = np.frombuffer(bytes.fromhex("".join(texts)), ">u8").reshape(-1, 2).astype(np.uint64)
     return halves[:, 0], halves[:, 1]
 
 
 def format_uid(high: int, low: int) -> str:
-    """The text of a uid.
-
-    Args:
-        high (`int`): upper half.
-        low (`int`): lower half.
-
-    Returns:
-        `str`: 32 lower-case hex digits.
-    """
+    """32 lower-case hex digits of two halves."""
     return f"{high:016x}{low:016x}"
 
 
 def read_uids(path: str | Path) -> np.ndarray:
-    """Open a file of uids.
+    """Open a file of uids, dtype `u8,u8` as DFN's and our own: `UID_DTYPE` `(uids,)`, sorted, each once.
 
-    Args:
-        path (`str | Path`): an `.npy` file of dtype `u8,u8`, as DFN's and our own.
-
-    Returns:
-        `np.ndarray` of shape `(uids,)` and dtype `UID_DTYPE`: sorted, each once; memory-mapped, unless the file is
-        not sorted or has uids twice: then a corrected copy.
-
-    Raises:
-        ValueError: for a file of another form.
-        OSError: if it cannot be read.
+    Memory-mapped, or a corrected copy of what is not sorted or has uids twice. A `ValueError` for another form.
     """
     uids = map_array(path, "an array of dtype u8,u8")
     if uids.dtype != UID_DTYPE or uids.ndim != 1:
@@ -90,13 +56,7 @@ def read_uids(path: str | Path) -> np.ndarray:
 
 
 def write_uids(path: str | Path, uids: np.ndarray) -> None:
-    """Write a file of uids, the same bytes as `np.save` of the sorted array.
-
-    Args:
-        path (`str | Path`): its name; the file appears when it is whole.
-        uids (`np.ndarray` of shape `(uids,)` and dtype `UID_DTYPE`): in any order; those that come twice are written
-            once.
-    """
+    """Write a file of uids, sorted and each once: the same bytes as `np.save` of that array."""
     if not _is_increasing(uids):
         uids = _sorted_unique(uids)
     with renamed_when_whole(Path(path)) as temporary, open(temporary, "wb") as file:
@@ -104,16 +64,7 @@ def write_uids(path: str | Path, uids: np.ndarray) -> None:
 
 
 def find_uids(sorted_uids: np.ndarray, high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """Where uids stand in a list.
-
-    Args:
-        sorted_uids (`np.ndarray` of shape `(uids,)` and dtype `UID_DTYPE`): the list, as [`read_uids`] returns it.
-        high (`np.ndarray` of shape `(n,)`, uint64): upper halves of the uids in question.
-        low (`np.ndarray` of shape `(n,)`, uint64): their lower halves.
-
-    Returns:
-        `np.ndarray` of shape `(n,)`, int64: the index of each, -1 for one that is not in the list.
-    """
+    """Index of each uid in the list of [`read_uids`], -1 where it is not there: int64 `(n,)`."""
     places = _places(sorted_uids, high, low)
     inside = np.flatnonzero(places < len(sorted_uids))
     at = sorted_uids[places[inside]]
@@ -124,16 +75,7 @@ def find_uids(sorted_uids: np.ndarray, high: np.ndarray, low: np.ndarray) -> np.
 
 
 def contains_uids(sorted_uids: np.ndarray, high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """Which uids stand in a list.
-
-    Args:
-        sorted_uids (`np.ndarray` of shape `(uids,)` and dtype `UID_DTYPE`): the list, as [`read_uids`] returns it.
-        high (`np.ndarray` of shape `(n,)`, uint64): upper halves of the uids in question.
-        low (`np.ndarray` of shape `(n,)`, uint64): their lower halves.
-
-    Returns:
-        `np.ndarray` of shape `(n,)`, bool.
-    """
+    """Which uids stand in the list of [`read_uids`]: bool `(n,)`."""
     return find_uids(sorted_uids, high, low) >= 0
 
 

@@ -26,18 +26,7 @@ _UTF8, _ENCRYPTED = 0x800, 1
 
 
 def list_members(path: str | os.PathLike) -> Iterator[tuple[str, int, int]]:
-    """The files of a zip.
-
-    Args:
-        path (`str | os.PathLike`): the zip.
-
-    Yields:
-        `tuple[str, int, int]`: name, byte offset of the member's header and size of its compressed data.
-
-    Raises:
-        ValueError: if it is no zip or a damaged one, or a member is encrypted or compressed in another way than
-            deflate.
-    """
+    """Name, byte of the header and compressed size of each file; a `ValueError` for what cannot be read."""
     with open(path, "rb") as file:
         start, entries, shift = _directory(path, file)
         size = os.fstat(file.fileno()).st_size
@@ -63,21 +52,9 @@ def list_members(path: str | os.PathLike) -> Iterator[tuple[str, int, int]]:
 
 
 def read_zip_member(file: int, name: str, offset: int, size: int, most: int, limit: int | None = None) -> bytes:
-    """Read a member, or its first `limit` bytes, and make sure that it is still this one.
+    """Read a member, or about its first `limit` bytes, and make sure that it is still this one.
 
-    Args:
-        file (`int`): descriptor of the open zip.
-        name (`str`): its name, perhaps without a leading `./`.
-        offset (`int`): of its header.
-        size (`int`): bytes of its compressed data.
-        most (`int`): bytes that it may have uncompressed.
-        limit (`int`, *optional*): most bytes that are read; of what is compressed, about.
-
-    Returns:
-        `bytes`: its data, uncompressed.
-
-    Raises:
-        SampleError: `moved_member` if something else stands there, `corrupt_image` if it cannot be decompressed.
+    Raises `moved_member`, or `corrupt_image` for what cannot be decompressed to at most `most` bytes.
     """
     block = read_at(file, _HEADER.size, offset)
     fields = _HEADER.unpack(block) if len(block) == _HEADER.size else (b"",)
