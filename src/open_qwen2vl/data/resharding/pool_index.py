@@ -35,11 +35,7 @@ _SCHEMA = pa.schema(
 
 
 class PoolIndexer:
-    """Indexes one tar after the other.
-
-    Args:
-        subset (`str`): file of the uids that are wanted.
-    """
+    """Indexes one tar after the other; `subset` is the file of the uids that are wanted."""
 
     def __init__(self, subset: str):
         self._subset = read_uids(subset)
@@ -75,27 +71,14 @@ class PoolIndexer:
 
 
 def read_figures(path: Path) -> dict[str, Any]:
-    """What was found in a tar.
-
-    Args:
-        path (`Path`): what a [`PoolIndexer`] wrote.
-
-    Returns:
-        `dict`: `samples`, `skipped` by reason, `ignored_members`, and `unnamed`: chosen ones without a uid in a json.
-    """
+    """What a [`PoolIndexer`] found: samples, skipped by reason, ignored_members, unnamed (chosen, without a uid)."""
     return json.loads(pq.read_schema(path).metadata[_METADATA_KEY])
 
 
 class Layout:
     """Which samples of the pool are written in which order.
 
-    Args:
-        folder (`Path`): working folder, after [`write_layout`].
-        seed (`int`, *optional*): shuffle with it: first the tars of the pool, then the samples of every
-            `SHUFFLE_WINDOW` tars among each other.
-
-    Attributes:
-        total (`int`): samples that are written.
+    With a seed the tars of the pool are shuffled, then the samples of every `SHUFFLE_WINDOW` tars among each other.
     """
 
     def __init__(self, folder: Path, seed: int | None = None):
@@ -109,15 +92,7 @@ class Layout:
         self.total = len(self._rows)
 
     def samples(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """A part of the order.
-
-        Args:
-            start (`int`): the first sample.
-            stop (`int`): the one behind the last; may lie behind the end.
-
-        Returns:
-            `tuple[np.ndarray, np.ndarray]` of shape `(samples,)`, int64: tar and row in the tar's index of each.
-        """
+        """Tar and row in the tar's index of the samples of a part of the order: int64 `(samples,)` each."""
         first = np.searchsorted(self._window_starts, start, "right") - 1
         last = np.searchsorted(self._window_starts, min(stop, self.total), "left")
         parts = [self._window_samples(window) for window in range(first, last)]
@@ -138,14 +113,7 @@ class Layout:
 def write_layout(folder: Path, indexes: list[Path], uids: int) -> tuple[np.ndarray, int]:
     """Choose among samples with the same uid, and write what [`Layout`] reads.
 
-    Args:
-        folder (`Path`): working folder.
-        indexes (`list[Path]`): of the tars, in the order of the pool.
-        uids (`int`): length of the subset, one byte of memory for each.
-
-    Returns:
-        `tuple[np.ndarray, int]`: bool of shape `(uids,)`: which uids of the subset are in the pool; and how many
-        samples are left out because their uid came before.
+    Returns which uids of the subset are in the pool, bool `(uids,)`, and how many samples came with a uid again.
     """
     seen, duplicates = np.zeros(uids, bool), 0
     chosen = []

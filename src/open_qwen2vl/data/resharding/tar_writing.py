@@ -28,14 +28,7 @@ _CHUNK = 8 << 20
 
 
 class TarWriter:
-    """Writes one tar after the other.
-
-    Args:
-        output (`Path`): folder of the tars.
-        work (`Path`): working folder with the indexes of the pool's tars and the layout.
-        subset (`str`): file of the uids.
-        recipe (`dict`): of [`reshard`], with the pool's tars under `shards`.
-    """
+    """Writes one tar after the other, from the working folder of [`reshard`] and its recipe."""
 
     def __init__(self, output: Path, work: Path, subset: str, recipe: dict[str, Any]):
         self._output, self._work, self._recipe = output, work, recipe
@@ -68,6 +61,7 @@ class TarWriter:
             own = np.flatnonzero(tars == tar)
             tables.append(pq.read_table(index_name(self._work, tar)).take(rows[own]))
             order.append(own)
+        # The rows were read tar by tar: the place of each in the output undoes that.
         back = np.argsort(np.concatenate(order), kind="stable")
         return pa.concat_tables(tables).take(back).combine_chunks()
 
@@ -81,7 +75,7 @@ class TarWriter:
 
     def _copy(self, tar: int, source: int, length: int, target: int, output: int) -> None:
         file = self._tars[tar].fileno()
-        while length:
+        while length:  # the kernel may copy less than asked for, as from one file system to another
             copied = _copy_in_kernel(file, output, length, source, target)
             if not copied:
                 copied = os.pwrite(output, os.pread(file, min(length, _CHUNK), source), target)
@@ -91,31 +85,19 @@ class TarWriter:
 
 
 def index_name(work: Path, tar: int) -> Path:
-    """Where the working index of a tar is.
-
-    Args:
-        work (`Path`): working folder.
-        tar (`int`): its number in the pool.
-
-    Returns:
-        `Path`: a parquet file.
-    """
+    """The working index of a tar of the pool, by its number."""
     return work / f"index-{tar:05d}.parquet"
 
 
 class _Placed:
-    """Where everything goes in an output tar.
-
-    Attributes:
-        keys (`list[str]`): of the samples; one that is taken already in this tar has the uid behind it.
-        members (`list[list[tuple[str, int, int]]]`): extension, byte offset in the output and size.
-        copies (`list[tuple[int, int, int, int]]`): tar, byte in it, length and byte in the output.
-        headers (`list[tuple[int, bytes]]`): byte in the output and header of members with another name.
-        end (`int`): bytes of all of it.
-    """
+    """Where everything goes in an output tar."""
 
     def __init__(self, samples: pa.Table, tars: np.ndarray, uids: list[str]):
-        self.keys, self.members, self.copies, self.headers, self.end = [], [], [], [], 0
+        self.keys: list[str] = []  # one that is taken already in this tar has the uid behind it
+        self.members: list[list[tuple[str, int, int]]] = []  # extension, byte offset in the output and size
+        self.copies: list[tuple[int, int, int, int]] = []  # tar, byte in it, length and byte in the output
+        self.headers: list[tuple[int, bytes]] = []  # byte in the output and header of members with another name
+        self.end = 0  # bytes of all of it
         taken: set[str] = set()
         columns = (_lists(samples[name]) for name in ("span_start", "span_end", "ext", "offset", "size"))
         keys = samples["key"].to_pylist()
@@ -129,12 +111,13 @@ class _Placed:
                 self._append(tar, spans, members)
             taken.add(key)
             self.keys.append(key)
-        self.copies.sort()
+        self.copies.sort()  # by tar and byte in it: each input is read once, from its beginning to its end
 
     def _append(self, tar: int, spans: list[tuple[int, int]], members: list[tuple[str, int, int]]) -> None:
         placed = []
         for start, end in spans:
             shift = self.end - start
+            # `<= end`: a member without bytes at the end of a span has its data, none, behind it.
             placed += [(ext, offset + shift, size) for ext, offset, size in members if start < offset <= end]
             self._copy(tar, start, end - start)
         self.members.append(placed)
@@ -153,6 +136,7 @@ class _Placed:
     def _copy(self, tar: int, source: int, length: int) -> None:
         if self.copies:
             last_tar, last_source, last_length, last_target = self.copies[-1]
+            # Neighbours in both: one longer copy, which the kernel makes without a byte in this process.
             if (tar, source, self.end) == (last_tar, last_source + last_length, last_target + last_length):
                 self.copies[-1] = (tar, last_source, last_length + length, last_target)
                 self.end += length
