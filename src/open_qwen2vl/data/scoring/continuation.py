@@ -17,32 +17,16 @@ BRANCH_CACHE_BYTES = 2**31
 
 
 class Prompts(NamedTuple):
-    """A batch of prompts that the model has read.
+    """A batch of prompts that the model has read."""
 
-    Attributes:
-        input_ids (`torch.LongTensor` of shape `(batch, length)`): with padding.
-        attention_mask (`torch.LongTensor` of shape `(batch, length)`): 0 at padding, which is never last.
-        position_ids (`torch.LongTensor` of shape `(..., batch, length)`): the model's own.
-        cache (`Cache`): keys and values of all of it.
-        logits (`torch.Tensor` of shape `(batch, vocabulary)`): after the last token.
-    """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    position_ids: torch.Tensor
-    cache: Cache
-    logits: torch.Tensor
+    input_ids: torch.Tensor  # int64 (batch, length), with padding
+    attention_mask: torch.Tensor  # int64 (batch, length): 0 at padding, which is never last
+    position_ids: torch.Tensor  # (..., batch, length), the model's own
+    cache: Cache  # keys and values of all of it
+    logits: torch.Tensor  # (batch, vocabulary), after the last token
 
     def generation_inputs(self, texts: list[list[int]], pad_token_id: int) -> dict:
-        """Arguments of `generate` to go on with text, which the model has not read yet; the prompts stay as they are.
-
-        Args:
-            texts (`list[list[int]]`): ids for each row, at least one.
-            pad_token_id (`int`): fills up shorter rows, at the left.
-
-        Returns:
-            `dict`.
-        """
+        """Arguments of `generate` to go on with text that the model has not read yet; the prompts stay as they are."""
         ids, mask = _block(texts, pad_token_id, self.input_ids.device)
         return {
             "input_ids": torch.cat([self.input_ids, ids], 1),
@@ -52,28 +36,12 @@ class Prompts(NamedTuple):
         }
 
     def next_positions(self, mask: torch.Tensor) -> torch.Tensor:
-        """Positions behind, as generation goes on: one further for each token, whatever the rule for images was.
-
-        Args:
-            mask (`torch.LongTensor` of shape `(batch, new)`): 0 at padding.
-
-        Returns:
-            `torch.LongTensor` of shape `(..., batch, new)`.
-        """
+        """Positions behind, `(..., batch, new)`: one further for each token, whatever the rule for images was."""
         return self.position_ids[..., -1:] + mask.cumsum(-1)
 
 
 def append_text(inputs: dict, texts: list[list[int]], pad_token_id: int) -> dict:
-    """Model inputs with text behind them.
-
-    Args:
-        inputs (`dict`): of the beginning, as a processor gives it: `input_ids`, `attention_mask`, pixels, ...
-        texts (`list[list[int]]`): ids for each row, perhaps none.
-        pad_token_id (`int`): fills up shorter rows, at the left.
-
-    Returns:
-        `dict`: new; what the processor says of each position's kind (`*token_type_ids`) has 0, text, there.
-    """
+    """New model inputs with text behind them, padded at the left; its `*token_type_ids` are 0."""
     ids, mask = _block(texts, pad_token_id, inputs["input_ids"].device)
     extended = dict(inputs)
     for name, value in inputs.items():
@@ -85,29 +53,13 @@ def append_text(inputs: dict, texts: list[list[int]], pad_token_id: int) -> dict
 
 
 def own_positions(model: PreTrainedModel, inputs: dict) -> torch.Tensor:
-    """The positions that `generate` would give these inputs.
-
-    Args:
-        model (`PreTrainedModel`): generates.
-        inputs (`dict`): its inputs.
-
-    Returns:
-        `torch.LongTensor` of shape `(..., batch, length)`.
-    """
+    """The positions that `generate` would give these inputs: `(..., batch, length)`."""
     others = {name: value for name, value in inputs.items() if name != "input_ids"}
     return model._prepare_position_ids_for_generation(inputs["input_ids"], others)
 
 
 def prefill(model: PreTrainedModel, inputs: dict) -> Prompts:
-    """Let the model read prompts.
-
-    Args:
-        model (`PreTrainedModel`): an image-text-to-text model.
-        inputs (`dict`): its inputs, padded at the left.
-
-    Returns:
-        [`Prompts`].
-    """
+    """Let the model read prompts, padded at the left."""
     positions = own_positions(model, inputs)
     output = model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1)
     return Prompts(
@@ -116,17 +68,7 @@ def prefill(model: PreTrainedModel, inputs: dict) -> Prompts:
 
 
 def extend(model: PreTrainedModel, prompts: Prompts, texts: list[list[int]], pad_token_id: int) -> Prompts:
-    """Let the model read on; the prompts stay as they are, for another end.
-
-    Args:
-        model (`PreTrainedModel`): the model that has read them.
-        prompts ([`Prompts`]): the beginning.
-        texts (`list[list[int]]`): ids for each row, at least one.
-        pad_token_id (`int`): fills up shorter rows, at the left.
-
-    Returns:
-        [`Prompts`]: of the whole.
-    """
+    """Let the model read on; the prompts stay as they are, for another end."""
     inputs = prompts.generation_inputs(texts, pad_token_id)
     new = inputs["input_ids"].shape[1] - prompts.input_ids.shape[1]
     output = model(
@@ -147,16 +89,9 @@ def extend(model: PreTrainedModel, prompts: Prompts, texts: list[list[int]], pad
 
 
 def branch_logits(model: PreTrainedModel, prompts: Prompts, rows: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Logits after every token of several continuations of each prompt.
+    """Logits `(some, depth, vocabulary)` after every token of continuations `(rows, depth)`, the same for all prompts.
 
-    Args:
-        model (`PreTrainedModel`): the model that has read the prompts.
-        prompts ([`Prompts`]): stay as they are.
-        rows (`torch.LongTensor` of shape `(rows, depth)`): continuations, the same for all, padded at the end.
-
-    Yields:
-        `torch.Tensor` of shape `(some, depth, vocabulary)`: in order, all rows of the first prompt first; as many at
-        once as `BRANCH_CACHE_BYTES` allow.
+    In order, all rows of the first prompt first; as many at once as `BRANCH_CACHE_BYTES` allow.
     """
     batch, (count, depth) = len(prompts.input_ids), rows.shape
     rows = rows.to(prompts.input_ids.device)

@@ -17,15 +17,7 @@ _MODEL = "imagehash/phash-8x8"
 
 
 class TarHasher:
-    """Hashes the images of one tar after the other, for one worker of the engine.
-
-    Args:
-        name (`str`): for the column `scorer`.
-        recipe (`dict`): kept in each file, with the tar's description added.
-
-    Raises:
-        ValueError: without imagehash.
-    """
+    """Hashes the images of one tar after the other, for one worker of the engine."""
 
     def __init__(self, name: str, recipe: dict[str, Any]):
         try:
@@ -37,14 +29,7 @@ class TarHasher:
         self._phash = imagehash.phash
 
     def __call__(self, task: ShardTask) -> Outcome:
-        """Hash the images of a tar.
-
-        Args:
-            task ([`ShardTask`]): tar and score file.
-
-        Returns:
-            [`Outcome`].
-        """
+        """Hash the images of a tar."""
         index = index_shard(task.source)
         samples = list(read_pairs(task.source, index.samples, self._hash))
         keys, uids, hashes, reasons = zip(*samples, strict=True) if samples else ((),) * 4

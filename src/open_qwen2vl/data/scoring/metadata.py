@@ -19,13 +19,7 @@ _UID_PATTERN = "^[0-9a-fA-F]{32}$"
 
 
 class TableScorer:
-    """Takes values from one parquet file after the other, for one worker of the engine.
-
-    Args:
-        columns (`Sequence[str]`): numeric columns, beside `uid`.
-        name (`str`): for the column `scorer`.
-        recipe (`dict`): kept in each file, with the description of the source added.
-    """
+    """Takes values from one parquet file after the other, for one worker of the engine."""
 
     def __init__(self, columns: Sequence[str], name: str, recipe: dict[str, Any]):
         self._columns = list(columns)
@@ -36,15 +30,6 @@ class TableScorer:
         """Take the values of a file.
 
         Rows without a uid are left out and counted as `bad_uid`; a null counts as `no_value`, NaN as `nan_score`.
-
-        Args:
-            task ([`ShardTask`]): parquet file and score file.
-
-        Returns:
-            [`Outcome`].
-
-        Raises:
-            ValueError: for a file that is no parquet, lacks a column or has one that holds no numbers.
         """
         recipe = {**self._recipe, "source": describe_shard(task.source, task.output.parent)}
         metadata = {"recipe": recipe, "made_with": {}, "samples": 0, "skipped": Counter()}

@@ -34,33 +34,16 @@ MAX_CAPTION = 8192  # characters: one endless caption would take the memory of i
 
 
 class MlmFilterBatch(NamedTuple):
-    """What the model reads for some pairs.
+    """What the model reads for some pairs."""
 
-    Attributes:
-        head (`BatchFeature`): the processor's output for the images and the text up to them, padded at the left.
-        tails (`list[list[list[int]]]`): for each metric and pair the ids behind the head.
-    """
-
-    head: BatchFeature
-    tails: list[list[list[int]]]
+    head: BatchFeature  # the processor's output for the images and the text up to them, padded at the left
+    tails: list[list[list[int]]]  # for each metric and pair the ids behind the head
 
 
 class MlmFilterScorer(Scorer):
     """Asks a model for a number from 0 to 100 for each metric.
 
     bfloat16 on a GPU, float32 on the CPU.
-
-    Args:
-        model (`str`): hub id or folder of a model with its processor and a chat template.
-        metrics (`Sequence[str]`): names of the prompts' metrics, or `("all",)`.
-        prompts (`str`, *optional*): YAML file of prompts; by default this package's prompts.yaml.
-        decode (`str`, *optional*, defaults to `"expectation"`): the mean of the numbers under the model's
-            probabilities, or `"greedy"`: the number on the first line of what it generates, as the original does.
-        batch_size (`int`, *optional*, defaults to 16): pairs that are scored together.
-        device (`str`, *optional*): as torch names it; by default the worker's GPU, or the CPU without one.
-
-    Raises:
-        ValueError: if the model cannot be loaded or asked, or the prompts do not fit.
     """
 
     def __init__(
@@ -93,19 +76,7 @@ class MlmFilterScorer(Scorer):
         self.shares_prefix = len(self._prompts) > 1 and self._can_share_prefix()
 
     def prepare(self, pair: RawPair) -> Pair:
-        """Decode the image.
-
-        Args:
-            pair ([`RawPair`]): as it stands in the tar.
-
-        Returns:
-            [`Pair`].
-
-        Raises:
-            SampleError: `too_long` for a caption of more than `MAX_CAPTION` characters.
-            SampleError: if the image cannot be used, `image_too_large` also for one whose sides differ by a factor of
-                `MAX_ASPECT_RATIO` and more.
-        """
+        """The pair with its image decoded; a [`SampleError`] also for a long caption or a narrow image."""
         if len(pair.caption) > MAX_CAPTION:
             raise SampleError("too_long", f"{len(pair.caption)} characters are above {MAX_CAPTION}")
         decoded = decode_pair(pair)
@@ -115,14 +86,7 @@ class MlmFilterScorer(Scorer):
         return decoded
 
     def collate(self, items: list[Pair]) -> MlmFilterBatch:
-        """Process images and tokenize, while the batch before is scored.
-
-        Args:
-            items (`list[Pair]`): pairs.
-
-        Returns:
-            [`MlmFilterBatch`].
-        """
+        """Process images and tokenize, while the batch before is scored."""
         with self._tokenizer_lock:
             head = self._format.head([pair.image for pair in items])
             texts = [
@@ -132,14 +96,7 @@ class MlmFilterScorer(Scorer):
 
     @torch.inference_mode()
     def score(self, batch: MlmFilterBatch) -> np.ndarray:
-        """Score a batch.
-
-        Args:
-            batch ([`MlmFilterBatch`]): from [`collate`].
-
-        Returns:
-            `np.ndarray` of shape `(pairs, metrics)`, float64: 0 to 100, NaN where the model wrote no such number.
-        """
+        """Float64 `(pairs, metrics)`: 0 to 100, NaN where the model wrote no such number."""
         if self._greedy:
             columns = [[parse_score(answer) for answer in answers] for answers in self._answers(batch)]
             return np.array(columns, dtype=np.float64).T

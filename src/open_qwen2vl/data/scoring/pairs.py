@@ -15,85 +15,43 @@ from ..storage.tars import Sample, has_bad_uid, read_json, read_member, sample_u
 
 
 class RawPair(NamedTuple):
-    """A sample as it stands in its tar.
+    """A sample as it stands in its tar."""
 
-    Attributes:
-        key (`str`): of the sample.
-        uid (`str`): 32 lower-case hex digits.
-        image (`bytes`): the image file.
-        caption (`str`): not empty, unchanged.
-    """
-
-    key: str
-    uid: str
-    image: bytes
-    caption: str
+    key: str  # of the sample
+    uid: str  # 32 lower-case hex digits
+    image: bytes  # the image file
+    caption: str  # not empty, unchanged
 
 
 class Pair(NamedTuple):
-    """A sample with its image decoded.
+    """A sample with its image decoded."""
 
-    Attributes:
-        key (`str`): of the sample.
-        uid (`str`): 32 lower-case hex digits.
-        image (`PIL.Image.Image`): upright, mode RGB.
-        caption (`str`): not empty, unchanged.
-    """
-
-    key: str
-    uid: str
-    image: Image.Image
-    caption: str
+    key: str  # of the sample
+    uid: str  # 32 lower-case hex digits
+    image: Image.Image  # upright, mode RGB
+    caption: str  # not empty, unchanged
 
 
 class PreparedSample(NamedTuple):
-    """What became of a sample.
+    """What became of a sample."""
 
-    Attributes:
-        key (`str`): of the sample.
-        uid (`str`): 32 lower-case hex digits; of a `bad_uid` those that it would have without one.
-        item (`Any`): what `prepare` returned, `None` if there is a reason.
-        reason (`str`, *optional*): why it cannot be used.
-    """
-
-    key: str
-    uid: str
-    item: Any
-    reason: str | None
+    key: str  # of the sample
+    uid: str  # 32 lower-case hex digits; of a `bad_uid` those that it would have without one
+    item: Any  # what `prepare` returned, `None` if there is a reason
+    reason: str | None  # why it cannot be used
 
 
 def decode_pair(pair: RawPair) -> Pair:
-    """Decode a pair's image.
-
-    Args:
-        pair ([`RawPair`]): from [`read_pairs`].
-
-    Returns:
-        [`Pair`].
-
-    Raises:
-        SampleError: if the image cannot be used.
-    """
+    """Decode a pair's image, or raise a [`SampleError`]."""
     return Pair(pair.key, pair.uid, decode_image(pair.image), pair.caption)
 
 
 def read_pairs(
     tar: Path, samples: Sequence[Sample], prepare: Callable[[RawPair], Any], num_threads: int = 0, ahead: int = 0
 ) -> Iterator[PreparedSample]:
-    """Read some samples of a tar.
+    """Read some samples of a tar, in order; `prepare` is applied to each, and its [`SampleError`] becomes the reason.
 
-    Args:
-        tar (`Path`): the tar.
-        samples (`Sequence[Sample]`): from its index.
-        prepare (`Callable`): applied to each; a `SampleError` that it raises becomes the reason.
-        num_threads (`int`, *optional*, defaults to 0): threads that read and prepare; 0 is none but the caller's.
-        ahead (`int`, *optional*, defaults to 0): samples to have read, or in work, beside the one that is returned.
-
-    Yields:
-        [`PreparedSample`]: one for each sample, in their order.
-
-    Raises:
-        OSError: if the tar cannot be read.
+    `num_threads` read and prepare, 0 the caller's alone; so many samples are `ahead` of the one that is returned.
     """
     with open(tar, "rb", buffering=0) as file:
         if not num_threads:

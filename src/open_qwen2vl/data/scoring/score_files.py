@@ -49,19 +49,9 @@ def score_table(
     reasons: Sequence[str | None],
     missing_reason: str | None,
 ) -> pa.Table:
-    """The rows of some samples: all of the first label, then all of the next.
+    """The rows of some samples, a table of `SCHEMA`: all of the first label, then all of the next.
 
-    Args:
-        labels (`Sequence[str]`): of the column `scorer`, one for each value of a sample.
-        model (`str`): of the column `model`.
-        keys (`Sequence[str | None]`): of the samples.
-        uids (`Sequence[str]`): of the samples.
-        values (`np.ndarray` of shape `(samples, labels)`, float64): what is not finite has no value in the table.
-        reasons (`Sequence[str | None]`): why a sample has no values, `None` where it should have some.
-        missing_reason (`str`, *optional*): the reason of a value that is not finite in a sample without one.
-
-    Returns:
-        `pa.Table` of `SCHEMA`.
+    `values` are float64 `(samples, labels)`; what is not finite has no value, and `missing_reason` where it has none.
     """
     samples, parts = values.shape
     flat = values.T.reshape(-1)
@@ -81,14 +71,9 @@ def score_table(
 
 
 def write_scores(path: Path, tables: pa.Table | Iterable[pa.Table], metadata: Mapping[str, Any]) -> None:
-    """Write a score file.
+    """Write a score file of one table or of several, of which one is in memory at a time.
 
-    Args:
-        path (`Path`): its file; the folder is made where there is none.
-        tables (`pa.Table` or `Iterable[pa.Table]`): of `SCHEMA` or `HASH_SCHEMA`; several are written one after the
-            other, with one of them in memory at a time, and the first says which schema it is.
-        metadata (`Mapping[str, Any]`): kept in the file and returned by [`read_score_metadata`]: `recipe` and counts.
-            Read when all tables are written, so that an iterator of them may still count.
+    `metadata` is read when all are written, so that an iterator of tables may still count.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     pieces = iter([tables] if isinstance(tables, pa.Table) else tables)
@@ -102,18 +87,7 @@ def write_scores(path: Path, tables: pa.Table | Iterable[pa.Table], metadata: Ma
 
 
 def read_score_metadata(path: Path) -> dict[str, Any]:
-    """What a score file was made from.
-
-    Args:
-        path (`Path`): the file.
-
-    Returns:
-        `dict`: as given to [`write_scores`], and `format_version`.
-
-    Raises:
-        ValueError: if the file holds no scores, or of a version that this code does not know.
-        OSError: if it cannot be read.
-    """
+    """What [`write_scores`] got as metadata, and `format_version`; a `ValueError` for a file without scores."""
     try:
         metadata = json.loads(pq.read_metadata(path).metadata[_METADATA_KEY])
         version = metadata["format_version"]
@@ -130,17 +104,7 @@ def read_score_metadata(path: Path) -> dict[str, Any]:
 
 
 def find_score_files(paths: Iterable[str | Path]) -> list[Path]:
-    """The score files that the given paths stand for.
-
-    Args:
-        paths (`Iterable[str | Path]`): files, and folders that stand for every `*.parquet` in them and below, sorted.
-
-    Returns:
-        `list[Path]`: the files in the order given; one that is named twice stands once.
-
-    Raises:
-        ValueError: if a path does not exist or a folder has no such file.
-    """
+    """The score files that files, and folders at any depth, stand for, once each; or a `ValueError`."""
     found: dict[Path, Path] = {}
     for path in map(Path, paths):
         if not path.exists():

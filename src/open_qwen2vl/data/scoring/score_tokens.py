@@ -14,20 +14,7 @@ LEADS = ("", " ")
 
 
 class ScoreTokens:
-    """The tree of the spellings of 0 to 100 after a prompt.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): the model's.
-        prompt (`str`): text that ends as the prompts do, so that numbers are tokenised as they are in an answer.
-
-    Attributes:
-        rows (`torch.LongTensor` of shape `(rows, depth)`): tokens that lead to the inner nodes, padded at the end with
-            0; every inner node is the beginning of a row. No rows where each number is one token.
-        longest (`int`): tokens of the longest spelling.
-
-    Raises:
-        ValueError: if the tokenizer cannot write the numbers.
-    """
+    """The tree of the spellings of 0 to 100 after `prompt`; a `ValueError` if the tokenizer cannot write numbers."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str):
         spellings = [paths for lead in LEADS if (paths := _spell(tokenizer, prompt, lead))]
@@ -67,15 +54,7 @@ class ScoreTokens:
         return steps
 
     def columns(self, logits: torch.Tensor) -> torch.Tensor:
-        """Of a node's distribution, what the tree needs.
-
-        Args:
-            logits (`torch.Tensor` of shape `(..., vocabulary)`): of any float type.
-
-        Returns:
-            `torch.Tensor` of shape `(..., tokens + 1)`, fp32: log probabilities of the tree's tokens, and last of
-            the event that no digit follows.
-        """
+        """Log probabilities of the tree's tokens and, last, of no digit following: fp32 `(..., tokens + 1)`."""
         logits = logits.float()
         total = logits.logsumexp(-1, keepdim=True)
         wanted = logits[..., self._tokens.to(logits.device)]
@@ -103,27 +82,12 @@ class ScoreTokens:
 
 
 def expected_score(probabilities: torch.Tensor) -> torch.Tensor:
-    """The mean of the numbers 0 to 100.
-
-    Args:
-        probabilities (`torch.Tensor` of shape `(batch, 101)`): as [`ScoreTokens.probabilities`] gives them.
-
-    Returns:
-        `torch.Tensor` of shape `(batch,)`, fp64.
-    """
+    """The mean of the numbers 0 to 100 under `(batch, 101)`: fp64 `(batch,)`."""
     return probabilities.double() @ torch.arange(len(SCORES), dtype=torch.float64, device=probabilities.device)
 
 
 def parse_score(answer: str) -> float:
-    """The number on the first line of an answer, as the original reads it.
-
-    Args:
-        answer (`str`): text as generated.
-
-    Returns:
-        `float`: a whole number from 0 to 100; NaN where the line is anything else. Spaces, and `,` and `;` at its ends
-        do not count.
-    """
+    """The whole number from 0 to 100 on the first line of an answer, as the original reads it; else NaN."""
     try:
         score = int(answer.split("\n")[0].strip(" ,;"))
     except ValueError:

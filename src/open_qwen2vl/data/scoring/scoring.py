@@ -27,68 +27,29 @@ __all__ = ["Pair", "Scorer", "TarScorer", "find_device", "value_names"]
 
 
 class Scorer(Protocol):
-    """Gives each pair one or several values. To be subclassed: what is not needed has a default.
+    """Gives each pair one or several values. To be subclassed: what is not needed has a default."""
 
-    Attributes:
-        parts (`tuple[str, ...]`): names of its values; `("",)` for a single one that is called as the scorer is.
-        model (`str`): for the column `model`.
-        recipe (`dict`): what its values depend on beyond the options that it was made with; json-able.
-        batch_size (`int`): pairs that are scored together.
-        missing_reason (`str`): the reason written where `score` returned NaN.
-    """
-
-    parts: tuple[str, ...]
-    model: str
-    recipe: dict[str, Any]
-    batch_size: int
-    missing_reason: str = "nan_score"
+    parts: tuple[str, ...]  # names of its values; `("",)` for a single one that is called as the scorer is
+    model: str  # for the column `model`
+    recipe: dict[str, Any]  # what its values depend on beyond the options that it was made with; json-able
+    batch_size: int  # pairs that are scored together
+    missing_reason: str = "nan_score"  # the reason written where `score` returned NaN
 
     def prepare(self, pair: RawPair) -> Any:
-        """Make an item of a pair, in several threads at a time; by default a [`Pair`] with its image decoded.
-
-        Args:
-            pair ([`RawPair`]): as it stands in the tar.
-
-        Returns:
-            `Any`: an item of a batch.
-
-        Raises:
-            SampleError: if the pair cannot be used; the error's `reason` is written.
-        """
+        """Make an item of a pair, or a [`SampleError`]; in several threads; by default a decoded [`Pair`]."""
         return decode_pair(pair)
 
     def collate(self, items: list[Any]) -> Any:
-        """Join items, in one thread, while the batch before is scored; by default the list.
-
-        Args:
-            items (`list`): at least one and at most `batch_size`.
-
-        Returns:
-            `Any`: what [`score`] takes.
-        """
+        """Join items, in one thread, while the batch before is scored; by default the list."""
         return items
 
     def score(self, batch: Any) -> np.ndarray:
-        """Score a batch; one at a time, in a thread beside that of `collate`.
-
-        Args:
-            batch (`Any`): from [`collate`]; without one of its own, the list of items.
-
-        Returns:
-            `np.ndarray` of shape `(items, parts)`, float64: NaN where there is no value.
-        """
+        """Float64 `(items, parts)`, NaN for no value; one batch at a time, in a thread beside `collate`'s."""
         ...
 
 
 class TarScorer:
-    """Scores one tar after the other, for one worker of the engine.
-
-    Args:
-        make_scorer (`Callable`): makes the [`Scorer`].
-        name (`str`): for the column `scorer`.
-        recipe (`dict`): kept in each file, with the tar's description added.
-        num_threads (`int`): threads that prepare pairs; 0 is none but the worker's own.
-    """
+    """Scores one tar after the other, for one worker of the engine."""
 
     def __init__(self, make_scorer: Callable[[], Scorer], name: str, recipe: dict[str, Any], num_threads: int):
         self._scorer = make_scorer()
@@ -97,14 +58,7 @@ class TarScorer:
         self._num_threads = num_threads
 
     def __call__(self, task: ShardTask) -> Outcome:
-        """Score a tar.
-
-        Args:
-            task ([`ShardTask`]): tar and score file.
-
-        Returns:
-            [`Outcome`].
-        """
+        """Score a tar."""
         recipe = {**self._recipe, "source": describe_shard(task.source, task.output.parent)}
         index, scorer = index_shard(task.source), self._scorer
         values = np.full((len(index.samples), len(self._labels)), np.nan)
@@ -156,19 +110,7 @@ def write_tar_scores(
     recipe: dict[str, Any],
     made_with: dict[str, Any],
 ) -> Outcome:
-    """Write a shard's score file with its counts.
-
-    Args:
-        task ([`ShardTask`]): shard and score file.
-        table (`pa.Table`): the rows.
-        samples (`int`): what the shard holds, usable or not.
-        skipped (`Sequence[tuple[str, str]]`): key and reason of what has no value.
-        recipe (`dict`): what a rerun compares.
-        made_with (`dict`): what else the values depend on.
-
-    Returns:
-        [`Outcome`].
-    """
+    """Write a shard's score file with its counts; `recipe` is what a rerun compares, `made_with` what else decides."""
     outcome = Outcome.of(samples, [(str(task.source), key, reason) for key, reason in skipped])
     counts = {"samples": samples, "skipped": outcome.skipped}
     write_scores(task.output, table, {"recipe": recipe, "made_with": made_with, **counts})
@@ -176,27 +118,12 @@ def write_tar_scores(
 
 
 def value_names(name: str, parts: Sequence[str]) -> list[str]:
-    """What the values of a scorer are called.
-
-    Args:
-        name (`str`): of the scorer.
-        parts (`Sequence[str]`): of its values; an empty one adds nothing.
-
-    Returns:
-        `list[str]`: for the column `scorer`.
-    """
+    """What the values of a scorer are called in the column `scorer`; an empty part adds nothing to its name."""
     return [f"{name}.{part}" if part else name for part in parts]
 
 
 def find_device(device: str | None) -> torch.device:
-    """Where a worker's model runs.
-
-    Args:
-        device (`str`, *optional*): as torch names it; where not given the worker's GPU, or the CPU without one.
-
-    Returns:
-        `torch.device`.
-    """
+    """Where a worker's model runs: as torch names it, else the worker's GPU, or the CPU."""
     if device is None:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     return torch.device(device)
