@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
-from ..modeling.attention import PACKED_VARLEN
+from ..modeling.attention import packs_without_mask
 from ..modeling.loss import selected_position_loss
 
 _OWN_OPTIONS = ("label_positions", "skip_logits", "return_row_losses")
@@ -76,7 +76,7 @@ class PackedForward:
             inputs = {"inputs_embeds": embeds + self._blank_media().to(embeds.device, embeds.dtype)}
         attention = self.model.language_model.config._attn_implementation
         # Row 0 is for masks by position, of which packed_varlen has none: with it S x S would be built in vain.
-        rows = position_ids[1:] if attention == PACKED_VARLEN else position_ids
+        rows = position_ids[1:] if packs_without_mask(attention) else position_ids
         outputs = self.model(**inputs, position_ids=rows, use_cache=False, **kwargs)
         hidden = outputs.last_hidden_state
         loss = row_losses = logits = None

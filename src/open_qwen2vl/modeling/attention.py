@@ -137,6 +137,17 @@ def check_packed_arguments(position_ids, attention_mask, past_key_values, use_ca
         raise ValueError("a packed batch (cu_seq_lens_q) takes no cache: it would join the documents")
 
 
+def packs_without_mask(attention: str) -> bool:
+    """Whether an attention keeps documents apart by their lengths alone; a ValueError for one that may join them."""
+    # Flash attentions, those of kernel repositories too, take the lengths; transformers masks the others by position.
+    if attention not in (PACKED_VARLEN, "sdpa", "eager", "flex_attention") and "flash" not in attention:
+        raise ValueError(
+            f"a packed batch (cu_seq_lens_q) does not go with the attention {attention!r}, which may join its "
+            "documents: set packed_varlen, sdpa, eager or a flash attention"
+        )
+    return attention == PACKED_VARLEN
+
+
 AttentionInterface.register(PACKED_VARLEN, packed_varlen_attention)
 # Padded batches and generation under this name need sdpa's mask; without this entry they would get none.
 AttentionMaskInterface.register(PACKED_VARLEN, sdpa_mask)

@@ -16,7 +16,7 @@ from transformers.models.llava.modeling_llava import LlavaModel, LlavaModelOutpu
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
-from .attention import PACKED_VARLEN, check_packed_arguments, is_packed
+from .attention import check_packed_arguments, is_packed, packs_without_mask
 from .backbones import greedy_generation, load_backbones
 from .configuration_open_qwen2vl import OpenQwen2VLConfig, pooled_grid_side
 from .loss import selected_position_loss
@@ -182,7 +182,7 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
     def _packed_attention_mask(self) -> dict[str, None] | None:
         """No mask at all for `packed_varlen`; for the others None lets transformers isolate documents by position."""
         config = self.language_model.config
-        if config._attn_implementation != PACKED_VARLEN:
+        if not packs_without_mask(config._attn_implementation):
             return None
         return dict.fromkeys(config.layer_types)
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForImageTextToText, Trainer
+from transformers import AttentionInterface, AutoModelForImageTextToText, Trainer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from open_qwen2vl import prepare_for_packing
 from open_qwen2vl.families.qwen_vl.processing import QwenVLDocuments
@@ -193,6 +194,24 @@ def test_what_would_join_documents_is_an_error(case, change):
     changes, message = REFUSED[change]
     with pytest.raises(ValueError, match=message):
         model(**batch | changes(batch))
+
+
+def test_an_attention_that_knows_no_packs_is_refused(case, tiny_model):
+    """One of the user's own, set afterwards: transformers gives it no mask, and the documents would be one."""
+    AttentionInterface.register("of_a_user", sdpa_attention_forward)
+    for model in (prepare_for_packing(case.stock(), case.processor), tiny_model):
+        model.set_attn_implementation("of_a_user")
+        batch = pack(case.rows())
+        if model is tiny_model:
+            batch = {name: value for name, value in batch.items() if name not in ("pixel_values", "image_grid_thw")}
+            batch |= {"input_ids": batch["input_ids"].clamp(max=200), "position_ids": batch["position_ids"][0]}
+        with pytest.raises(ValueError, match="does not go with the attention 'of_a_user'"):
+            model(**batch)
+    # By part: what the vision tower is set to counts for batches that are no packs.
+    model = prepare_for_packing(case.stock(), case.processor)
+    model.set_attn_implementation({"text_config": "sdpa", "vision_config": "eager"})
+    with torch.no_grad():
+        torch.testing.assert_close(model(**pack(case.rows())).loss, case.loss, **TOLERANCE)
 
 
 def test_outside_of_packs_the_model_is_the_stock_one(case, tmp_path):
