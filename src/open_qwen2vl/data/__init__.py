@@ -3,9 +3,9 @@
 pool ─ scoring/: a value of each sample ─ filtering/: uids that stay ─ resharding/ ─► tars with their index
        each a function of one shard, run by engine/: here, on Ray, or dealt over ranks
 
-storage/     bytes by place: tars, json, csv, tables, zips, images in folders and archives
+storage/     bytes by location: tars, json, csv, tables, zips, images in folders and archives
   │
-documents/   records.py (containers) ─ forms.py (texts with images, conversation) ─► documents.py: place and lengths
+documents/   records.py (containers) ─ forms.py (texts with images, conversation) ─► documents.py: location and lengths
   │                                    ids, labels, positions, media: families/
 packing/     bins.py: which share a pack ─ plan.py, one task for each group ─► packs/ (plan_files.py)
              packed_dataset.py: input_ids, labels, position_ids (S,), media of a pack ─ mixture.py: several plans

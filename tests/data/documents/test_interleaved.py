@@ -206,11 +206,11 @@ def test_ids_of_the_original(make_tar, tmp_path, processor, qwen_tokenizer):
         members += own(f"{key}_by_name", [entry for entry in document if isinstance(entry, int)])
         ids += [[token for i in case["input_ids"] for token in ([151655] * 144 if i == -200 else [i])]] * 2
     shard = describe_shard(make_tar(tmp_path / "a.tar", members), tmp_path)
-    recipe = {"shards": [shard], "images": [], "text_format": "interleaved", "rules": "standard", "max_length": 303,
+    settings = {"shards": [shard], "images": [], "text_format": "interleaved", "rules": "standard", "max_length": 303,
               "max_images": None}  # fmt: skip
     family = OpenQwen2VLDocuments(processor, image_seq_length=144)
-    planned = plan_group(Group(tmp_path, range(1), recipe), family)
-    reader = DocumentReader(tmp_path, recipe, family)
+    planned = plan_group(Group(tmp_path, range(1), settings), family)
+    reader = DocumentReader(tmp_path, settings, family)
     found = [reader.read(document).input_ids.tolist() for document in as_read(planned.documents)]
     assert found == ids and [document.tokens for document in planned.documents] == [len(i) for i in ids]
 

@@ -1,6 +1,6 @@
 """Documents of a plan: planned group by group, without decoding an image, and read one by one.
 
-    records.py ── forms.py ─► texts or messages ─► pieces ─► Document: place of its record, entries, images, lengths
+    records.py ── forms.py ─► texts or messages ─► pieces ─► Document: location of its record, entries, images, lengths
                            └► record_images.py ─► where the images are, and how large for a family that asks
 
 A record that cannot be used is left out by the name of a reason, with its key; one whose image turns out to be broken
@@ -25,7 +25,7 @@ from ..engine.engine import collection_paused
 from ..storage.tars import sample_uid
 from .forms import make_form
 from .record_images import PlannedImage, RecordImages, image_name
-from .records import Found, RecordPlace, RecordReader, ShardRecords
+from .records import Found, RecordLocation, RecordReader, ShardRecords
 
 CHUNK = 1024  # records whose texts are tokenised at once
 
@@ -36,7 +36,7 @@ class Document(NamedTuple):
     shard: int  # index of its file in the plan's list
     key: str  # name of its record
     uid: str  # 32 hex digits
-    record: RecordPlace  # where that is
+    record: RecordLocation  # where that is
     entries: tuple[int, int] | None  # the first of the record's entries and their number; None for all
     tokens: int  # positions that it takes
     images: list[PlannedImage]  # its images in reading order
@@ -60,7 +60,7 @@ class Group(NamedTuple):
     shards: range  # indices of its files in the plan's list
     # All that its part depends on: the plan's options, `shards` as `describe_shard` tells them and, where a file has
     # several groups, `range`: the first byte or row of this one and that behind it.
-    recipe: dict[str, Any]
+    settings: dict[str, Any]
 
 
 class GroupDocuments(NamedTuple):
@@ -75,7 +75,7 @@ class GroupDocuments(NamedTuple):
 def plan_group(group: Group, documents: DocumentProcessor) -> GroupDocuments:
     """Plan a group; each piece of a record is either a document or named with a reason."""
     planned = GroupDocuments([], [], 0)
-    for number, shard in zip(group.shards, group.recipe["shards"], strict=True):
+    for number, shard in zip(group.shards, group.settings["shards"], strict=True):
         planner = _Planner(group, number, shard, documents)
         planner.run()
         planned = GroupDocuments(
@@ -90,14 +90,14 @@ class _Planner:
     """Plans the records of one file, or of a part of it."""
 
     def __init__(self, group: Group, number: int, shard: dict[str, Any], family: DocumentProcessor):
-        recipe, path = group.recipe, shard_path(group.folder, shard)
-        self._recipe, self._number, self._family = recipe, number, family
+        settings, path = group.settings, shard_path(group.folder, shard)
+        self._settings, self._number, self._family = settings, number, family
         self._file, self._name = shard["path"], os.path.basename(path)
-        self._form = make_form(recipe, family)
-        self.records = ShardRecords(path, recipe["text_format"], self._form.columns, self._form.max_bytes)
+        self._form = make_form(settings, family)
+        self.records = ShardRecords(path, settings["text_format"], self._form.columns, self._form.max_bytes)
         paths = [""] * number + [path]  # images find their own file by its number
-        reader = RecordReader(paths, recipe["text_format"], self._form.columns, self._form.max_bytes)
-        self._images = RecordImages(group.folder, paths, recipe["images"], reader)
+        reader = RecordReader(paths, settings["text_format"], self._form.columns, self._form.max_bytes)
+        self._images = RecordImages(group.folder, paths, settings["images"], reader)
         # Of a family without sizes all images are one Media, whose block is asked for once.
         self._cost = lru_cache(1 << 16)(
             lambda media: (len(family.placeholder_ids(media)), family.vision_work(media).patches)
@@ -108,7 +108,7 @@ class _Planner:
     def run(self) -> None:
         """Go through the records."""
         records = iter(
-            self.records.find(*self._recipe.get("range", ()), needs_image=self._form.needs_image,
+            self.records.find(*self._settings.get("range", ()), needs_image=self._form.needs_image,
                               with_images=self._family.needs_sizes)
         )  # fmt: skip
         while chunk := list(islice(records, CHUNK)):
@@ -123,7 +123,7 @@ class _Planner:
                 if isinstance(found.record, SampleError):
                     raise found.record
                 content, references = self._form.parse(found.record)
-                placed = [self._place(found, reference) for reference in references]
+                placed = [self._locate(found, reference) for reference in references]
                 cost = [self._cost(Media("image", image.width, image.height)) for image in placed]
             except SampleError as error:
                 self._skip(found, error)
@@ -140,7 +140,7 @@ class _Planner:
             else:
                 self._add(found, content, placed, cost, pieces)
 
-    def _place(self, found: Found, reference: Any) -> PlannedImage:
+    def _locate(self, found: Found, reference: Any) -> PlannedImage:
         placed = self._images.find(self._number, found, reference, self.records.samples)
         if not self._family.needs_sizes:
             # A plan is the same with and without an index, which knows sizes.
@@ -158,13 +158,13 @@ class _Planner:
         before = 0
         for first, count, tokens, labels in pieces:
             after = len(placed) if first is None else before + content[first : first + count].count(None)
-            if tokens > self._recipe["max_length"]:
+            if tokens > self._settings["max_length"]:
                 self._skip(found, SampleError("too_long", f"{tokens} tokens"))
             else:
                 entries = None if first is None else (first, count)
                 patches = sum(patches for _, patches in cost[before:after])
                 self.documents.append(
-                    Document(self._number, found.key, uid, found.place, entries, tokens, placed[before:after],
+                    Document(self._number, found.key, uid, found.location, entries, tokens, placed[before:after],
                              labels, patches)
                 )  # fmt: skip
             before = after

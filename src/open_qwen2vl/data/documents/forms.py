@@ -60,19 +60,19 @@ class Form(Protocol):
         """Int64 ids and labels `(S,)` of a document."""
 
 
-def make_form(recipe: dict[str, Any], documents: DocumentProcessor) -> Form:
+def make_form(settings: dict[str, Any], documents: DocumentProcessor) -> Form:
     """The form of a plan, or of a part of it, by its `text_format`."""
-    return (ConversationForm if recipe["text_format"] == "conversation" else TextsForm)(recipe, documents)
+    return (ConversationForm if settings["text_format"] == "conversation" else TextsForm)(settings, documents)
 
 
-def columns_of(recipe: dict[str, Any]) -> Columns:
+def columns_of(settings: dict[str, Any]) -> Columns:
     """The columns of tables that a form reads."""
-    if recipe["text_format"] == "conversation":
+    if settings["text_format"] == "conversation":
         return Columns((*CONVERSATION_COLUMNS.texts, TURNS), CONVERSATION_COLUMNS.images)
-    if recipe["text_format"] == "interleaved":
+    if settings["text_format"] == "interleaved":
         return Columns(("texts", "id", "uid"), ("images",))
-    images = (IMAGE_FIELD, *(PATH_FIELDS if recipe["text_format"] == "caption" else ()))
-    return Columns((recipe["caption_column"] or CAPTION_FIELDS[0], "id", "uid"), images)
+    images = (IMAGE_FIELD, *(PATH_FIELDS if settings["text_format"] == "caption" else ()))
+    return Columns((settings["caption_column"] or CAPTION_FIELDS[0], "id", "uid"), images)
 
 
 class TextsForm:
@@ -80,12 +80,12 @@ class TextsForm:
 
     keeps_uid = True
 
-    def __init__(self, recipe: dict[str, Any], documents: DocumentProcessor):
-        self._recipe, self._tokenizer, self._format = recipe, documents.tokenizer, documents.text_format
-        self._is_interleaved = recipe["text_format"] == "interleaved"
-        self._is_caption = recipe["text_format"] == "caption"
-        self.needs_image = self._is_caption and not recipe.get("text_only")
-        self.columns = columns_of(recipe)
+    def __init__(self, settings: dict[str, Any], documents: DocumentProcessor):
+        self._settings, self._tokenizer, self._format = settings, documents.tokenizer, documents.text_format
+        self._is_interleaved = settings["text_format"] == "interleaved"
+        self._is_caption = settings["text_format"] == "caption"
+        self.needs_image = self._is_caption and not settings.get("text_only")
+        self.columns = columns_of(settings)
         self.max_bytes = MAX_DOCUMENT_BYTES if self._is_interleaved else None
 
     def parse(self, record: Any) -> tuple[list[str | None], list[Any]]:
@@ -93,9 +93,9 @@ class TextsForm:
         if isinstance(record, Texts):
             return record
         if not self._is_interleaved:
-            return read_caption(record, self._recipe["caption_column"], self.needs_image, self._is_caption)
+            return read_caption(record, self._settings["caption_column"], self.needs_image, self._is_caption)
         texts, images = read_interleaved(record)
-        if self._recipe["rules"] == "original":
+        if self._settings["rules"] == "original":
             if not images:
                 raise SampleError("no_image", "a document without an image")
             if len(images) > MAX_INTERLEAVED_IMAGES:
@@ -113,12 +113,12 @@ class TextsForm:
             yield self._split(texts, [next(counts) if part else 0 for part in own], lengths)
 
     def _split(self, texts: list[str | None], lengths: list[int], blocks: Sequence[int]) -> list[Piece]:
-        max_length, most = self._recipe["max_length"], MAX_INTERLEAVED_IMAGES
-        if self._is_interleaved and self._recipe["rules"] == "original":
+        max_length, most = self._settings["max_length"], MAX_INTERLEAVED_IMAGES
+        if self._is_interleaved and self._settings["rules"] == "original":
             # The original cuts nothing: what is too long is left out whole.
             max_length = sys.maxsize
         elif self._is_interleaved:
-            most = min(most, self._recipe["max_images"] or most)
+            most = min(most, self._settings["max_images"] or most)
         pieces, before = [], 0
         for first, stop, tokens in split_document(texts, lengths, list(blocks), self._format, max_length, most):
             after = before + texts[first:stop].count(None)
@@ -144,9 +144,9 @@ class ConversationForm:
     max_bytes = None
     needs_image = False
 
-    def __init__(self, recipe: dict[str, Any], documents: DocumentProcessor):
+    def __init__(self, settings: dict[str, Any], documents: DocumentProcessor):
         self._chat = conversation_format(documents)
-        self.columns = columns_of(recipe)
+        self.columns = columns_of(settings)
 
     def parse(self, record: Any) -> tuple[list[dict[str, Any]], list[Any]]:
         """Messages in the normal form, and the images' references."""

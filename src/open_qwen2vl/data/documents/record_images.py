@@ -22,7 +22,7 @@ URLS = ("http://", "https://")
 
 
 class PlannedImage(NamedTuple):
-    """An image of a document: its place, `root` None in the record itself, and its upright size, 0 if not known."""
+    """An image of a document: its location, `root` None in the record itself, and its upright size, 0 if not known."""
 
     root: int | None
     offset: int = 0
@@ -59,26 +59,26 @@ class RecordImages:
             return PlannedImage(OWN, *self._beside(shard).find(name)[1:])
         return PlannedImage(*self._images.find(name))
 
-    def read(self, document: dict[str, Any], reference: Any, place: dict[str, Any]) -> bytes:
+    def read(self, document: dict[str, Any], reference: Any, location: dict[str, Any]) -> bytes:
         """The file of an image, as the plan has it."""
-        return self._read(document["shard"], document["key"], reference, PlannedImage(**place), None)
+        return self._read(document["shard"], document["key"], reference, PlannedImage(**location), None)
 
-    def size(self, shard: int, found: Found, reference: Any, place: PlannedImage) -> tuple[int, int]:
+    def size(self, shard: int, found: Found, reference: Any, location: PlannedImage) -> tuple[int, int]:
         """Upright width and height from an image's header."""
-        return upright_size(lambda limit: self._read(shard, found.key, reference, place, limit))
+        return upright_size(lambda limit: self._read(shard, found.key, reference, location, limit))
 
-    def _read(self, shard: int, key: str, reference: Any, place: PlannedImage, limit: int | None) -> bytes:
-        if place.root is None:
+    def _read(self, shard: int, key: str, reference: Any, location: PlannedImage, limit: int | None) -> bytes:
+        if location.root is None:
             content = image_bytes(reference)
             if not content:
                 raise SampleError("missing_image", "the record has no bytes of an image")
             return content[:limit]
-        if place.root != OWN:
-            return self._images.read(_name(reference), (place.root, place.offset, place.size), limit)
+        if location.root != OWN:
+            return self._images.read(_name(reference), (location.root, location.offset, location.size), limit)
         if self._paths[shard].endswith(TAR):
             names = _own_names(key, reference)
-            return read_member(self._records.files[shard].fileno(), names, place.offset, place.size, limit)
-        return self._beside(shard).read(_name(reference), (0, place.offset, place.size), limit)
+            return read_member(self._records.files[shard].fileno(), names, location.offset, location.size, limit)
+        return self._beside(shard).read(_name(reference), (0, location.offset, location.size), limit)
 
 
 def image_name(reference: Any) -> str:

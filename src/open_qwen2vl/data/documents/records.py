@@ -40,7 +40,7 @@ MAX_DOCUMENT_BYTES = MAX_JSON_BYTES  # of an interleaved document, which may hol
 TAR, JSON, CSV, TABLES = (".tar",), (".json", ".jsonl"), (".csv",), (".parquet", ".arrow")
 
 
-class RecordPlace(NamedTuple):
+class RecordLocation(NamedTuple):
     """Where a record is: the bytes of a file, or the row of a table."""
 
     offset: int | None
@@ -60,7 +60,7 @@ class OwnImage(NamedTuple):
 class Found(NamedTuple):
     """A record and where it is."""
 
-    place: RecordPlace
+    location: RecordLocation
     record: Any  # parsed, in a tar of captions already [`Texts`], or the [`SampleError`] that it could not be
     key: str  # its name: of a tar's sample its key, else its id, or its position where it has none
     position: str  # names it within its file
@@ -89,7 +89,7 @@ class ShardRecords:
         rows = table.rows(start, stop) if with_images else table.rows_to_plan(start, stop)
         for number, row in rows:
             position = f"row {number}"
-            yield Found(RecordPlace(None, None, number), row, _key(row, position), position)
+            yield Found(RecordLocation(None, None, number), row, _key(row, position), position)
         table.close()
 
     def _find_in_bytes(self, start: int, stop: int) -> Iterator[Found]:
@@ -103,7 +103,7 @@ class ShardRecords:
                     record = error
                 if record is not None:  # a blank line is no record
                     position = f"byte {offset}"
-                    yield Found(RecordPlace(offset, size), record, _key(record, position), position)
+                    yield Found(RecordLocation(offset, size), record, _key(record, position), position)
 
     def _find_in_tar(self, needs_image: bool) -> Iterable[Found]:
         if self._text_format in ("caption", "text"):
@@ -146,12 +146,12 @@ class ShardRecords:
                 try:
                     (*image, (_, offset, size)), caption = caption_members(tar, sample, needs_image)
                 except SampleError as error:
-                    yield Found(RecordPlace(None, None), error, sample.key, sample.key)
+                    yield Found(RecordLocation(None, None), error, sample.key, sample.key)
                     continue
                 uid = uids[number] if uids else sample_uid(read_json(tar, sample), name, sample.key)
-                own = [OwnImage(*place, *sample.image_sizes.get(ext, ())) for ext, *place in image]
+                own = [OwnImage(*location, *sample.image_sizes.get(ext, ())) for ext, *location in image]
                 record = Texts([*(None for _ in own), caption], own)
-                yield Found(RecordPlace(offset, size), record, sample.key, sample.key, uid)
+                yield Found(RecordLocation(offset, size), record, sample.key, sample.key, uid)
 
     def _find_documents(self, samples: list[Sample], uids: list[str] | None) -> Iterator[Found]:
         """The samples that have a json; the others are images of theirs."""
@@ -159,12 +159,12 @@ class ShardRecords:
             for number, sample in enumerate(samples):
                 if "json" not in sample.members:
                     continue
-                place = RecordPlace(*sample.members["json"])
+                location = RecordLocation(*sample.members["json"])
                 try:
-                    record = _read_tar_json(file.fileno(), sample.key, place.offset, place.size)
+                    record = _read_tar_json(file.fileno(), sample.key, location.offset, location.size)
                 except SampleError as error:
                     record = error
-                yield Found(place, record, sample.key, sample.key, uids[number] if uids else None)
+                yield Found(location, record, sample.key, sample.key, uids[number] if uids else None)
 
 
 class RecordReader:
@@ -179,18 +179,18 @@ class RecordReader:
 
     def read(self, document: dict[str, Any]) -> Any:
         """The record of a plan's document, as [`Found`] had it; images of rows with their bytes."""
-        shard, place = document["shard"], RecordPlace(**document["record"])
-        if place.row is not None:
-            batch, row = self._tables[shard].find(place.row)
+        shard, location = document["shard"], RecordLocation(**document["record"])
+        if location.row is not None:
+            batch, row = self._tables[shard].find(location.row)
             return row_values(self._batch(shard, batch).slice(row, 1))[0]
         file = self.files[shard].fileno()
         if not self._paths[shard].endswith(TAR):
-            return _bytes_reader(self._paths[shard], file, self._max_bytes)(place.offset, place.size)
+            return _bytes_reader(self._paths[shard], file, self._max_bytes)(location.offset, location.size)
         if self._text_format in ("caption", "text"):
-            caption = decode_caption(read_member(file, f"{document['key']}.txt", place.offset, place.size))
+            caption = decode_caption(read_member(file, f"{document['key']}.txt", location.offset, location.size))
             own = [OwnImage() for _ in document["images"]]
             return Texts([*(None for _ in own), caption], own)
-        return _read_tar_json(file, document["key"], place.offset, place.size)
+        return _read_tar_json(file, document["key"], location.offset, location.size)
 
 
 def caption_members(file: int, sample: Sample, needs_image: bool = True) -> tuple[list[tuple[str, int, int]], str]:

@@ -3,7 +3,7 @@
     source ─ endless stream of seeded permutations ─► its picks of this epoch ─┐
     source ─ ...                                                               ├─ interleaved evenly ─► optimizer steps
     source ─ ...                                                               ┘
-    optimizer step ─ sorted by patches ─► micro-steps ─► ranks
+    optimizer step ─ sorted by patches ─► micro-batches ─► ranks
 
 Nothing of it is state: a resumed run asks for the same epoch and skips. The packs of a step do not depend on how the
 global batch is split into devices, packs per device and accumulation.
@@ -31,8 +31,8 @@ class PackOrder(Sampler[int]):
     Args:
         mixture ([`PackMixture`]): the packs.
         world_size (`int`): data-parallel ranks.
-        batch_size (`int`): packs per rank and micro-step.
-        accumulation (`int`): micro-steps of an optimizer step.
+        batch_size (`int`): packs per rank and micro-batch.
+        accumulation (`int`): micro-batches of an optimizer step.
         seed (`int`): of the permutations, not negative.
         shuffle (`bool`, *optional*, defaults to `True`): `False`, for evaluation, reads the sources as planned.
 
@@ -111,11 +111,11 @@ class PackOrder(Sampler[int]):
         return np.argsort(words, kind="stable")
 
     def _deal(self, packs: np.ndarray) -> np.ndarray:
-        """The packs of an optimizer step, most patches first, so that a micro-step weighs the same on every rank."""
+        """The packs of an optimizer step, most patches first, so that a micro-batch weighs the same on every rank."""
         if not self.shuffle:
             return packs
         packs = packs[np.argsort(-self._patches[packs], kind="stable")]
-        # (micro-step, place in the batch, rank); every other place runs back through the ranks.
+        # (micro-batch, index in the batch, rank); every other index runs back through the ranks.
         dealt = packs.reshape(-1, self.batch_size, self.world_size)
         dealt[:, 1::2] = dealt[:, 1::2, ::-1].copy()
         return dealt.swapaxes(1, 2).ravel()

@@ -1,6 +1,6 @@
 """Packs as a map-style dataset: item i is read, decoded and tokenised when it is asked for, in the loader's workers.
 
-    plan.json, part-*.parquet ──► pack i: documents ──► text and images by place (documents.py) ──► tensors of one pack
+    plan.json, part-*.parquet ──► pack i: documents ──► text, images by location (documents.py) ──► tensors of a pack
 
 Map-style, so that a resumed run continues by index. In memory stand only the pack counts of the parts; a process opens
 parts and other files when it first needs them and keeps the last few.

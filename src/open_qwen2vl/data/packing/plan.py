@@ -1,7 +1,7 @@
 """The planner: which documents share a pack, found from texts and headers alone; no image is decoded.
 
     files ── groups of `shards_per_group` tars or of `records_per_group` records, one task each
-               │ documents.py: places and lengths          │ pack_lengths: packs of a group
+               │ documents.py: locations, lengths          │ pack_lengths: packs of a group
                ▼                                           ▼
              part-00000.parquet, skipped-00000.parquet (plan_files.py) ──► plan.json
 
@@ -64,10 +64,10 @@ class _Task:
     @property
     def amount(self) -> int:
         """Of work: bytes, or rows of a table."""
-        recipe = self.group.recipe
-        if "range" in recipe:
-            return recipe["range"][1] - recipe["range"][0]
-        return sum(shard["size"] for shard in recipe["shards"])
+        settings = self.group.settings
+        if "range" in settings:
+            return settings["range"][1] - settings["range"][0]
+        return sum(shard["size"] for shard in settings["shards"])
 
 
 def plan_packs(shards: Sequence[str | Path], output: str | Path, processor: Any, **options: Any) -> PlanReport:
@@ -107,10 +107,10 @@ def _plan(
 ) -> PlanReport:
     """Make the parts that are missing, then plan.json."""
     folder = Path(chosen.output)
-    recipe = _recipe(kind, chosen, documents, folder)
+    settings = _settings(kind, chosen, documents, folder)
     described = [describe_shard(shard, folder) for shard in shards]
     tasks = [
-        _Task(number, Group(folder, files, {**recipe, "shards": [described[i] for i in files], **cut}))
+        _Task(number, Group(folder, files, {**settings, "shards": [described[i] for i in files], **cut}))
         for number, (files, cut) in enumerate(_groups(kind, shards, chosen))
     ]
     if not tasks:
@@ -118,15 +118,15 @@ def _plan(
     remove_temporaries([folder / PLAN_NAME, *(path for task in tasks for path in (task.part, task.skipped))])
     missing = _missing_parts(folder, tasks)
     if missing and chosen.images:
-        index_archives(folder, recipe["images"])
+        index_archives(folder, settings["images"])
     _run(missing, documents, chosen.num_workers or os.cpu_count() or 1)
     remove_index(folder)
-    return _finish(folder, {**recipe, "shards": described}, tasks)
+    return _finish(folder, {**settings, "shards": described}, tasks)
 
 
-def _recipe(kind: SourceKind, options: PackOptions, documents: DocumentProcessor, folder: Path) -> dict[str, Any]:
+def _settings(kind: SourceKind, options: PackOptions, documents: DocumentProcessor, folder: Path) -> dict[str, Any]:
     """All that a plan depends on but its files."""
-    recipe: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "text_format": kind.text_format,
         "tokenizer": tokenizer_fingerprint(documents.tokenizer),
@@ -136,14 +136,14 @@ def _recipe(kind: SourceKind, options: PackOptions, documents: DocumentProcessor
         "images": describe_images(options.images, folder),
     }
     if kind.text_format == "conversation":
-        recipe["chat_template"] = conversation_format(documents).fingerprint
+        settings["chat_template"] = conversation_format(documents).fingerprint
         if options.chat_template is not None:
-            recipe["chat_template_name"] = options.chat_template
+            settings["chat_template_name"] = options.chat_template
     elif kind.text_format == "interleaved":
-        recipe["rules"] = options.rules
+        settings["rules"] = options.rules
     else:
-        recipe |= {"caption_column": kind.caption_column, "text_only": options.text_only}
-    return recipe
+        settings |= {"caption_column": kind.caption_column, "text_only": options.text_only}
+    return settings
 
 
 def _check_options(kind: SourceKind, options: PackOptions) -> None:
@@ -200,8 +200,8 @@ def _missing_parts(folder: Path, tasks: list[_Task]) -> list[_Task]:
         if not task.part.exists():
             missing.append(task)
             continue
-        made = read_part_metadata(task.part)["recipe"]
-        for name, value in task.group.recipe.items():
+        made = read_part_metadata(task.part).get("settings", {})
+        for name, value in task.group.settings.items():
             if made.get(name) != value:
                 raise ValueError(f"{task.part}: made with {_what_differs(name, made.get(name), value)}; {advice}")
     return missing
@@ -228,11 +228,11 @@ def _part_maker(documents: DocumentProcessor) -> Callable[[_Task], Outcome]:
 
 def _make_part(task: _Task, documents: DocumentProcessor) -> Outcome:
     """The whole work on one group."""
-    recipe = task.group.recipe
+    settings = task.group.settings
     planned, skipped, ignored = plan_group(task.group, documents)
-    limit = recipe["max_images"]
+    limit = settings["max_images"]
     if limit is not None:
-        paths = dict(zip(task.group.shards, (shard["path"] for shard in recipe["shards"]), strict=True))
+        paths = dict(zip(task.group.shards, (shard["path"] for shard in settings["shards"]), strict=True))
         skipped = skipped + [
             Skipped(paths[document.shard], document.key, "too_many_images", f"{len(document.images)} images")
             for document in planned
@@ -241,10 +241,10 @@ def _make_part(task: _Task, documents: DocumentProcessor) -> Outcome:
         planned = [document for document in planned if len(document.images) <= limit]
     lengths = np.array([document.tokens for document in planned], dtype=np.int64)
     images = np.array([len(document.images) for document in planned], dtype=np.int64)
-    table = packs_table(planned, pack_lengths(lengths, recipe["max_length"], images, limit))
-    report = PlanReport.of_part(table, recipe["max_length"], skipped, ignored)
+    table = packs_table(planned, pack_lengths(lengths, settings["max_length"], images, limit))
+    report = PlanReport.of_part(table, settings["max_length"], skipped, ignored)
     write_skipped(task.skipped, skipped)
-    write_part(task.part, table, {"recipe": recipe, "report": asdict(report)})
+    write_part(task.part, table, {"settings": settings, "report": asdict(report)})
     return Outcome.of(report.samples, skipped)
 
 

@@ -73,8 +73,8 @@ def _prepare(file: int, tar_name: str, sample: Sample, prepare: Callable[[RawPai
     try:
         if has_bad_uid(metadata):
             raise SampleError("bad_uid", f"a uid has 32 hex digits, that of {sample.key} has not")
-        ((extension, *place), _), caption = caption_members(file, sample)
-        image = read_member(file, f"{sample.key}.{extension}", *place)
+        ((extension, *location), _), caption = caption_members(file, sample)
+        image = read_member(file, f"{sample.key}.{extension}", *location)
         return PreparedSample(sample.key, uid, prepare(RawPair(sample.key, uid, image, caption)), None)
     except SampleError as error:
         return PreparedSample(sample.key, uid, None, error.reason)

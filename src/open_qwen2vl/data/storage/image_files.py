@@ -1,7 +1,7 @@
 """Images that records name by a path: in folders, uncompressed tars and zips.
 
-    names of all archives ── index_archives ──► image-index.{key,place}.npy, sorted by hash, memory-mapped
-    a name ── ImageFiles.find ──► place (root, offset, size), kept in the plan ── ImageFiles.read ──► bytes
+    names of all archives ── index_archives ──► image-index.{key,location}.npy, sorted by hash, memory-mapped
+    a name ── ImageFiles.find ──► location (root, offset, size), kept in the plan ── ImageFiles.read ──► bytes
 
 Folders are looked at first. A name is a path inside of a root: absolute ones, `..` and links that leave the folder
 are refused. An archive's member is read by its offset, and only if it still has its name.
@@ -30,12 +30,12 @@ logger = logging.getLogger(__name__)
 
 INDEX_NAME = "image-index"
 _SORTED_AT_ONCE = 1 << 16
-_PLACE = np.dtype([("root", "<i4"), ("offset", "<i8"), ("size", "<i8")])
-_COLUMNS = {"key": np.dtype("<u8"), "place": _PLACE}
-_ENTRY = struct.Struct("<Qiqq")  # hash of the name, then a place
+_LOCATION = np.dtype([("root", "<i4"), ("offset", "<i8"), ("size", "<i8")])
+_COLUMNS = {"key": np.dtype("<u8"), "location": _LOCATION}
+_ENTRY = struct.Struct("<Qiqq")  # hash of the name, then a location
 
 
-class Place(NamedTuple):
+class ImageLocation(NamedTuple):
     """Where an image is."""
 
     root: int  # index into the list of folders and archives
@@ -64,7 +64,7 @@ def index_archives(folder: Path, images: Sequence[dict[str, Any]]) -> None:
     with os_errors_named(raw), open(raw, "wb") as file:
         for number, path in archives.items():
             file.writelines(_ENTRY.pack(_hash(name), number, offset, size) for name, offset, size in _members(path))
-    entry = np.dtype([("key", "<u8"), *_PLACE.descr])
+    entry = np.dtype([("key", "<u8"), *_LOCATION.descr])
     entries = np.memmap(raw, entry, "r") if raw.stat().st_size else np.empty(0, entry)
     order = np.argsort(entries["key"], kind="stable")  # of two members with one name the first is found
     for name, dtype in _COLUMNS.items():
@@ -97,7 +97,7 @@ class ImageFiles:
         self._files = Newest(lambda number: open(self._archives[number], "rb", buffering=0))
         self._real_folder = functools.lru_cache(1024)(os.path.realpath)
 
-    def find(self, name: str) -> Place:
+    def find(self, name: str) -> ImageLocation:
         """Where the image of a path inside of a folder or archive is; a [`SampleError`] if nowhere."""
         if not self._folders and not self._archives:
             raise ValueError(
@@ -110,15 +110,17 @@ class ImageFiles:
             raise SampleError("image_too_large" if found.size else "empty_image", f"{name} has {found.size} bytes")
         return found
 
-    def read(self, name: str, place: Sequence[int], limit: int | None = None) -> bytes:
+    def read(self, name: str, location: Sequence[int], limit: int | None = None) -> bytes:
         """The file of an image that `find` found, or its first `limit` bytes; or a [`SampleError`]."""
-        place = Place(*place)
-        if place.root in self._archives:
-            file = self._files[place.root].fileno()
-            if self._archives[place.root].endswith(".zip"):
-                return read_zip_member(file, _checked_name(name), place.offset, place.size, MAX_IMAGE_BYTES, limit)
-            return _read_tar_member(file, _checked_name(name), place, limit)
-        path = self._path_in_folder(place.root, _checked_name(name))
+        location = ImageLocation(*location)
+        if location.root in self._archives:
+            file = self._files[location.root].fileno()
+            if self._archives[location.root].endswith(".zip"):
+                return read_zip_member(
+                    file, _checked_name(name), location.offset, location.size, MAX_IMAGE_BYTES, limit
+                )
+            return _read_tar_member(file, _checked_name(name), location, limit)
+        path = self._path_in_folder(location.root, _checked_name(name))
         try:
             if os.stat(path).st_size > MAX_IMAGE_BYTES:
                 raise SampleError("image_too_large", f"{name} is larger than {MAX_IMAGE_BYTES} bytes")
@@ -127,27 +129,31 @@ class ImageFiles:
         except OSError as error:
             raise SampleError("missing_image", f"{name}: {error}") from error
 
-    def _find(self, name: str) -> Place | None:
+    def _find(self, name: str) -> ImageLocation | None:
         for number in self._folders:
             try:
                 status = os.stat(self._path_in_folder(number, name))
             except OSError:
                 continue
             if stat.S_ISREG(status.st_mode):
-                return Place(number, 0, status.st_size)
+                return ImageLocation(number, 0, status.st_size)
         if not self._archives:
             return None
-        keys, places = self._index
+        keys, locations = self._index
         key = np.uint64(_hash(name))
         row = int(np.searchsorted(keys, key))
-        return Place(*places[row].item()) if row < len(keys) and keys[row] == key else None
+        return ImageLocation(*locations[row].item()) if row < len(keys) and keys[row] == key else None
 
     @functools.cached_property
     def _index(self) -> tuple[np.ndarray, np.ndarray]:
-        keys, places = (map_array(_index_path(self._folder, name)) for name in _COLUMNS)
-        if (keys.dtype, places.dtype) != tuple(_COLUMNS.values()) or keys.ndim != 1 or keys.shape != places.shape:
+        keys, locations = (map_array(_index_path(self._folder, name)) for name in _COLUMNS)
+        if (
+            (keys.dtype, locations.dtype) != tuple(_COLUMNS.values())
+            or keys.ndim != 1
+            or keys.shape != locations.shape
+        ):
             raise ValueError(f"{self._folder}: its index of images is damaged; run open-qwen2vl pack again")
-        return keys, places
+        return keys, locations
 
     def _path_in_folder(self, number: int, name: str) -> str:
         """The path of a name in a folder, which it may not leave by a link."""
@@ -193,6 +199,6 @@ def _members(path: str) -> Iterator[tuple[str, int, int]]:
         logger.warning("%s; what follows there is missing", error)
 
 
-def _read_tar_member(file: int, name: str, place: Place, limit: int | None) -> bytes:
+def _read_tar_member(file: int, name: str, location: ImageLocation, limit: int | None) -> bytes:
     # `tar -C folder .` names them with a dot.
-    return read_member(file, (name, f"./{name}"), place.offset, place.size, limit)
+    return read_member(file, (name, f"./{name}"), location.offset, location.size, limit)

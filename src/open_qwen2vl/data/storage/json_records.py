@@ -57,7 +57,7 @@ def read_record(file: int, offset: int, size: int, max_bytes: int | None = None)
 
 
 def _span_blocks(path: str | os.PathLike, start: int, stop: int) -> Iterator[np.ndarray]:
-    """Places of records, int64 (n, 2), block by block."""
+    """Locations of records, int64 (n, 2), block by block."""
     with open(path, "rb", buffering=0) as file:
         head = os.pread(file.fileno(), _HEAD, 0).removeprefix(b"\xef\xbb\xbf").lstrip()
         if not head.startswith(b"["):

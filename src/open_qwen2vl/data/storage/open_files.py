@@ -1,4 +1,4 @@
-"""Files that stay open while they are used, and are read at a place."""
+"""Files that stay open while they are used, and are read at a location."""
 
 import contextlib
 import os
@@ -26,7 +26,7 @@ class Newest:
 
 
 def read_at(file: int, size: int, offset: int) -> bytes:
-    """Bytes of an open file from a place, fewer at its end; an error names the file."""
+    """Bytes of an open file from a location, fewer at its end; an error names the file."""
     try:
         return os.pread(file, size, offset)
     except OSError as error:

@@ -241,9 +241,9 @@ class RowTable:
             for number, row in enumerate(rows):
                 images = row[name] if isinstance(row, dict) else None
                 flags = filled[number] if isinstance(filled, list) else filled
-                for place, image in enumerate(images if isinstance(images, list) else [images]):
+                for index, image in enumerate(images if isinstance(images, list) else [images]):
                     if isinstance(image, dict):
-                        is_there = flags[place] if isinstance(flags, list) else flags
+                        is_there = flags[index] if isinstance(flags, list) else flags
                         image["bytes"] = b"" if is_there else None
         return rows
 

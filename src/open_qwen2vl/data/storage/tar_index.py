@@ -68,13 +68,13 @@ def read_shard_index(tar: str | Path) -> tuple[list[Sample], list[str]] | None:
     members = table["members"].combine_chunks()
     ends = np.cumsum(members.value_lengths()).tolist()
     extensions, offsets, sizes, *sides = (column.to_pylist() for column in members.flatten().flatten())
-    places = list(zip(offsets, sizes, strict=True))
+    locations = list(zip(offsets, sizes, strict=True))
     images = list(zip(*sides, strict=True))
     samples, start = [], 0
     for key, end in zip(table["key"].to_pylist(), ends, strict=True):
         own = extensions[start:end]
         known = {ext: size for ext, size in zip(own, images[start:end], strict=bool(images)) if size[0]}
-        samples.append(Sample(key, dict(zip(own, places[start:end], strict=True)), image_sizes=known))
+        samples.append(Sample(key, dict(zip(own, locations[start:end], strict=True)), image_sizes=known))
         start = end
     return samples, table["uid"].to_pylist()
 

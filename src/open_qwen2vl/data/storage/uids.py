@@ -65,12 +65,12 @@ def write_uids(path: str | Path, uids: np.ndarray) -> None:
 
 def find_uids(sorted_uids: np.ndarray, high: np.ndarray, low: np.ndarray) -> np.ndarray:
     """Index of each uid in the list of [`read_uids`], -1 where it is not there: int64 `(n,)`."""
-    places = _places(sorted_uids, high, low)
-    inside = np.flatnonzero(places < len(sorted_uids))
-    at = sorted_uids[places[inside]]
+    points = _insertion_points(sorted_uids, high, low)
+    inside = np.flatnonzero(points < len(sorted_uids))
+    at = sorted_uids[points[inside]]
     equal = (at["f0"] == high[inside]) & (at["f1"] == low[inside])
-    found = np.full(len(places), -1)
-    found[inside[equal]] = places[inside[equal]]
+    found = np.full(len(points), -1)
+    found[inside[equal]] = points[inside[equal]]
     return found
 
 
@@ -79,7 +79,7 @@ def contains_uids(sorted_uids: np.ndarray, high: np.ndarray, low: np.ndarray) ->
     return find_uids(sorted_uids, high, low) >= 0
 
 
-def _places(sorted_uids: np.ndarray, high: np.ndarray, low: np.ndarray) -> np.ndarray:
+def _insertion_points(sorted_uids: np.ndarray, high: np.ndarray, low: np.ndarray) -> np.ndarray:
     """For each uid the number of listed ones below it."""
     first = np.searchsorted(sorted_uids["f0"], high, "left")
     last = np.searchsorted(sorted_uids["f0"], high, "right")

@@ -1,4 +1,4 @@
-"""Members of a zip by their places, from its directory, one after the other.
+"""Members of a zip by their locations, from its directory, one after the other.
 
 `zipfile` holds half a kilobyte of memory for each member, and archives of images have millions. Its central directory
 is a run of small records at the end of the file; here they are read as they come. Zip64, without which neither 65,536
