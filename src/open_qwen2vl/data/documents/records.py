@@ -4,7 +4,7 @@
     json, jsonl, csv   a record in some bytes                                   ┼► find_records, RecordReader
     parquet, arrow     a row, decoded through its batch                         ┘
 
-What a record means is the business of texts.py and conversations.py; where its images are, of record_images.py.
+What a record means is the business of forms.py; where its images are, of record_images.py.
 """
 
 import json
