@@ -36,7 +36,6 @@ from open_qwen2vl import (
 )
 from open_qwen2vl.data.packing.mixture import PackMixture, parse_sources
 from open_qwen2vl.data.packing.plan_files import read_plan
-from open_qwen2vl.data.packing.weights import describe_sources
 from open_qwen2vl.trainer import parse_arguments, run_recipe
 from open_qwen2vl.trainer.model_loading import load_pretrained, tokens_per_image
 
@@ -116,8 +115,6 @@ def build_trainer(
     sources = parse_sources(data_args.train_packs)
     logger.info("reading the plan of %s", ", ".join(source.path for source in sources))
     plans = {source.path: read_plan(Path(source.path)) for source in sources}
-    for line in describe_sources(sources, list(plans.values())):
-        logger.info("%s", line)
     budget = tokens_per_image(model_args.image_seq_length, plans)
     set_seed(args.seed)
     model, processor = load_model(model_args, budget)

@@ -31,7 +31,6 @@ from open_qwen2vl import PackedSFTConfig, PackedSFTTrainer
 from open_qwen2vl.data.packing.mixture import PackMixture, parse_sources
 from open_qwen2vl.data.packing.plan_files import read_plan
 from open_qwen2vl.data.packing.unpacked_dataset import UnpackedConversations
-from open_qwen2vl.data.packing.weights import describe_sources
 from open_qwen2vl.trainer import parse_arguments, run_recipe
 from open_qwen2vl.trainer.lora import ATTENTION_MODULES, MLP_MODULES, UNQUANTISED_MODULES, lora_config
 from open_qwen2vl.trainer.model_loading import load_pretrained, tokens_per_image
@@ -214,8 +213,6 @@ def build_trainer(model_args: ModelArguments, data_args: DataArguments, args: Pa
         sources = parse_sources(data_args.train_packs)
         logger.info("reading the plan of %s", ", ".join(source.path for source in sources))
         plans = {source.path: read_plan(Path(source.path)) for source in sources}
-        for line in describe_sources(sources, list(plans.values())):
-            logger.info("%s", line)
         budget = tokens_per_image(budget, plans)
     set_seed(args.seed)
     model, processor, adapter = load_model(model_args, args)

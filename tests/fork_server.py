@@ -1,27 +1,33 @@
 """Commands of a shell script as forks of this process, so that none of them imports torch anew.
 
-    with forked_programs(folder, "python", "open-qwen2vl") as path:
+    with forked_programs(folder) as path:
         subprocess.run(["sh", "run.sh"], env={**os.environ, "PATH": path})
 
-`python SCRIPT ...` and `open-qwen2vl ...` in the script are then small clients: each hands its arguments, folder,
-environment and standard streams to a server, which is a fork of this process and forks once more for each. With
-"accelerate" among the programs, what `accelerate launch` starts is one such fork, however many processes it asks.
+`python`, `open-qwen2vl` and `accelerate` in the script are then small clients: each hands its arguments, folder,
+environment and standard streams to a server, which is a fork of this process and forks once more for each. What a
+launcher starts is a fork, too. What libraries read of the environment while they are imported stays as it is here.
 """
 
+import contextlib
 import json
+import logging
 import os
 import runpy
+import shutil
 import signal
 import socket
 import sys
+import threading
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from accelerate.commands.launch import launch_command_parser
+import torch
+from accelerate.state import AcceleratorState, GradientState
 
 from open_qwen2vl import cli
+
+PROGRAMS = ("python", "open-qwen2vl", "accelerate")
 
 CLIENT = """#!{python} -S
 import json, os, socket, sys
@@ -35,8 +41,8 @@ sys.exit(int.from_bytes(code, "big") if code else 1)
 """
 
 
-@contextmanager
-def forked_programs(folder: Path, *programs: str) -> Iterator[str]:
+@contextlib.contextmanager
+def forked_programs(folder: Path, programs: tuple[str, ...] = PROGRAMS) -> Iterator[str]:
     """A PATH on which the programs are clients, before this interpreter's folder and what was there."""
     address = str(folder / "socket")
     for program in programs:
@@ -56,8 +62,18 @@ def forked_programs(folder: Path, *programs: str) -> Iterator[str]:
         os.waitpid(server, 0)
 
 
+def fork_program(program: str, *argv: str | os.PathLike, log: Path) -> int:
+    """Start a program as a fork in a session of its own, which writes to `log`; the process id, to be waited for."""
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os._exit(_run(program, list(map(str, argv)), os.getcwd(), dict(os.environ), [0, output, output]))
+    return child
+
+
 def _serve(listener: socket.socket) -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
+    signal.signal(signal.SIGCHLD, _reap)
     while True:
         connection, _ = listener.accept()
         if os.fork() == 0:
@@ -67,42 +83,73 @@ def _serve(listener: socket.socket) -> None:
         connection.close()
 
 
+def _reap(*_) -> None:
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
 def _answer(connection: socket.socket) -> None:
     """Run one command in this fork and tell its exit code."""
-    code = 1
-    try:
-        length, streams, _, _ = socket.recv_fds(connection, 8, 3)
-        with connection.makefile("rb") as file:
-            program, argv, folder, environment = json.loads(file.read(int.from_bytes(length, "big")))
-        for number, stream in enumerate(streams):
-            os.dup2(stream, number)
-        sys.stdin, sys.stdout, sys.stderr = (open(number, mode, closefd=False) for number, mode in enumerate("rww"))
-        os.chdir(folder)
-        os.environ.clear()
-        os.environ.update(environment)
-        code = _run(program, argv)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        connection.sendall(code.to_bytes(8, "big"))
-        os._exit(code)
+    length, streams, _, _ = socket.recv_fds(connection, 8, 3)
+    with connection.makefile("rb") as file:
+        call = json.loads(file.read(int.from_bytes(length, "big")))
+    threading.Thread(target=_end_with_the_client, args=(connection,), daemon=True).start()
+    code = _run(*call, streams)
+    connection.sendall(code.to_bytes(8, "big"))
+    os._exit(code)
 
 
-def _run(program: str, argv: list[str]) -> int:
+def _end_with_the_client(connection: socket.socket) -> None:
+    connection.recv(1)  # it sends no more
+    os._exit(1)
+
+
+def _run(program: str, argv: list[str], folder: str, environment: Mapping[str, str], streams: list[int]) -> int:
+    """The exit code of a program in this fork, which is at its beginning."""
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+    sys.stdin, sys.stdout, sys.stderr = (open(number, mode, closefd=False) for number, mode in enumerate("rww"))
+    sys.stderr.reconfigure(line_buffering=True)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    _forget()
     try:
-        if program == "open-qwen2vl":
-            return cli.main(argv)
-        if program == "accelerate":
-            args = launch_command_parser().parse_args(argv[1:])
-            argv = [args.training_script, *args.training_script_args]
-        sys.argv = argv
-        sys.path.insert(0, os.path.dirname(os.path.abspath(argv[0])))
-        runpy.run_path(argv[0], run_name="__main__")
+        return _call(program, argv)
     except SystemExit as stop:
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)
-            return 1
-        return stop.code or 0
+        return 1 if isinstance(stop.code, str) else stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _forget() -> None:
+    """What this process has done so far is none of the program's business."""
+    torch.set_num_threads(1)  # OpenMP's other threads do not outlive a fork
+    logging.getLogger().handlers.clear()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    sys.executable = shutil.which("python")  # a launcher starts the client
+
+
+def _call(program: str, argv: list[str]) -> int:
+    if program == "open-qwen2vl":
+        return cli.main(argv)
+    if program == "accelerate":
+        argv = ["-m", "accelerate.commands.accelerate_cli", *argv]
+    kind, *rest = [argument for argument in argv if argument != "-u"]
+    sys.argv = rest if kind in ("-c", "-m") else [kind, *rest]
+    if kind == "-c":
+        exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+    elif kind == "-m":
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.path.insert(0, os.path.dirname(os.path.abspath(kind)))
+        runpy.run_path(kind, run_name="__main__")
     return 0

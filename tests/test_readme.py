@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import open_clip
@@ -17,15 +16,11 @@ from safetensors.torch import save_file
 from open_qwen2vl import cli
 from open_qwen2vl.data.storage.tars import index_shard
 from open_qwen2vl.data.storage.uids import read_uids
+from tests.fork_server import forked_programs
 from tests.tars import write_caption_tar
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf8")
-ENVIRONMENT = {
-    **os.environ,
-    "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-    "OMP_NUM_THREADS": "1",
-}
 
 
 def blocks(kind: str, heading: str) -> list[str]:
@@ -46,6 +41,12 @@ def place(tmp_path, tiny_model, processor):
     return tmp_path
 
 
+def run(command: list[str], place: Path) -> None:
+    with forked_programs(place) as path:
+        done = subprocess.run(command, cwd=place, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_use_a_model(place, backbones):
     code = "\n".join(blocks("python", "Use a model"))
     # The budgets are those of a 27x27 grid; the tiny tower has 4x4 patches.
@@ -54,8 +55,7 @@ def test_use_a_model(place, backbones):
     for part, hub_id in (("vision", "google/siglip-so400m-patch14-384"), ("text", "Qwen/Qwen2.5-1.5B-Instruct")):
         assert hub_id in code
         code = code.replace(hub_id, backbones[part])
-    done = subprocess.run([sys.executable, "-c", code], cwd=place, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(["python", "-c", code], place)
 
 
 def test_choose_data(tmp_path, monkeypatch):
@@ -95,8 +95,7 @@ def test_pre_train_at_full_size(place, backbones):
     for there, here in changes.items():
         assert there in commands
         commands = commands.replace(there, here)
-    done = subprocess.run(["sh", "-ec", commands], cwd=place, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(["sh", "-ec", commands], place)
     for name in ("model/model.safetensors", "loss.png", "train_results.json"):
         assert (place / "runs/2b" / name).exists()
     assert (place / "packs/plan.json").exists()
@@ -120,6 +119,5 @@ def test_fine_tune_on_conversations(place, tiny_model, processor):
     for there, here in changes.items():
         assert there in commands
         commands = commands.replace(there, here)
-    done = subprocess.run(["sh", "-ec", commands], cwd=place, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(["sh", "-ec", commands], place)
     assert (place / "runs/2b-sft/model/model.safetensors").exists()

@@ -47,7 +47,7 @@ def run(tmp_path_factory) -> Path:
     (place / "recipes").symlink_to(ROOT / "recipes")
     small = {"LIMIT": "60", "EPOCHS": "1", "BATCH_SIZE": "16", "STEPS": "2", "OMP_NUM_THREADS": "1"}
     command = ["sh", "recipes/data/run.sh"]
-    with forked_programs(tmp_path_factory.mktemp("bin"), "python", "open-qwen2vl") as path:
+    with forked_programs(tmp_path_factory.mktemp("bin")) as path:
         done = subprocess.run(
             command, cwd=place, env={**os.environ, **small, "PATH": path}, capture_output=True, text=True
         )

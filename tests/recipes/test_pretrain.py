@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from open_qwen2vl import PackedTrainingArguments, cli
 from open_qwen2vl.trainer import parse_arguments
 from open_qwen2vl.trainer.run import asked_checkpoint
+from tests.fork_server import fork_program, forked_programs
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -82,12 +83,12 @@ def losses(checkpoint: Path) -> list[tuple[int, float]]:
 
 
 @pytest.fixture(scope="module")
-def launched(config) -> tuple[Path, subprocess.CompletedProcess]:
+def launched(config, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     output_dir = config.parent / "launched"
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
-    command = [*accelerate, "--config_file", str(RECIPES / "accelerate" / "single_gpu.yaml")]
+    command = ["accelerate", "launch", "--config_file", str(RECIPES / "accelerate" / "single_gpu.yaml")]
     command += [str(RECIPES / "pretrain.py"), str(config), "--output_dir", str(output_dir)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    with forked_programs(tmp_path_factory.mktemp("bin")) as path:
+        done = subprocess.run(command, env={**ENVIRONMENT, "PATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return output_dir, done
 
@@ -133,15 +134,13 @@ def test_accelerate_launch_trains_and_saves_all(launched, backbones):
 def test_a_killed_run_goes_on_with_the_very_same_losses(launched, config, monkeypatch, capsys):
     whole, _ = launched
     output_dir = config.parent / "killed"
-    command = [sys.executable, str(RECIPES / "pretrain.py"), str(config), "--output_dir", str(output_dir)]
-    process = subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    log = config.parent / "killed.log"
+    child = fork_program("python", RECIPES / "pretrain.py", config, "--output_dir", output_dir, log=log)
     while not (output_dir / "checkpoint-10" / "model.safetensors").exists():
-        assert process.poll() is None, "the run ended before it was killed"
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), log.read_text()[-3000:]
         time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
     assert not (output_dir / "model").exists()
 
     run_here(monkeypatch, config, "--output_dir", output_dir)

@@ -232,7 +232,7 @@ def test_whole_chain(tmp_path, tmp_path_factory):
     """What `make quickstart` runs, with a handful of steps."""
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     command = ["sh", "recipes/quickstart/run.sh", "--max_steps", "4", "--logging_steps", "1"]
-    with forked_programs(tmp_path_factory.mktemp("bin"), "python", "open-qwen2vl") as path:
+    with forked_programs(tmp_path_factory.mktemp("bin")) as path:
         done = subprocess.run(
             command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PATH": path, "PICTURES": "40"}
         )
@@ -263,6 +263,6 @@ def test_whole_chain(tmp_path, tmp_path_factory):
 
     (question,) = re.findall(r"^```bash\n(echo .*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     command = ["sh", "-c", question.replace(".venv/bin/", "")]
-    with forked_programs(tmp_path_factory.mktemp("bin"), "open-qwen2vl") as path:
+    with forked_programs(tmp_path_factory.mktemp("bin")) as path:
         asked = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PATH": path})
     assert asked.returncode == 0 and asked.stdout.endswith("\n"), asked.stderr[-2000:]

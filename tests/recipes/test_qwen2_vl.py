@@ -27,7 +27,7 @@ def test_whole_chain(tmp_path, tmp_path_factory):
     """What `sh recipes/qwen2_vl/run.sh` runs, with a handful of steps, each training in one process."""
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     command = ["sh", "recipes/qwen2_vl/run.sh", "--max_steps", "4", "--logging_steps", "1"]
-    with forked_programs(tmp_path_factory.mktemp("bin"), "python", "open-qwen2vl", "accelerate") as path:
+    with forked_programs(tmp_path_factory.mktemp("bin")) as path:
         environment = {**os.environ, "PATH": path, "EMOJI": "30"}
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,14 +21,15 @@ from transformers import AutoModelForImageTextToText
 from open_qwen2vl import cli
 from open_qwen2vl.trainer import newest_complete_checkpoint
 from tests.evaluation.easyvqa import write_tasks
+from tests.fork_server import forked_programs
 from tests.tars import write_caption_tar
 
 SCRIPT = Path(__file__).with_name("train_and_resume.py")
 RECIPE = Path(__file__).parents[2] / "recipes" / "pretrain.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-FSDP = ["accelerate.commands.launch", "--config_file", str(SCRIPT.with_name("fsdp2.yaml"))]
+FSDP = ["accelerate", "launch", "--config_file", str(SCRIPT.with_name("fsdp2.yaml"))]
 LAUNCHERS = {
-    "ddp": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "ddp": ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
     "fsdp2": FSDP,
     "fsdp2_three": [*FSDP, "--num_processes", "3", "--fsdp_activation_checkpointing", "true"],
 }
@@ -61,13 +63,9 @@ def run_here(folder: Path, label: str, runs: dict) -> dict:
 
 
 def launch(launcher: str, folder: Path, runs: dict) -> dict:
-    done = subprocess.run(
-        [sys.executable, "-m", *LAUNCHERS[launcher], str(SCRIPT), str(folder), launcher, json.dumps(runs)],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
+    command = [*LAUNCHERS[launcher], str(SCRIPT), str(folder), launcher, json.dumps(runs)]
+    with tempfile.TemporaryDirectory() as bin, forked_programs(Path(bin)) as path:
+        done = subprocess.run(command, env={**ENVIRONMENT, "PATH": path}, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((folder / f"{launcher}.json").read_text())
 
