@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import resource
 import runpy
 import shutil
 import signal
@@ -25,7 +26,10 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from open_qwen2vl import cli
+# What most programs import, here once for all forks.
+from open_qwen2vl import PackedSFTTrainer, PackedTrainer, cli  # noqa: F401
+from open_qwen2vl.data.packing import mixture, plan  # noqa: F401
+from open_qwen2vl.trainer import run_recipe  # noqa: F401
 
 PROGRAMS = ("python", "open-qwen2vl", "accelerate")
 
@@ -62,14 +66,32 @@ def forked_programs(folder: Path, programs: tuple[str, ...] = PROGRAMS) -> Itera
         os.waitpid(server, 0)
 
 
-def fork_program(program: str, *argv: str | os.PathLike, log: Path) -> int:
-    """Start a program as a fork in a session of its own, which writes to `log`; the process id, to be waited for."""
+def fork_program(
+    program: str,
+    *argv: str | os.PathLike,
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    file_limit: int = 0,
+) -> int:
+    """Start a program as a fork in a session of its own, which writes to `log`; the process id, to be waited for.
+
+    `environment` is added to this process's; no file may become larger than `file_limit`, in bytes, where not 0: that
+    stands for a disk that is full.
+    """
     child = os.fork()
     if child == 0:
         os.setsid()
+        if file_limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os._exit(_run(program, list(map(str, argv)), os.getcwd(), dict(os.environ), [0, output, output]))
+        variables = {**os.environ, **(environment or {})}
+        os._exit(_run(program, list(map(str, argv)), os.getcwd(), variables, [0, output, output]))
     return child
+
+
+def has_ended(child: int) -> bool:
+    """Whether a fork has come to its end; it can still be waited for."""
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def _serve(listener: socket.socket) -> None:

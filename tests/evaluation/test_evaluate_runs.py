@@ -5,59 +5,51 @@ import os
 import random
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from lmms_eval import evaluator  # noqa: F401 - here, so that no fork imports it
 
+from open_qwen2vl.evaluation import evaluate, lmms_model  # noqa: F401
 from tests.evaluation.easyvqa import write_tasks
+from tests.fork_server import fork_program
 
 TASKS = ("easyvqa_gen", "easyvqa_mc")
 SAMPLES = 32
 
 
 class Evaluations:
-    """The process that forks evaluations."""
+    """Evaluations of one model, each rank a fork of this process."""
 
     def __init__(self, folder: Path, model: Path, tasks: Path):
-        self.folder, self.options = (
-            folder,
-            ["--tasks", ",".join(TASKS), "--trust-task-code", "--include-path", str(tasks)],
-        )
-        self.options += ["--batch-size", "4"]
-        self.model = model
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "LMMS_EVAL_DATASETS_CACHE": str(folder / "datasets")}
-        script = Path(__file__).with_name("forked_evaluations.py")
-        self.process = subprocess.Popen(
-            [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
+        self.folder, self.model = folder, model
+        self.options = ["--tasks", ",".join(TASKS), "--trust-task-code", "--include-path", tasks, "--batch-size", "4"]
+        self.children: list[int] = []
 
     def start(self, output: str, ranks: int = 1, file_limit: int = 0) -> list[int]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
-        runs = []
         for rank in range(ranks):
-            environment = {"LOG": str(self.folder / f"{output}-{rank}.log")}
+            environment = {}
             if ranks > 1:
                 environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
                 environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            if rank == 1 and file_limit:
-                environment["FILE_LIMIT"] = str(file_limit)
-            arguments = ["evaluate", str(self.model), "--output", str(self.folder / output), *self.options]
-            runs.append({"environment": environment, "arguments": arguments})
-        return self.fork(runs)
+            self.fork(output, self.folder / f"{output}-{rank}.log", environment, file_limit if rank == 1 else 0)
+        return self.children
 
-    def fork(self, runs: list[dict]) -> list[int]:
-        self.process.stdin.write(json.dumps(runs) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+    def fork(self, output: str, log: Path, environment: dict[str, str], file_limit: int = 0) -> None:
+        environment = {**environment, "LMMS_EVAL_DATASETS_CACHE": str(self.folder / "datasets")}
+        command = ["open-qwen2vl", "evaluate", self.model, "--output", self.folder / output, *self.options]
+        self.children.append(fork_program(*command, log=log, environment=environment, file_limit=file_limit))
 
     def wait(self) -> list[int]:
-        return json.loads(self.process.stdout.readline())
+        """Exit codes of all that were started, as wait statuses."""
+        statuses = [os.waitpid(child, 0)[1] for child in self.children]
+        self.children = []
+        return statuses
 
     def run(self, output: str, ranks: int = 1) -> None:
         self.start(output, ranks)
@@ -70,9 +62,7 @@ def evaluations(tmp_path_factory, model_folder):
     tasks = write_tasks(folder / "tasks", SAMPLES)
     evaluations = Evaluations(folder, model_folder, tasks)
     evaluations.run("whole")
-    yield evaluations
-    evaluations.process.stdin.close()
-    assert evaluations.process.wait(60) == 0
+    return evaluations
 
 
 def journal_keys(folder: Path) -> list[str]:
@@ -131,11 +121,9 @@ def test_a_killed_evaluation_goes_on(evaluations):
 
 
 def test_two_evaluations_to_one_folder_do_not_mix(evaluations):
-    arguments = ["evaluate", str(evaluations.model), "--output", str(evaluations.folder / "shared")]
     logs = [evaluations.folder / f"shared-{number}.log" for number in range(2)]
-    evaluations.fork(
-        [{"environment": {"LOG": str(log)}, "arguments": arguments + evaluations.options} for log in logs]
-    )
+    for log in logs:
+        evaluations.fork("shared", log, {})
     codes = evaluations.wait()
     assert sorted(codes) == [0, 2 << 8]
     refused = logs[codes.index(2 << 8)].read_text().splitlines()[-1]

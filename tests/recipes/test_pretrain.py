@@ -21,7 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from open_qwen2vl import PackedTrainingArguments, cli
 from open_qwen2vl.trainer import parse_arguments
 from open_qwen2vl.trainer.run import asked_checkpoint
-from tests.fork_server import fork_program, forked_programs
+from tests.fork_server import fork_program, forked_programs, has_ended
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -137,7 +137,7 @@ def test_a_killed_run_goes_on_with_the_very_same_losses(launched, config, monkey
     log = config.parent / "killed.log"
     child = fork_program("python", RECIPES / "pretrain.py", config, "--output_dir", output_dir, log=log)
     while not (output_dir / "checkpoint-10" / "model.safetensors").exists():
-        assert os.waitpid(child, os.WNOHANG) == (0, 0), log.read_text()[-3000:]
+        assert not has_ended(child), log.read_text()[-3000:]
         time.sleep(0.002)
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)

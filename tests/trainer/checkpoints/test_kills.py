@@ -1,12 +1,9 @@
 """Killed at random moments and started again: the very same losses, weights and counts as an undisturbed run."""
 
-import contextlib
 import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import torch
 
 from open_qwen2vl import OpenQwen2VLForConditionalGeneration, OpenQwen2VLProcessor, cli
 from open_qwen2vl.trainer.checkpoints.folders import checkpoints_by_step
+from tests.fork_server import fork_program, has_ended
 from tests.qwen_vl import FAMILIES
 from tests.tars import write_caption_tar
 
@@ -36,29 +34,22 @@ ARGUMENTS = {
 class Runs:
     """Lives of a training, each in a process of its own."""
 
-    def __init__(self, config: Path):
-        self.process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(config)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    def __init__(self, folder: Path):
+        self.folder = folder
 
     def live(self, output_dir: Path, packs=None, seconds=0.0, sign=signal.SIGKILL, file_limit=0) -> int:
         """One life; `sign` comes `seconds` after it has read `packs`, if at all. Returns the exit code."""
         notes = output_dir / "reads.txt"
         before = count_lines(notes)
-        self.process.stdin.write(f"{output_dir} {file_limit}\n")
-        self.process.stdin.flush()
-        child = int(self.process.stdout.readline())
+        log, variables = output_dir.with_name(f"{output_dir.name}.log"), {"TOKENIZERS_PARALLELISM": "false"}
+        arguments = [SCRIPT, self.folder / "config.json", output_dir]
+        child = fork_program("python", *arguments, log=log, environment=variables, file_limit=file_limit)
         if packs is not None:
-            while count_lines(notes) < before + packs and os.path.exists(f"/proc/{child}"):
+            while count_lines(notes) < before + packs and not has_ended(child):
                 time.sleep(0.002)
             time.sleep(seconds)
-            with contextlib.suppress(ProcessLookupError):  # it may have come to its end
-                os.kill(child, sign)
-        return os.waitstatus_to_exitcode(int(self.process.stdout.readline()))
+            os.kill(child, sign)  # nothing, if it has come to its end
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def count_lines(path: Path) -> int:
@@ -90,15 +81,11 @@ def runs(request, tmp_path_factory, backbones, qwen_vl_folder):
         plan = ["--output", str(folder / name), *sizes, "--num-workers", "1"]
         assert cli.main(["pack", str(folder / f"{name}.tar"), "--processor", str(model), *plan]) == 0
         packs.append({"path": str(folder / name), "weight": weight})
-    config = folder / "config.json"
     arguments = ARGUMENTS if ours else ARGUMENTS | {"train_vision_tower": True}
-    config.write_text(json.dumps({"packs": packs, "model": str(model), "arguments": arguments}))
-    runs = Runs(config)
-    runs.folder = folder
+    (folder / "config.json").write_text(json.dumps({"packs": packs, "model": str(model), "arguments": arguments}))
+    runs = Runs(folder)
     assert runs.live(folder / "whole") == 0, (folder / "whole.log").read_text()
-    yield runs
-    runs.process.stdin.close()
-    runs.process.wait()
+    return runs
 
 
 def history(run: Path) -> list[dict]:
