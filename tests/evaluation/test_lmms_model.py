@@ -1,7 +1,12 @@
 """The plugin: prompts, batches, losses of given answers, the journal."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,6 +186,17 @@ def test_lmms_eval_finds_the_plugin():
     assert [entry.name for entry in entry_points(group="lmms_eval.models")].count("open_qwen2vl") == 1
     assert get_model("open_qwen2vl") is TransformersModel
     assert get_model("open_qwen2vl", force_simple=True) is SimpleTransformersModel
+
+
+@pytest.mark.slow
+def test_lmms_evals_own_command_runs_the_model(model_folder, easyvqa, tmp_path):
+    """In a process of its own, where nothing has imported this package before the entry point does."""
+    arguments = ["--model", "open_qwen2vl", "--model_args", f"pretrained={model_folder},device=cpu", "--limit", "4"]
+    arguments += ["--tasks", "easyvqa_gen", "--include_path", str(easyvqa), "--batch_size", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    command = [sys.executable, "-m", "lmms_eval", *arguments]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=3600)
+    assert re.search(r"easyvqa_gen *\|none *\| *0\|exact_match", run.stdout), run.stderr[-3000:]
 
 
 def test_answers_come_in_the_order_of_the_requests_and_stop(model_folder, processor):
