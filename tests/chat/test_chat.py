@@ -151,6 +151,8 @@ def test_what_a_user_types_never_becomes_a_control_token(talker, processor):
         (["--image-seq-length=5"], "image_seq_length=5 must be a square number"),
         (["--image=nowhere.png"], "nowhere.png: cannot be read: No such file or directory"),
         (["--temperature=-1"], "--temperature at least 0"),
+        (["--temperature=nan"], "--temperature at least 0"),
+        (["--temperature=inf"], "--temperature at least 0"),
         (["--max-new-tokens=0"], "--max-new-tokens must be at least 1"),
     ],
 )
@@ -207,6 +209,12 @@ def test_the_command_of_the_documentation_on_a_pipe(talk, talker, processor):
     model, *options = shlex.split(command)
     code, out, _ = talk("what is shown?\n", *options)
     assert model == "model" and code == 0 and out == answers(talker, processor, [(["cat.png"], "what is shown?")])
+
+
+def test_bytes_that_are_no_text_are_asked_about_as_question_marks(talk, talker, processor):
+    """As a terminal of another encoding gives them."""
+    code, out, _ = talk("caf\udce9?\n")
+    assert code == 0 and out == answers(talker, processor, [([], "caf??")])
 
 
 @pytest.mark.parametrize("at", ["prompt", "answer"])

@@ -51,7 +51,7 @@ def load_model(model: str, image_seq_length: int | None = None) -> tuple[PreTrai
 
 def generation_options(max_new_tokens: int, temperature: float) -> dict[str, Any]:
     """Arguments of `generate`; a temperature of 0 takes the likeliest token. ValueError for one out of its range."""
-    if max_new_tokens < 1 or temperature < 0:
+    if max_new_tokens < 1 or not 0 <= temperature < float("inf"):
         raise ValueError("--max-new-tokens must be at least 1 and --temperature at least 0")
     options = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     return options | ({"temperature": temperature} if temperature > 0 else {})
@@ -148,7 +148,7 @@ def _lines() -> Iterator[str]:
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
         try:
-            line = input(prompt).strip()
+            line = input(prompt).strip().encode(errors="replace").decode()  # bytes that are no text of this locale
         except EOFError:
             return
         if line:

@@ -33,7 +33,11 @@ PASSED = (
 def load_model(name: str, device: str | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A model for evaluation and its processor, without code of the checkpoint; fp32 on a CPU, else its own type."""
     name = model_folder(name)
-    placed = torch.device(device) if device not in (None, "auto") else PartialState().device
+    try:
+        placed = torch.device(device) if device not in (None, "auto") else PartialState().device
+        torch.empty(0, device=placed)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {device}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
     options = {"dtype": torch.float32 if placed.type == "cpu" else "auto"}
     if device == "auto" and placed.type != "cpu":
         options["device_map"] = "auto"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ..options import option
+from ..options import flag, option
 
 _BASE = "base models"
 
@@ -64,6 +64,9 @@ class EvaluateOptions:
     )
 
     def __post_init__(self):
+        for name in ("batch_size", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
         if self.shots is None and (self.demonstrations is not None or self.shot_separator is not None):
             raise ValueError("--demonstrations and --shot-separator go with --shots")
         if self.include_path and not self.trust_task_code:
