@@ -115,6 +115,7 @@ def test_what_cannot_be_planned_is_one_clear_error(caption_tars, encode, tmp_pat
         "text": {"image": image, "text": "a"},
         "other": {"image": image, "alt": "a"},
         "path": {"image": "a.png", "text": "a"},
+        "photo": {"photo": "a.png", "caption": "a"},
     }.items():
         datasets.Dataset.from_list([row]).to_parquet(tmp_path / f"{name}.parquet")
     for sources, options, message in (
@@ -124,6 +125,7 @@ def test_what_cannot_be_planned_is_one_clear_error(caption_tars, encode, tmp_pat
             {},
             r"other.parquet: no column messages or conversations among image, alt, nor .*--caption-column",
         ),
+        (["photo"], {}, r"captions without a column image among photo, caption: .*--caption-column caption"),
         (["lists"], {}, "none of 1 samples can be packed: {'bad_caption': 1}"),
         (["path"], {}, "none of 1 samples can be packed: {'missing_image': 1}"),  # looked up beside the table
         (["text"], {"rules": "original"}, "rules original are for interleaved documents, not for captions"),
@@ -136,6 +138,13 @@ def test_what_cannot_be_planned_is_one_clear_error(caption_tars, encode, tmp_pat
                 processor,
                 **options,
             )
+    # Asked for by name they are texts.
+    assert plan([tmp_path / "photo.parquet"], tmp_path / "t", processor, caption_column="caption").images == 0
+    (tmp_path / "a.jsonl").write_text('{"photo": "a.png", "caption": "a"}')
+    (tmp_path / "a.csv").write_text("photo,caption\na.png,a cat\n")
+    for name in ("a.jsonl", "a.csv"):
+        with pytest.raises(ValueError, match=f"{name}: captions without a column image among "):
+            plan([tmp_path / name], tmp_path / "packs", processor)
     with pytest.raises(ValueError, match="00000.tar: --caption-column alt is for tables, json and csv files"):
         plan(caption_tars, tmp_path / "packs", processor, caption_column="alt")
 

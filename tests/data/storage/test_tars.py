@@ -12,6 +12,7 @@ from open_qwen2vl.data.storage import tar_headers, tars
 from open_qwen2vl.data.storage.open_files import read_at
 from open_qwen2vl.data.storage.tars import (
     find_shards,
+    find_tars,
     has_dotted_key,
     index_shard,
     list_files,
@@ -268,6 +269,15 @@ def test_find_shards(write_tar, tmp_path):
     ):
         with pytest.raises(ValueError, match=message.replace("*", r"\*")):
             find_shards(paths)
+
+
+def test_find_tars(write_tar, tmp_path):
+    tar = write_tar([], "a.tar")
+    for name in ("a.tar.gz", "table.parquet"):
+        (tmp_path / name).write_bytes(b"1")
+        with pytest.raises(ValueError, match=f"{name}: no .tar file"):
+            find_tars([tar, tmp_path / name])
+    assert find_tars([tmp_path]) == [tar]
 
 
 def test_members_that_do_not_lie_side_by_side_are_joined(write_tar):

@@ -121,7 +121,7 @@ def _kind(path: str, caption_column: str | None, has_images: bool) -> SourceKind
     if text_format == "text" and has_images:
         raise ValueError(f"{path}: --images is given, but no column names an image among {', '.join(names)}: "
                          f"call it {IMAGE_FIELD}")  # fmt: skip
-    return SourceKind(container, text_format, _caption_column(text_format, names, caption_column))
+    return _with_caption_column(path, container, text_format, names, caption_column)
 
 
 def _kind_of_json(path: str, caption_column: str | None, has_images: bool) -> SourceKind:
@@ -134,7 +134,7 @@ def _kind_of_json(path: str, caption_column: str | None, has_images: bool) -> So
     # Nothing but damaged records so far: any form counts them by their reasons.
     text_format = found[0] if found else "conversation"
     names = next((record for record, own in zip(records, formats, strict=True) if own == text_format), {})
-    return SourceKind(JSON, text_format, _caption_column(text_format, names, caption_column))
+    return _with_caption_column(path, JSON, text_format, names, caption_column)
 
 
 def _format(names: Any, caption_column: str | None, has_turns: bool, has_images: bool) -> str | None:
@@ -151,8 +151,15 @@ def _format(names: Any, caption_column: str | None, has_turns: bool, has_images:
     return "caption" if image_field(names, has_images or field == CAPTION_FIELDS[0]) else "text"
 
 
-def _caption_column(text_format: str, names: Any, wanted: str | None) -> str | None:
-    return caption_field(names, wanted) if text_format in ("caption", "text") else None
+def _with_caption_column(
+    path: str, container: tuple[str, ...], text_format: str, names: Any, wanted: str | None
+) -> SourceKind:
+    """The kind of a file; captions whose images are nowhere are no texts, unless they are asked for by name."""
+    column = caption_field(names, wanted) if text_format in ("caption", "text") else None
+    if text_format == "text" and column == CAPTION_FIELDS[0] and wanted is None:
+        raise ValueError(f"{path}: captions without a column {IMAGE_FIELD} among {', '.join(names)}: give the images' "
+                         f"column that name, or plan the captions as texts (--caption-column {column})")  # fmt: skip
+    return SourceKind(container, text_format, column)
 
 
 def is_turns_type(arrow_type: Any) -> bool:

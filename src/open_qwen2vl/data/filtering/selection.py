@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ...files import remove_temporaries, renamed_when_whole
 from ...output_lock import only_writer
 from ...pages import write_page
-from ..storage.tars import find_shards
+from ..storage.tars import find_tars
 from ..storage.uids import UID_DTYPE, write_uids
 from .coverage import measure_coverage
 from .decisions import Selection, find_cuts
@@ -59,7 +59,7 @@ def select_pairs(options: FilterOptions) -> SelectionReport:
     """
     output, folder = Path(options.output), options.report_folder
     term = parse_expression(options.keep)
-    tars = find_shards(options.pool) if options.pool else None
+    tars = find_tars(options.pool) if options.pool else None
     with only_writer(output, is_file=True):
         return _select(options, output, folder, term, tars)
 

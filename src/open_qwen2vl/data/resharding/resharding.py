@@ -20,7 +20,7 @@ from typing import Any
 from ...files import content_hash, describe_shard, remove_temporaries, write_json
 from ...output_lock import only_writer
 from ..engine.engine import ShardTask, process_rank, run_tasks
-from ..storage.tars import find_shards
+from ..storage.tars import find_tars
 from ..storage.uids import read_uids, write_uids
 from .options import ReshardOptions
 from .pool_index import Layout, PoolIndexer, read_figures, write_layout
@@ -86,7 +86,7 @@ def reshard(options: ReshardOptions) -> ReshardReport:
     """
     if process_rank()[1] > 1:
         raise ValueError("reshard is one command that starts its own workers: run it without accelerate launch")
-    tars, folder = find_shards(options.pool), Path(options.output).resolve()
+    tars, folder = find_tars(options.pool), Path(options.output).resolve()
     if any(tar.resolve().parent == folder for tar in tars):
         raise ValueError(f"{options.output}: the pool has tars in this folder; choose another output")
     recipe = {

@@ -10,7 +10,7 @@ from ...files import describe_shard
 from ...options import flag
 from ...output_lock import only_writer
 from ..engine.engine import Outcome, ShardTask, StepReport, process_rank, run_tasks
-from ..storage.tars import find_shards
+from ..storage.tars import find_shards, find_tars
 from .options import WITH_MODEL, ScoreOptions
 from .score_files import read_score_metadata
 from .scoring import TarScorer
@@ -35,7 +35,7 @@ def score_pool(options: ScoreOptions) -> StepReport:
     """
     scorer, name, given = options.scorer, options.scores_name, options.of_scorer()
     folder = Path(options.output) / name
-    sources = _find_tables(options.pool) if scorer == "metadata" else find_shards(options.pool)
+    sources = _find_tables(options.pool) if scorer == "metadata" else find_tars(options.pool)
     recipe = _recipe(scorer, name, given, folder)
     tasks = _tasks(sources, folder)
     _check_finished(tasks, recipe)

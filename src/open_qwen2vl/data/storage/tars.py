@@ -85,6 +85,15 @@ def find_shards(paths: Iterable[str | Path]) -> list[Path]:
     return shards
 
 
+def find_tars(paths: Iterable[str | Path]) -> list[Path]:
+    """[`find_shards`] where nothing but tars can be read: another file is refused by its name."""
+    tars = find_shards(paths)
+    for tar in tars:
+        if tar.suffix != ".tar":
+            raise ValueError(f"{tar}: no .tar file (a compressed one has to be unpacked)")
+    return tars
+
+
 def index_shard(path: str | Path) -> ShardIndex:
     """Index an uncompressed tar (ustar, GNU or pax) by its headers.
 
