@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from .sample_error import SampleError
 
@@ -132,6 +132,8 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         raise SampleError("image_too_large", str(error)) from error
     except SampleError:
         raise
+    except UnidentifiedImageError as error:  # its own text has an address in memory, another in every run
+        raise SampleError("corrupt_image", "cannot identify an image of a known format") from error
     except Exception as error:  # Pillow's decoders raise many kinds: OSError, SyntaxError, struct.error, ValueError
         raise SampleError("corrupt_image", f"{type(error).__name__}: {error}") from error
 
