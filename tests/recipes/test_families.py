@@ -185,3 +185,19 @@ def test_rows_unpacked_from_the_folder_of_a_run(place, tmp_path, monkeypatch, ca
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, "sft.py", *start, *settings, "--image_seq_length", "4", "--output_dir", tmp_path / "no")
     assert stop.value.code == 2 and "remove image_seq_length: it is Open-Qwen2VL's" in capsys.readouterr().err
+
+
+def test_packs_of_another_family_are_refused_by_name(place, tmp_path, monkeypatch, capsys):
+    # Its tokenizer alone makes a plan for Open-Qwen2VL.
+    options = ["--tokenizer", str(place / "model"), "--max-length", "256", "--num-workers", "1"]
+    assert cli.main(["pack", str(place / "wide.tar"), "--output", str(tmp_path / "other"), *options]) == 0
+    for start, message in (
+        (["--vision_model", "a", "--text_model", "b", "--train_packs", place / "wide"], "planned for another family"),
+        (
+            ["--model_name_or_path", place / "model", "--train_packs", tmp_path / "other"],
+            "other was planned with another processor: family open_qwen2vl, now qwen",
+        ),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, "pretrain.py", *start, "--output_dir", tmp_path / "run", "--use_cpu")
+        assert stop.value.code == 2 and message in capsys.readouterr().err

@@ -56,7 +56,8 @@ def document_processor(
     chosen = {name: value for name, value in plan_options.items() if value is not None}
     unknown = sorted(chosen.keys() - set(family.plan_options))
     if unknown:
-        raise ValueError(f"{unknown[0]} is no option of {type(processor).__name__}")
+        owner = "Open-Qwen2VL" if found == _DOCUMENTS["PreTrainedTokenizerBase"] else type(processor).__name__
+        raise ValueError(f"{unknown[0]} is no option of {owner}; it has {', '.join(family.plan_options)}")
     if vision is not None:
         chosen |= {name: vision[name] for name in family.plan_options if name in vision}
     documents = family(processor, chat_template=chat_template, **chosen)

@@ -62,11 +62,11 @@ class PackedDataset(Dataset):
         self.folder = Path(packs_dir)
         self.processor = processor
         self.plan = read_plan(self.folder)
-        _check_tokenizer(self.folder, self.plan, processor.tokenizer)
         try:
             self.documents = document_processor(processor, self.plan["vision"], self.plan.get("chat_template_name"))
         except ValueError as error:
             raise ValueError(f"{self.folder} was planned with another processor: {error}") from error
+        _check_tokenizer(self.folder, self.plan, processor.tokenizer)
         if "chat_template" in self.plan:
             _check_chat_template(self.folder, self.plan, self.documents)
         archives = [root for root in self.plan["images"] if "size" in root]
