@@ -146,10 +146,11 @@ def test_the_command_prints_json(recipe, capsys):
 
 def test_a_checkpoint_is_described_by_its_config(recipe, tiny_model, tmp_path, capsys):
     tiny_model.config.save_pretrained(tmp_path / "model")
-    path = recipe(vision_model=None, text_model=None, model_name_or_path=str(tmp_path / "model"))
-    assert main(["estimate", path, "--gpu", "h100", "--json"]) == 0
-    parameters = json.loads(capsys.readouterr().out)["parameters"]
-    assert sum(parameters.values()) == sum(parameter.numel() for parameter in tiny_model.parameters())
+    for name in ("model", ""):  # of the model, and of the training that wrote it
+        path = recipe(vision_model=None, text_model=None, model_name_or_path=str(tmp_path / name))
+        assert main(["estimate", path, "--gpu", "h100", "--json"]) == 0
+        parameters = json.loads(capsys.readouterr().out)["parameters"]
+        assert sum(parameters.values()) == sum(parameter.numel() for parameter in tiny_model.parameters())
 
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
@@ -198,6 +199,7 @@ def test_the_recipes_can_be_estimated(path):
         ({"train_packs": "nowhere"}, [], "nowhere has no plan.json"),
         ({"vision_model": None}, [], "the recipe names no model"),
         ({"text_model": "nowhere/model"}, [], "text_model nowhere/model: "),
+        ({"text_model": "runs/a/model"}, [], "text_model runs/a/model: runs/a/model: there is no such folder"),
         ({"dtype": "float31"}, [], "dtype: 'float31' is no type of torch"),
         ({"optim": "galore_adamw"}, [], "optim: the memory of 'galore_adamw' is not known"),
         ({"per_device_train_batch_size": "two"}, [], "per_device_train_batch_size must be a number, got 'two'"),

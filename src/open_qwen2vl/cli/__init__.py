@@ -55,6 +55,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for command in COMMANDS:
         # Those for people alone, and that which reads a recipe, have no file of options.
         add_command(commands, command, config_file=command not in (chat, demo, estimate))
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        commands.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     return args

@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from ..data.packing.mixture import parse_sources, source_phases
 from ..data.packing.plan_files import read_plan
 from ..data.packing.weights import picks_per_epoch
+from ..model_folders import model_folder
 from ..modeling.configuration_open_qwen2vl import OpenQwen2VLConfig
 from ..options import load_yaml
 from ..trainer.arguments import PackedTrainingArguments
@@ -125,7 +126,7 @@ def read_config(options: dict[str, Any]) -> PreTrainedConfig:
 
 def _config_of(options: dict[str, Any], name: str) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(options[name], trust_remote_code=False)
+        return AutoConfig.from_pretrained(model_folder(options[name]), trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise ValueError(f"{name} {options[name]}: {error}") from error
 
