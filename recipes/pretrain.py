@@ -100,8 +100,10 @@ def load_model(args: ModelArguments, budget: int | None) -> tuple[PreTrainedMode
             model.config.image_seq_length = processor.image_seq_length = budget
         return model, processor
     if budget is None:
-        raise ValueError("train_packs: planned for another family than the Open-Qwen2VL that vision_model and text_model "
-                         "make; name a model of that family by model_name_or_path")  # fmt: skip
+        raise ValueError(
+            "train_packs: planned for another family than the Open-Qwen2VL that vision_model and text_model make; "
+            "name a model of that family by model_name_or_path"
+        )
     backbones = (args.vision_model, args.text_model)
     logger.info("building a new model from %s and %s (%s)", *backbones, args.dtype)
     options = {"dtype": args.dtype, "attn_implementation": args.attn_implementation}
