@@ -37,7 +37,7 @@ from open_qwen2vl import (
 from open_qwen2vl.data.packing.mixture import PackMixture, parse_sources
 from open_qwen2vl.data.packing.plan_files import read_plan
 from open_qwen2vl.trainer import parse_arguments, run_recipe
-from open_qwen2vl.trainer.model_loading import load_pretrained, tokens_per_image
+from open_qwen2vl.trainer.model_loading import check_dtype, load_pretrained, tokens_per_image
 
 logger = logging.getLogger("pretrain")
 
@@ -104,6 +104,7 @@ def load_model(args: ModelArguments, budget: int | None) -> tuple[PreTrainedMode
             "train_packs: planned for another family than the Open-Qwen2VL that vision_model and text_model make; "
             "name a model of that family by model_name_or_path"
         )
+    check_dtype(args.dtype)
     backbones = (args.vision_model, args.text_model)
     logger.info("building a new model from %s and %s (%s)", *backbones, args.dtype)
     options = {"dtype": args.dtype, "attn_implementation": args.attn_implementation}

@@ -13,7 +13,7 @@ adapter's folder with `use_peft`), `loss.png` and `train_results.json`. docs/sft
 import logging
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 # Before the imports that take ten seconds.
@@ -37,6 +37,7 @@ from open_qwen2vl.trainer.model_loading import load_pretrained, tokens_per_image
 
 logger = logging.getLogger("sft")
 
+LORA_MODULES = (*ATTENTION_MODULES, *MLP_MODULES)
 FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -62,7 +63,7 @@ class ModelArguments:
     lora_alpha: int = field(default=32, metadata={"help": "Updates are scaled by lora_alpha / lora_r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the updates."})
     lora_target_modules: list[str] = field(
-        default_factory=lambda: [*ATTENTION_MODULES, *MLP_MODULES],
+        default_factory=lambda: list(LORA_MODULES),
         metadata={"help": "Linear layers of the language model's blocks to adapt."},
     )
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(lora_r) instead."})
@@ -72,6 +73,10 @@ class ModelArguments:
     )
 
     def __post_init__(self):
+        given = [one.name for one in fields(self) if one.name.startswith(("lora_", "use_")) and one.name != "use_peft"]
+        given = [name for name in given if getattr(self, name) != getattr(ModelArguments, name, list(LORA_MODULES))]
+        if given and not self.use_peft:
+            raise ValueError(f"{given[0]} has no effect without use_peft")
         if self.load_in_4bit and not self.use_peft:
             raise ValueError("load_in_4bit needs use_peft: weights of 4 bits cannot be trained")
 

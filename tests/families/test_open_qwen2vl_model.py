@@ -3,6 +3,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from open_qwen2vl import OpenQwen2VLConfig, OpenQwen2VLForConditionalGeneration, PackingCollator
+from open_qwen2vl.families import packed_model
 from open_qwen2vl.families.interface import StepWork
 from open_qwen2vl.families.open_qwen2vl_model import (
     OpenQwen2VLPackedModel,
@@ -94,3 +95,9 @@ def test_the_papers_run():
     assert 6 * 28 * 1536 * 4096 == pytest.approx(1.06e9, rel=5e-3)
     assert (whole_packs - isolated) / tokens == pytest.approx(1.06e9 - 0.045e9, rel=5e-3)
     assert isolated == pytest.approx(6.48e19, rel=1e-3)
+
+
+def test_a_number_of_tokens_that_the_tower_has_not_is_refused(tiny_model):
+    tiny_model.config.image_seq_length = 5
+    with pytest.raises(ValueError, match="image_seq_length=5 must be a square number between 1 and 16"):
+        packed_model(tiny_model.config).prepare(tiny_model)

@@ -227,6 +227,8 @@ def test_unpacked(config, rows, model_folder, tmp_path, monkeypatch):
         (["--eval_strategy", "steps"], "eval_packs and eval_strategy"),
         (["--dataset_name", "x"], "either train_packs or dataset_name"),
         (["--load_in_4bit"], "load_in_4bit needs use_peft"),
+        (["--lora_r", "8"], "lora_r has no effect without use_peft"),
+        (["--dtype", "float7"], "dtype is 'float7', none of float32, bfloat16"),
         (["--use_peft", "--lora_target_modules", "qproj"], "choose from q_proj"),
         (["--use_peft", "--train_vision_tower"], "train_vision_tower does not go with an adapter"),
         (["--packing"], "packing is not supported: it prepares TRL's"),

@@ -154,6 +154,18 @@ def test_help_shows_defaults(capsys):
         (["--packs", "x", "--report_to", "wandbb"], "report_to: 'wandbb' is none of"),
         (["--packs", "x", "--report_to", "clearml"], "report_to: clearml is not installed (pip install clearml)"),
         (["--packs", "x", "--do_eval"], "do_eval is not supported: give eval_strategy"),
+        (["--packs", "x", "--load_best_model_at_end"], "load_best_model_at_end has no effect without eval_strategy"),
+        (["--packs", "x", "--metric_for_best_model=f1"], "metric_for_best_model has no effect without eval_strategy"),
+        (["--packs", "x", "--optim_args", "eps=1"], "optim_args has no effect on this optim"),
+        (["--packs", "x", "--optim_target_modules", "all-linear"], "optim_target_modules is for optimizers of low"),
+        (["--packs", "x", "--optim", "adalomo"], "optim: "),
+        (["--packs", "x", "--lr_scheduler_kwargs", '{"num_cycle": 1}'], "'num_cycle'"),
+        (["--packs", "x", "--lr_scheduler_kwargs", '{"num_cycles": "x"}'], "lr_scheduler_kwargs: "),
+        (["--packs", "x", "--activation_checkpointing_kwargs", '{"reentrant": true}'], "reentrant is none of"),
+        (["--packs", "x", "--max_dropped_share", "2"], "max_dropped_share is a share, at most 1, got 2.0"),
+        (["--packs", "x", "--max_dropped_share=-1"], "max_dropped_share must be at least 0"),
+        (["--packs", "x", "--neftune_noise_alpha=-5"], "neftune_noise_alpha must be at least 0"),
+        (["--packs", "x", "--data_seed=-1"], "data_seed must be at least 0"),
         (["--packs", "x", "--fsdp_config", "nowhere.json", "--fsdp", "full_shard"], "nowhere.json"),
         (
             ["--packs", "x", "--accelerator_config", '{"split_batches": true}'],
@@ -180,6 +192,7 @@ def test_a_wrong_command_line_is_one_line(capsys, argv, message):
         ("packs: x\nlearning_rate:\n", "learning_rate: needs a value"),
         ("packs: x\nlearning_rate: -1\n", "learning_rate must be at least 0"),
         ("packs: x\nsave_strategy: yes\n", "yes"),
+        ("packs: x\nlog_level: loud\n", "log_level is 'loud', none of detail, debug"),
         ("packs: x\nmax_steps: yes\n", "max_steps"),
         ("packs: x\nseed: 1\nseed: 2\n", "'seed' is given twice"),
         ("packs: x\nbf16: !!python/object/apply:os.system ['true']\n", "bf16: "),
@@ -194,3 +207,15 @@ def test_a_wrong_command_line_is_one_line(capsys, argv, message):
 )
 def test_a_wrong_file_is_one_line(capsys, config, text, message):
     assert message in error_of(capsys, config(text))
+
+
+def test_wandb_without_a_key_is_one_line(capsys, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    argv = ("--packs", "x", "--report_to", "wandb", "--output_dir", str(tmp_path))
+    assert "report_to: wandb has no API key" in error_of(capsys, *argv)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert parse(*argv)[1].report_to == ["wandb"]

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..modeling.configuration_open_qwen2vl import pooled_grid_side
 from .interface import StepWork, VisionWork
 
 
@@ -15,7 +16,11 @@ class OpenQwen2VLPackedModel:
     block_classes = ("Qwen2DecoderLayer", "SiglipEncoderLayer")
 
     def prepare(self, model: PreTrainedModel, processor: Any = None) -> PreTrainedModel:
-        """Switch off the cache, which would join the documents of a pack; Trainer does so in the top config only."""
+        """Switch off the cache, which would join the documents of a pack; Trainer does so in the top config only.
+
+        A ValueError for a number of tokens an image that the tower cannot give.
+        """
+        pooled_grid_side(model.config.image_seq_length, model.config.patches_per_side)
         model.config.text_config.use_cache = False
         return model
 

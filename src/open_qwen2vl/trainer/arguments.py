@@ -10,7 +10,13 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
-from .options import check_loader, check_report_to, check_values, refuse_unsupported
+from .options import (
+    check_loader,
+    check_report_to,
+    check_values,
+    check_what_is_built,
+    refuse_unsupported,
+)
 
 
 @dataclass
@@ -154,6 +160,7 @@ class PackedArguments:
         super().__post_init__()
         check_loader(self.accelerator_config)
         check_report_to(self.report_to)
+        check_what_is_built(self)
         # `accelerate launch --mixed_precision` counts too: the tower's type and the checkpoint's record go by these.
         self.bf16, self.fp16 = self.mixed_precision == "bf16", self.mixed_precision == "fp16"
         if not (self.train_projector or self.train_language_model or self.train_vision_tower):

@@ -1,8 +1,12 @@
 """The model that a recipe starts from: of any family, all weights or an adapter; no code that comes with it is run."""
 
+import contextlib
 import logging
+import pickle
+from collections.abc import Iterator
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from ..model_folders import is_adapter, model_folder
@@ -10,6 +14,7 @@ from ..model_folders import is_adapter, model_folder
 logger = logging.getLogger(__name__)
 
 PACKED = "packed_varlen"
+DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
 def load_pretrained(
@@ -27,6 +32,7 @@ def load_pretrained(
     Raises:
         ValueError: where there is no model, or for an adapter on a base that would be quantised.
     """
+    check_dtype(dtype)
     folder = model_folder(name)
     logger.info("loading the model from %s (%s)", folder, dtype)
     processor = AutoProcessor.from_pretrained(folder, revision=revision, trust_remote_code=False)
@@ -37,15 +43,33 @@ def load_pretrained(
         from .lora import merged_model  # PEFT takes seconds to import
 
         logger.info("its adapter is merged into the base model")
-        return merged_model(folder, **options), processor
+        with _weights_named(folder):
+            return merged_model(folder, **options), processor
     config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=False)
     if config.model_type == "open_qwen2vl" or attn_implementation != PACKED:
         # Other families get the packed attention when they are prepared for packing.
         options["attn_implementation"] = attn_implementation
-    model = AutoModelForImageTextToText.from_pretrained(folder, revision=revision, trust_remote_code=False, **options)
+    options |= {"revision": revision, "trust_remote_code": False}
+    with _weights_named(folder):
+        model = AutoModelForImageTextToText.from_pretrained(folder, **options)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(f"{name} is an adapter: download it and name its folder, or merge it into its base model")
     return model, processor
+
+
+@contextlib.contextmanager
+def _weights_named(folder: str) -> Iterator[None]:
+    """Name the folder whose weights are none."""
+    try:
+        yield
+    except (SafetensorError, pickle.UnpicklingError) as error:
+        raise ValueError(f"the weights in {folder} cannot be read: {error}") from error
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise ValueError for a type of weights that is none."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, none of {', '.join(DTYPES)}")
 
 
 def tokens_per_image(given: int | None, plans: dict[str, dict[str, Any]]) -> int | None:

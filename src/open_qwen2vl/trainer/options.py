@@ -5,10 +5,14 @@ the installed libraries, so that an option of a later version is decided upon an
 """
 
 import math
+import os
 from typing import Any
 
+import torch
+from transformers import Trainer, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.training_args import trainer_log_levels
 
 _ORDER = "packs come in an order of their own, which resuming and equal loads rest on"
 _METRICS = "evaluation is the loss per label, without predictions to gather"
@@ -123,8 +127,17 @@ _LOWEST = {
     "eval_tasks_shots": (0, True),
     "eval_tasks_batch_size": (1, True),
     "max_length": (1, True),
+    "max_dropped_share": (0, True),
+    "neftune_noise_alpha": (0, True),
+    "data_seed": (0, True),
+    "ddp_timeout": (0, False),
 }
 _WHOLE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_steps")
+_NO_OPTIM_ARGS = ("adamw_torch", "adamw_torch_fused", "adafactor")
+_EVALUATED = ("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "eval_on_start")
+_CHECKPOINT_OPTIONS = frozenset(
+    ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop", "context_fn")
+)
 _LOADER = {"split_batches": False, "dispatch_batches": None, "even_batches": True, "use_seedable_sampler": True}
 
 
@@ -135,6 +148,13 @@ def refuse_unsupported(args: Any) -> None:
             raise ValueError(f"{name} is not supported: {reason}")
     if args.do_eval and args.eval_strategy == "no":
         raise ValueError("do_eval is not supported: give eval_strategy (steps or epoch), which says when")
+    for name in _EVALUATED:
+        if getattr(args, name) not in (None, False) and args.eval_strategy in ("no", False):
+            raise ValueError(f"{name} has no effect without eval_strategy (steps or epoch)")
+    if args.optim_args and str(getattr(args.optim, "value", args.optim)) in _NO_OPTIM_ARGS:
+        raise ValueError("optim_args has no effect on this optim: give adam_beta1, adam_epsilon, ... by their names")
+    if args.optim_target_modules and not any(kind in str(args.optim).lower() for kind in ("galore", "apollo")):
+        raise ValueError("optim_target_modules is for optimizers of low rank (galore, apollo)")
 
 
 def check_values(args: Any) -> None:
@@ -151,8 +171,36 @@ def check_values(args: Any) -> None:
             raise ValueError(f"{name} must be a whole number, got {getattr(args, name)!r}")
     if args.max_steps == 0 or args.max_steps < -1:
         raise ValueError(f"max_steps must be at least 1 (or -1, for num_train_epochs), got {args.max_steps}")
+    if args.max_dropped_share > 1:
+        raise ValueError(f"max_dropped_share is a share, at most 1, got {args.max_dropped_share}")
+    for name in ("log_level", "log_level_replica"):
+        if getattr(args, name) not in trainer_log_levels:
+            raise ValueError(f"{name} is {getattr(args, name)!r}, none of {', '.join(trainer_log_levels)}")
     if not (args.adam_beta1 < 1 and args.adam_beta2 < 1):
         raise ValueError(f"adam_beta1 and adam_beta2 must be below 1, got {args.adam_beta1} and {args.adam_beta2}")
+
+
+def check_what_is_built(args: Any) -> None:
+    """Raise ValueError for a schedule, optimizer or checkpointing of blocks that the trainer's loop could not make."""
+    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        given = getattr(args, name, None)
+        unknown = sorted(set(given) - _CHECKPOINT_OPTIONS) if isinstance(given, dict) else []
+        if unknown:
+            raise ValueError(f"{name}: {', '.join(unknown)} is none of {', '.join(sorted(_CHECKPOINT_OPTIONS))}")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    try:
+        kwargs = dict(args.lr_scheduler_kwargs or {})
+        schedule = get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=kwargs)
+        if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+            optimizer.step()
+            schedule.step()
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"lr_scheduler_type {args.lr_scheduler_type}, lr_scheduler_kwargs: {error}") from error
+    if not args.optim_target_modules:
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(args)
+        except (ImportError, RuntimeError) as error:
+            raise ValueError(f"optim: {error}") from error
 
 
 def check_loader(config: Any) -> None:
@@ -171,3 +219,8 @@ def check_report_to(names: list[str]) -> None:
             raise ValueError(f"report_to: {name!r} is none of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}")
         if name in (*optional, "codecarbon", "clearml", "swanlab", "trackio") and name not in installed:
             raise ValueError(f"report_to: {name} is not installed (pip install {name.removesuffix('_ml')})")
+    if "wandb" in names and os.environ.get("WANDB_MODE", "online") == "online":
+        import wandb
+
+        if not wandb.api.api_key:
+            raise ValueError("report_to: wandb has no API key: `wandb login`, or WANDB_MODE=offline")

@@ -6,6 +6,7 @@ import re
 import resource
 import shutil
 import signal
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -249,3 +250,41 @@ def test_what_changes_no_step_is_not_refused(make_trainer):
     trainer.train()
     changed = {**SAVING, "save_steps": 3, "logging_steps": 1, "gradient_accumulation_steps": 2}
     make_trainer(**changed).train(resume_from_checkpoint=True)
+
+
+def pickled_call(path):
+    class Call:
+        def __reduce__(self):
+            return os.mkdir, (str(path) + ".called",)
+
+    torch.save({"state": Call()}, path)
+
+
+def other_zip(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.txt", "x")
+
+
+def unknown_type(path):
+    header = path.read_bytes()
+    path.write_bytes(header.replace(b'"F32"', b'"X32"', 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("optimizer.pt", other_zip, "no whole optimizer.pt"),
+        ("optimizer.pt", pickled_call, "optimizer.pt is none"),
+        ("scheduler.pt", pickled_call, "scheduler.pt is none"),
+        ("model.safetensors", unknown_type, "model.safetensors is none"),
+        ("model.safetensors", lambda path: path.write_bytes(b"\xff" * 64), "no whole model.safetensors"),
+    ],
+)
+def test_files_that_are_no_such_thing_are_named(make_trainer, tmp_path, name, damage, message):
+    options = {**SAVING, "max_steps": 2}
+    make_trainer(**options).train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    damage(checkpoint / name)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**options).train(resume_from_checkpoint=str(checkpoint))
+    assert not (checkpoint / f"{name}.called").exists()

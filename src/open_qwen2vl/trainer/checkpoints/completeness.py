@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 STATE_NAME = "trainer_state.json"
+MAX_HEADER = 100 << 20  # bytes, as safetensors has it
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
 
 
@@ -69,9 +70,9 @@ def _safetensors_header(path: Path) -> dict:
             (length,) = struct.unpack("<Q", file.read(8))
             size = os.fstat(file.fileno()).st_size
             # A damaged length may be anything: more than the file has is not read.
-            header = json.loads(file.read(length)) if length <= size else {}
+            header = json.loads(file.read(length)) if length <= min(size, MAX_HEADER) else {}
         end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=-1)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error):
         return {}
     # Tensors follow the header without a gap: a file that was cut anywhere is shorter than it says.
     return header if 8 + length + end == size else {}
@@ -84,9 +85,9 @@ def _has_state(folder: Path, name: str, *suffixes: str) -> bool:
 
 
 def _is_whole_archive(path: Path) -> bool:
-    """What torch saves is a zip file, whose directory stands at its end."""
+    """What torch saves is a zip file, whose directory stands at its end, with a `data.pkl` in it."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return bool(archive.namelist())
-    except (OSError, zipfile.BadZipFile):
+            return any(name.endswith("/data.pkl") for name in archive.namelist())
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
         return False

@@ -4,8 +4,11 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from torch import nn
 
 from .completeness import missing_part, weight_names
@@ -27,12 +30,27 @@ def checkpoint_to_resume(
     if missing := missing_part(asked):
         raise ValueError(f"{asked} is no checkpoint to resume from: {missing}")
     check_same_run(asked, record)
+    _check_files(Path(asked))
     # An adapter's file has PEFT's names; `whole_adapters` compares those as they are loaded.
     if (saved := weight_names(asked)) is not None and not hasattr(model, "peft_config"):
         expected = set(without_tied(list(model.state_dict()), model))
         # Tied weights are in a file once or twice: neither missed nor unknown.
         check_weight_names(expected - saved, saved - set(model.state_dict()), str(asked))
     return str(asked)
+
+
+def _check_files(checkpoint: Path) -> None:
+    """Refuse files of the right name that are something else; no tensor is read, and nothing but tensors unpickled."""
+    for file in [*checkpoint.glob("*.safetensors"), checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"]:
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt"):
+                    pass
+            elif file.exists():
+                torch.load(file, map_location="meta", mmap=True, weights_only=True)
+        except Exception as error:  # of many kinds: SafetensorError, UnpicklingError, RuntimeError, KeyError
+            what = " ".join(str(error).split())[:200]
+            raise ValueError(f"{checkpoint} is no checkpoint to resume: {file.name} is none ({what})") from error
 
 
 def check_weight_names(missing: set[str], unexpected: set[str], where: str) -> None:
