@@ -193,15 +193,28 @@ def test_nobody_else_opens_images():
 
 
 @pytest.mark.parametrize("bits", [8, 12, 16, 20, 31])
-def test_integers_are_scaled_by_the_bits_that_they_need(bits):
+def test_integers_of_32_bits_are_scaled_by_the_bits_that_they_need(bits):
     values = np.linspace(0, 2**bits - 1, 200).astype(np.int32).reshape(10, 20)
     wanted = values >> (bits - 8)
-    for kind in ("TIFF",) if bits > 16 else ("TIFF", "PNG"):
-        array = values if kind == "TIFF" else values.astype(np.uint16)
-        pixels = np.asarray(decode_image(encode(Image.fromarray(array), kind)))
-        assert np.array_equal(pixels, np.stack([wanted] * 3, -1))
+    pixels = np.asarray(decode_image(encode(Image.fromarray(values), "TIFF")))
+    assert np.array_equal(pixels, np.stack([wanted] * 3, -1))
     assert np.array_equal(to_rgb(Image.fromarray(values)), array_to_rgb(values))
     assert np.array_equal(to_rgb(Image.fromarray(values)).getchannel(1), wanted)
+
+
+@pytest.mark.parametrize("brightest", [200, 4095, 65535])
+def test_a_dark_picture_of_16_bits_stays_dark(brightest):
+    """65535 is white, whatever a picture uses of it, on every way in."""
+    values = np.linspace(0, brightest, 200).astype(np.uint16).reshape(10, 20)
+    ways = [decode_image(encode(Image.fromarray(values), kind)) for kind in ("PNG", "TIFF")]
+    ways += [to_rgb(Image.fromarray(values)), array_to_rgb(values), array_to_rgb(torch.from_numpy(values.copy()))]
+    for image in ways:
+        assert np.array_equal(np.asarray(image)[..., 1], values >> 8)
+
+
+def test_arrays_of_8_bits_are_taken_as_they_are():
+    values = np.array([[-3, 0, 127]], np.int8)
+    assert np.array_equal(np.asarray(array_to_rgb(values))[..., 0], [[0, 0, 127]])
 
 
 def test_big_endian_and_negative_values():

@@ -8,6 +8,7 @@ messages [{"role", "content": [{"type": "image"} | {"type": "text", "text"}], "t
 """
 
 import base64
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,9 +18,14 @@ PLACEHOLDER = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 OTHER_MEDIA = ("video", "videos", "audio", "audios")
 TURNS = ("messages", "conversations")
-SYSTEM = ("system", "system_prompt")  # beside the turns
-FLAGS = ("loss", "weight", "train", "loss_mask")  # of a turn, or a list of them beside the turns: 0 is not learned
-UNREAD = ("reasoning_content", "reasoning", "thinking", "tools", "functions")  # texts that no template here shows
+SYSTEM = ("system", "system_prompt", "system_message")  # beside the turns
+# Of a turn, or a list of them beside the turns: 0 is not learned.
+FLAGS = ("loss", "weight", "train", "loss_mask", "trainable", "train_on_turn")
+# Texts that no template here shows.
+UNREAD = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "tools", "functions")
+_ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+BYTE_ORDER_MARK = "\ufeff"
+MAX_TEXT = 1 << 20  # characters of a record, some 250,000 tokens
 
 
 class Conversation(NamedTuple):
@@ -67,6 +73,7 @@ def read_conversation(record: Any) -> Conversation:
     if record.get("messages") and listed:
         _place_as_trl(messages, turns, len(listed))
     images = _fill_images(messages, listed)
+    refuse_long(part.get("text", "") for message in messages for part in message["content"])
     for message in messages:
         message["content"] = join_texts(message["content"])
         if message["role"] == "assistant" and not any(part.get("text", "x").strip() for part in message["content"]):
@@ -107,7 +114,7 @@ def _read_turn(turn: Any) -> dict[str, Any]:
     if turn.get("tool_calls") or turn.get("function_call"):
         raise SampleError("unknown_content", "a turn calls tools")
     _refuse_unread(turn, "a turn")
-    speaker, content = (_first(turn, *names) for names in (("role", "from"), ("content", "value")))
+    speaker, content = (_only(turn, *names) for names in (("role", "from"), ("content", "value")))
     if not isinstance(speaker, str):
         raise SampleError("bad_turn", f"a turn with the keys {', '.join(map(str, turn))} does not say who speaks")
     if speaker not in ROLES:
@@ -125,6 +132,13 @@ def _first(turn: Mapping, *names: str) -> Any:
     return next((turn[name] for name in names if turn.get(name) is not None), None)
 
 
+def _only(turn: Mapping, *names: str) -> Any:
+    found = [turn[name] for name in names if turn.get(name) is not None]
+    if len(found) > 1 and found[0] != found[1] and ROLES.get(str(found[0]), 0) != ROLES.get(str(found[1]), 1):
+        raise SampleError("ambiguous_conversation", f"{' and '.join(names)} of a turn are not the same")
+    return found[0] if found else None
+
+
 def _refuse_unread(part: Mapping, where: str) -> None:
     unread = next((name for name in UNREAD if part.get(name)), None)
     if unread:
@@ -137,6 +151,8 @@ def _read_part(part: Any) -> dict[str, Any]:
         if not isinstance(part.get("text"), str):
             raise SampleError("bad_text", f"a part of type text has a {type(part.get('text')).__name__} for it")
         return _text(part["text"])
+    if kind in ("image", "image_url") and part.get("text"):
+        raise SampleError("unknown_content", f"a part of type {kind} has a text as well")
     if kind == "image":
         return _image(_first(part, "image", "path", "url"))
     if kind == "image_url":
@@ -191,6 +207,7 @@ def _add_system(messages: list[dict[str, Any]], record: Mapping) -> None:
 
 
 def _text(text: str) -> dict[str, Any]:
+    text = text.lstrip(BYTE_ORDER_MARK)
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -220,6 +237,8 @@ def _listed_images(record: Mapping) -> list[Any]:
             found.append(own)
     if len(found) > 1 and found[0] != found[1]:
         raise SampleError("ambiguous_images", f"{len(found[1])} in image and {len(found[0])} others in images")
+    if not found and (record.get("image_url") or record.get("image_urls")):
+        raise SampleError("image_is_url", "image_url of the record has to be downloaded first")
     return found[0] if found else []
 
 
@@ -253,14 +272,34 @@ def _reference(image: Any) -> Any:
     """A path, or a dict with bytes or a path; what a data URI holds becomes bytes."""
     if isinstance(image, Mapping) and isinstance(image.get("bytes"), bytes):
         return image
-    path = image.get("path") if isinstance(image, Mapping) else image
+    path = image_path(image)
     if not isinstance(path, str) or not path:
         raise SampleError("bad_image", "an image is neither a path nor bytes")
-    if path[:8].lower().startswith(("http://", "https://")):
-        raise SampleError("image_is_url", f"{path} has to be downloaded first")
+    refuse_url(path)
     if path.startswith("data:"):
         try:
             return {"bytes": base64.b64decode(path.partition(",")[2], validate=True), "path": None}
         except ValueError as error:
             raise SampleError("corrupt_image", f"a data URI is no base64: {error}") from error
-    return image
+    return image if isinstance(image, Mapping) and image.get("path") else path
+
+
+def image_path(image: Any) -> Any:
+    """What names an image: a path, or an address under one of the keys that data sets have for it."""
+    if not isinstance(image, Mapping):
+        return image
+    url = _first(image, "path", "url", "image_url", "raw_url")
+    return url.get("url") if isinstance(url, Mapping) else url
+
+
+def refuse_url(path: str) -> None:
+    """Raise `image_is_url` for an address."""
+    if _ADDRESS.match(path):
+        raise SampleError("image_is_url", f"{path} has to be downloaded first")
+
+
+def refuse_long(texts: Iterable[str | None]) -> None:
+    """Raise `text_too_large` for texts that would take seconds and gigabytes to be found too long."""
+    length = sum(len(text) for text in texts if text)
+    if length > MAX_TEXT:
+        raise SampleError("text_too_large", f"texts of {length:,} characters, more than {MAX_TEXT:,}")

@@ -74,9 +74,10 @@ def read_image_size(data: bytes, upright: bool = False) -> tuple[int, int]:
 def to_rgb(image: Image.Image) -> Image.Image:
     """An upright RGB image.
 
-    The EXIF orientation is applied and an alpha channel dropped, as training does it. Grey of more than 8 bits is
-    scaled by the number of bits that its largest value needs, out of 8, 12 and 16 (or as many as it needs above);
-    floats from 0 to 1 by 255.
+    The EXIF orientation is applied and an alpha channel dropped, as training does it. Of 16 bits 65535 is white, as
+    PNG and TIFF have it: what uses fewer of them is dark, and a dark picture stays so. Of 32 bits nobody says what is
+    white: they are scaled by the number of bits that the largest value needs, out of 8, 12 and 16 (or as many as it
+    needs above); floats from 0 to 1 by 255.
     """
     pixels = _upright(image)
     if pixels is image and image.info.get("transparency") is not None:
@@ -225,7 +226,11 @@ def _to_bytes(values: np.ndarray, largest: float) -> np.ndarray:
     """Values of more than 8 bits, or floats, as uint8; what is below 0, or no number, is 0."""
     if values.dtype.kind == "b":
         return values.astype(np.uint8) * 255
+    if values.dtype.itemsize == 1:
+        return values.clip(0).astype(np.uint8)
     bits = next((bits for bits in (8, 12, 16) if largest < 1 << bits), int(largest).bit_length())
+    if values.dtype.kind in "iu" and values.dtype.itemsize == 2:
+        bits = 16
     if values.dtype.kind != "f":
         return (values.clip(0) >> (bits - 8)).astype(np.uint8)
     # A little above 1, as resampling makes it, is still 0 to 1; a picture from 0 to 255 is not that dark.

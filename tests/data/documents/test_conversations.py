@@ -280,8 +280,8 @@ def test_every_bad_record_is_named(images, write_json, tmp_path, processor, monk
         "unsafe_image_path": [
             record(1, id=f"u{i}", image=name)
             for i, name in enumerate(
-                ["../secret.png", str(images / NAMES[0]), "sub/../../secret.png", "sub/outside.png", "out/secret.png",
-                 "sub/\0.png", "sub/\ud800.png"]
+                ["../secret.png", str(tmp_path / "secret.png"), "sub/../../secret.png", "sub/outside.png",
+                 "out/secret.png", "sub/\0.png", "sub/\ud800.png"]
             )
         ],
         "too_many_placeholders": [record(1, id="p1", image=[])],

@@ -15,7 +15,7 @@ from open_qwen2vl.data.storage import image_files
 from open_qwen2vl.data.storage.image_files import ImageFiles, describe_images, index_archives
 from open_qwen2vl.data.storage.tar_index import SCHEMA, index_path, read_shard_index, write_shard_index
 from open_qwen2vl.data.storage.tars import index_shard
-from open_qwen2vl.data.storage.uids import read_uids
+from open_qwen2vl.data.storage.uids import find_uids, read_uids
 from open_qwen2vl.data.storage.zips import list_members, read_zip_member
 from open_qwen2vl.processing.sample_error import SampleError
 
@@ -149,3 +149,14 @@ def test_the_index_of_archives_is_written_whole_and_checked(write_tar, tmp_path,
     (tmp_path / "image-index.key.npy").write_bytes(b"x")
     with pytest.raises(ValueError, match="image-index.key.npy: not a whole"):
         ImageFiles(tmp_path, roots).find("1.jpg")
+
+
+def test_a_mapped_array_that_is_cut_is_an_error_and_no_signal(tmp_path):
+    path = tmp_path / "u.npy"
+    np.save(path, np.array([(n, 0) for n in range(5000)], "u8,u8"))
+    uids = read_uids(path)
+    asked = np.array([4999], np.uint64), np.array([0], np.uint64)
+    assert find_uids(uids, *asked).tolist() == [4999]
+    os.truncate(path, 4096)
+    with pytest.raises(OSError, match="u.npy has been cut since it was opened"):
+        find_uids(uids, *asked)

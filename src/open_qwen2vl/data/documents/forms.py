@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from ...families.interface import DocumentProcessor
-from ...processing.conversation_records import read_conversation
+from ...processing.conversation_records import FLAGS, UNREAD, read_conversation
 from ...processing.conversations import ConversationFormat
 from ...processing.sample_error import SampleError
 from ...processing.text_formats import (
@@ -192,5 +192,8 @@ def as_messages(record: Any) -> Any:
     for turn in record[TURNS]:
         if not isinstance(turn, Mapping):
             raise SampleError("bad_turn", f"a turn is a {type(turn).__name__}")
-        messages += [{"role": role, "content": turn.get(role)} for role in ("user", "assistant")]
+        if turn.get("system"):
+            raise SampleError("ambiguous_conversation", "a turn of user and assistant has a system prompt")
+        others = {name: value for name, value in turn.items() if name in (*FLAGS, *UNREAD)}
+        messages += [{**others, "role": role, "content": turn.get(role)} for role in ("user", "assistant")]
     return {**{name: value for name, value in record.items() if name != TURNS}, "messages": messages}

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...processing.conversation_records import refuse_url
 from ...processing.sample_error import SampleError
 from ..storage.image_files import MAX_IMAGE_BYTES, ImageFiles
 from ..storage.image_sizes import upright_size
@@ -18,7 +19,6 @@ from .records import TABLES, TAR, Found, OwnImage, RecordReader
 from .texts import image_bytes
 
 OWN = -1
-URLS = ("http://", "https://")
 
 
 class PlannedImage(NamedTuple):
@@ -46,8 +46,7 @@ class RecordImages:
         if isinstance(reference, dict) and (reference.get("bytes") is not None or "image_base64" in reference):
             return PlannedImage(None)
         name = _name(reference)
-        if name[:8].lower().startswith(URLS):
-            raise SampleError("image_is_url", f"{name} has to be downloaded first")
+        refuse_url(name)
         if samples is not None:
             own = _own_member(samples, found.key, name)
             if own is None and not self._roots:

@@ -125,7 +125,7 @@ def _kind(path: str, caption_column: str | None, has_images: bool) -> SourceKind
 
 
 def _kind_of_json(path: str, caption_column: str | None, has_images: bool) -> SourceKind:
-    records = [record for record in _first_of_json(path) if isinstance(record, Mapping)]
+    records = [record for record in first_of_json(path) if isinstance(record, Mapping)]
     formats = [_format(record, caption_column, is_turns(record.get(TURNS)), has_images) for record in records]
     found = [name for name in TEXT_FORMATS if name in formats]
     if records and not found:
@@ -179,7 +179,7 @@ def _first_of_tar(path: str) -> Iterator[Any]:
                     yield json.loads(read_member(file.fileno(), name, offset, size))
 
 
-def _first_of_json(path: str) -> Iterator[Any]:
+def first_of_json(path: str) -> Iterator[Any]:
     with open(path, "rb", buffering=0) as file:
         for offset, size in islice(record_spans(path, 0, os.path.getsize(path)), LOOKED_AT):
             with contextlib.suppress(SampleError):

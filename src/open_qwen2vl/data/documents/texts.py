@@ -16,12 +16,14 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from ...processing.conversation_records import BYTE_ORDER_MARK, image_path, refuse_long, refuse_url
 from ...processing.sample_error import SampleError
 
 IMAGE_FIELD = "image"
 # Other names of a path beside a caption; `path` beside a plain text may be that of the text.
 PATH_FIELDS = ("image_path", "img_path", "file_name", "filename", "file_path", "filepath", "path", "img")
 CAPTION_FIELDS = ("caption", "text")  # where none is named, the first that a record or a table has
+_BLANKS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs without ink
 
 
 class Texts(NamedTuple):
@@ -54,6 +56,8 @@ def read_caption(record: Any, field: str, needs_image: bool, is_caption: bool = 
     if not isinstance(caption, str):
         raise SampleError("bad_caption", f"{field} is a {type(caption).__name__}")
     _check_text(caption)
+    refuse_long([caption])
+    caption = caption.lstrip(BYTE_ORDER_MARK)
     if not has_words(caption):
         raise SampleError("empty_caption", "the caption is empty")
     image = record.get(image_field(record, is_caption))
@@ -61,14 +65,16 @@ def read_caption(record: Any, field: str, needs_image: bool, is_caption: bool = 
     if reference is not None:
         return Texts([None, caption], [reference])
     if needs_image:
-        raise SampleError("bad_image" if image else "missing_image", "neither the bytes of an image nor a path")
+        is_null = isinstance(image, Mapping) and all(value is None for value in image.values())
+        reason = "missing_image" if is_null or not image else "bad_image"
+        raise SampleError(reason, "neither the bytes of an image nor a path")
     return Texts([caption], [])
 
 
 def decode_caption(data: bytes) -> str:
     """The caption in a text file, without a byte-order mark; `bad_caption_encoding`, or `empty_caption`."""
     try:
-        caption = data.decode("utf-8-sig")
+        caption = data.decode().lstrip(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
         raise SampleError("bad_caption_encoding", str(error)) from error
     if not has_words(caption):
@@ -79,7 +85,7 @@ def decode_caption(data: bytes) -> str:
 def has_words(text: str) -> bool:
     """Whether anything in a text is to be seen: white space, controls, marks and zero-width characters are not."""
     # A letter comes first in nearly every text, which ends the search.
-    return any(unicodedata.category(character)[0] not in "CZM" for character in text)
+    return any(unicodedata.category(character)[0] not in "CZM" and character not in _BLANKS for character in text)
 
 
 def is_interleaved(names: Any) -> bool:
@@ -110,6 +116,7 @@ def read_interleaved(record: Any) -> Texts:
         raise SampleError("no_document", "its texts or its images are no list")
     for text in texts:
         _check_text(text)
+    refuse_long(texts)
     return _read_mmc4(texts, images) if is_mmc4 else _read_parallel(texts, images)
 
 
@@ -135,7 +142,7 @@ def _read_parallel(texts: list[Any], entries: list[Any]) -> Texts:
         if bool(text) == (image is not None):
             reason, what = ("ambiguous_entry", "both") if text else ("empty_entry", "neither")
             raise SampleError(reason, f"entry {number} is {what} text and image")
-        order.append(text or None)
+        order.append(text.lstrip(BYTE_ORDER_MARK) if text else None)
         images += [] if image is None else [image]
     return Texts(order, images)
 
@@ -179,6 +186,7 @@ def _reference(entry: Any) -> Any:
     if entry is None or entry == "":
         return None
     if isinstance(entry, str):
+        refuse_url(entry)
         return entry
     if not isinstance(entry, Mapping):
         raise SampleError("bad_image", f"an image is a {type(entry).__name__}")
@@ -186,5 +194,7 @@ def _reference(entry: Any) -> Any:
         return {"image_base64": entry["image_base64"]}
     if isinstance(entry.get("bytes"), bytes):
         return {"bytes": entry["bytes"], "path": entry.get("path")}
-    path = entry.get("path") or entry.get("image_name")
+    path = entry.get("path") or entry.get("image_name") or image_path(entry)
+    if isinstance(path, str):
+        refuse_url(path)
     return path if isinstance(path, str) and path else None

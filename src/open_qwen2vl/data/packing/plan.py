@@ -21,12 +21,13 @@ import numpy as np
 
 from ...families import difference, document_processor
 from ...families.interface import DocumentProcessor, Media
-from ...files import describe_shard, remove_temporaries
+from ...files import describe_shard, remove_temporaries, shard_path
 from ...output_lock import only_writer
 from ...processing.text_formats import tokenizer_fingerprint
 from ..documents.documents import Group, Skipped, plan_group
 from ..documents.forms import RULES, conversation_format
 from ..documents.sources import SourceKind, source_kind
+from ..documents.unread import warn_of_unread_fields
 from ..engine.engine import Outcome, show_progress, work_through
 from ..storage.image_files import describe_images, index_archives, remove_index
 from .bins import pack_lengths
@@ -95,6 +96,7 @@ def plan_packs(shards: Sequence[str | Path], output: str | Path, processor: Any,
         raise ValueError("no shards given: name at least one tar, or one file of conversations")
     kind = source_kind(shards, chosen.caption_column, bool(chosen.images))
     _check_options(kind, chosen)
+    warn_of_unread_fields(shards[0], kind)
     media = {name: getattr(chosen, name) for name in MEDIA_OPTIONS}
     documents = document_processor(processor, chat_template=chosen.chat_template, **media)
     _check_room(kind, chosen, documents)
@@ -252,6 +254,8 @@ def _finish(folder: Path, plan: dict[str, Any], tasks: list[_Task]) -> PlanRepor
     """Sum up the parts and write plan.json."""
     reports = [PlanReport(**read_part_metadata(task.part)["report"]) for task in tasks]
     total = PlanReport.of_parts(reports)
+    if not total.samples:
+        raise ValueError(f"{shard_path(folder, plan['shards'][0])}: not a single record in it")
     if not total.packs:
         raise ValueError(f"none of {total.samples} samples can be packed: {total.skipped}")
     parts = [{"name": task.part.name, "packs": report.packs} for task, report in zip(tasks, reports, strict=True)]

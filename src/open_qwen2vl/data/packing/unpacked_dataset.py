@@ -21,6 +21,7 @@ from ...processing.images import read_image_size
 from ...processing.sample_error import SampleError
 from ..documents.documents import ReadDocument, finish_document, pack_item
 from ..documents.forms import TURNS, as_messages, conversation_format, is_turns
+from ..storage.image_files import MAX_IMAGE_BYTES
 from ..storage.row_values import row_values
 from ..storage.tables import COLUMNS, TEXT_COLUMNS
 
@@ -118,13 +119,21 @@ class UnpackedConversations(Dataset):
         if isinstance(image, dict):
             if image.get("bytes"):
                 return image["bytes"]
-            image = image["path"]
-        path = Path(image)
-        if self.image_folder is not None:
-            path = Path(os.path.realpath(os.path.join(self.image_folder, image)))
-            if not path.is_relative_to(self.image_folder):
-                raise SampleError("unsafe_image_path", f"{image} is not inside of {self.image_folder}")
+            image = image.get("path")
+        if not image:
+            raise SampleError("missing_image", "the row has neither the bytes of an image nor a path")
         try:
+            path = Path(image)
+            if self.image_folder is not None:
+                path = Path(os.path.realpath(os.path.join(self.image_folder, image)))
+                if not path.is_relative_to(self.image_folder):
+                    raise SampleError("unsafe_image_path", f"{image} is not inside of {self.image_folder}")
+            if path.exists() and not path.is_file():
+                raise SampleError("missing_image", f"{path} is no regular file")
+            if path.stat().st_size > MAX_IMAGE_BYTES:
+                raise SampleError("image_too_large", f"{path} is larger than {MAX_IMAGE_BYTES} bytes")
             return path.read_bytes()
-        except OSError as error:
-            raise SampleError("missing_image", str(error)) from error
+        except SampleError:
+            raise
+        except (OSError, ValueError) as error:  # ValueError: names with NUL
+            raise SampleError("missing_image", f"{image}: {error}") from error

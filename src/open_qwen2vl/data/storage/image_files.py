@@ -3,10 +3,11 @@
     names of all archives ── index_archives ──► image-index.{key,location}.npy, sorted by hash, memory-mapped
     a name ── ImageFiles.find ──► location (root, offset, size), kept in the plan ── ImageFiles.read ──► bytes
 
-Folders are looked at first. A name is a path inside of a root: absolute ones, `..` and links that leave the folder
-are refused. An archive's member is read by its offset, and only if it still has its name.
+Folders are looked at first. A name is a path inside of a root, perhaps an absolute one: others, `..` and links that
+leave the folder are refused. An archive's member is read by its offset, and only if it still has its name.
 """
 
+import contextlib
 import functools
 import hashlib
 import logging
@@ -22,7 +23,7 @@ import numpy as np
 
 from ...files import describe_shard, os_errors_named, renamed_when_whole, shard_path
 from ...processing.sample_error import SampleError
-from .open_files import Newest, map_array
+from .open_files import Newest, check_mapped, map_array
 from .tars import MAX_IMAGE_BYTES, list_files, read_member
 from .zips import list_members, read_zip_member
 
@@ -130,16 +131,26 @@ class ImageFiles:
             raise SampleError("missing_image", f"{name}: {error}") from error
 
     def _find(self, name: str) -> ImageLocation | None:
+        is_inside = not name.startswith("/")
         for number in self._folders:
             try:
-                status = os.stat(self._path_in_folder(number, name))
-            except OSError:
-                continue
-            if stat.S_ISREG(status.st_mode):
-                return ImageLocation(number, 0, status.st_size)
+                path = self._path_in_folder(number, name)
+            except SampleError:
+                if name.startswith("/"):
+                    continue  # it may be in another one
+                raise
+            is_inside = True
+            with contextlib.suppress(OSError):
+                status = os.stat(path)
+                if stat.S_ISREG(status.st_mode):
+                    return ImageLocation(number, 0, status.st_size)
+        if not is_inside:
+            raise SampleError("unsafe_image_path", f"{name} is in none of the images' folders")
         if not self._archives:
             return None
         keys, locations = self._index
+        check_mapped(keys)
+        check_mapped(locations)
         key = np.uint64(_hash(name))
         row = int(np.searchsorted(keys, key))
         return ImageLocation(*locations[row].item()) if row < len(keys) and keys[row] == key else None
@@ -163,12 +174,13 @@ class ImageFiles:
         if os.path.islink(path):
             path = os.path.realpath(path)
         if os.path.commonpath([root, path]) != root:
-            raise SampleError("unsafe_image_path", f"{name} is a link that leaves {root}")
+            what = "not inside of" if name.startswith("/") else "a link that leaves"
+            raise SampleError("unsafe_image_path", f"{name} is {what} {root}")
         return path
 
 
 def _checked_name(name: str) -> str:
-    if name.startswith("/") or ".." in name.split("/") or "\0" in name or not _is_unicode(name):
+    if ".." in name.split("/") or "\0" in name or not _is_unicode(name):
         raise SampleError("unsafe_image_path", f"{name} is no path inside of the images' folder")
     return posixpath.normpath(name)
 

@@ -48,3 +48,10 @@ def map_array(path: str | os.PathLike, form: str = "one array") -> np.ndarray:
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{path}: several arrays, not {form}")
     return array
+
+
+def check_mapped(array: np.ndarray) -> None:
+    """Raise OSError for a mapped file that was cut since: to touch what is gone would end the process (SIGBUS)."""
+    name = getattr(array, "filename", None)
+    if name is not None and os.stat(name).st_size < array.offset + array.nbytes:
+        raise OSError(f"{name} has been cut since it was opened")

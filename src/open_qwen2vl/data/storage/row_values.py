@@ -17,9 +17,9 @@ def row_values(rows: pa.Table) -> list[dict[str, Any] | SampleError]:
     A single such row raises it.
     """
     try:
+        check_structure(rows)
         is_whole = max((_longest(column) for column in rows.columns), default=0) <= MAX_TEXT_BYTES
         if is_whole:
-            rows.validate(full=True)
             return _decoded(rows)
     except (pa.ArrowException, UnicodeDecodeError, ValueError, RecursionError) as error:
         if len(rows) == 1:
@@ -33,6 +33,40 @@ def row_values(rows: pa.Table) -> list[dict[str, Any] | SampleError]:
         except SampleError as error:
             found.append(error)
     return found
+
+
+def check_structure(rows: pa.Table) -> None:
+    """Raise ArrowInvalid where values of rows point outside of what is there.
+
+    Texts are not looked into: one that is no UTF-8 would make all rows of its batch invalid, for lists and structs are
+    validated with their whole children. It fails when it is decoded.
+    """
+    rows.validate()
+    for column in rows.columns:
+        for chunk in column.chunks:
+            _check_array(chunk)
+
+
+def _check_array(array: pa.Array) -> None:
+    kind = array.type
+    if isinstance(kind, pa.BaseExtensionType):
+        _check_array(array.storage)
+    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        array.view(pa.binary() if pa.types.is_string(kind) else pa.large_binary()).validate(full=True)
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        own = pa.ListArray if pa.types.is_list(kind) else pa.LargeListArray
+        ends = array.offsets
+        own.from_arrays(ends, pa.nulls(len(array.values))).validate(full=True)
+        first, last = ends[0].as_py(), ends[-1].as_py()
+        _check_array(array.values.slice(first, last - first))
+    elif pa.types.is_struct(kind):
+        for number in range(kind.num_fields):
+            _check_array(array.field(number))
+    elif pa.types.is_dictionary(kind):
+        pa.DictionaryArray.from_arrays(array.indices, pa.nulls(len(array.dictionary)), safe=False).validate(full=True)
+        _check_array(array.dictionary)
+    else:
+        array.validate(full=True)
 
 
 def _row_error(error: Exception) -> SampleError:

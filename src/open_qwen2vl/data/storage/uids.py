@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ...files import renamed_when_whole
-from .open_files import map_array
+from .open_files import check_mapped, map_array
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ def write_uids(path: str | Path, uids: np.ndarray) -> None:
 
 def find_uids(sorted_uids: np.ndarray, high: np.ndarray, low: np.ndarray) -> np.ndarray:
     """Index of each uid in the list of [`read_uids`], -1 where it is not there: int64 `(n,)`."""
+    check_mapped(sorted_uids)
     points = _insertion_points(sorted_uids, high, low)
     inside = np.flatnonzero(points < len(sorted_uids))
     at = sorted_uids[points[inside]]
@@ -95,6 +96,7 @@ def _insertion_points(sorted_uids: np.ndarray, high: np.ndarray, low: np.ndarray
 def _is_increasing(uids: np.ndarray) -> bool:
     """Whether they are sorted without a repetition, looked at by pieces: the file may be larger than the memory."""
     for start in range(0, len(uids) - 1, _CHECKED_AT_ONCE):
+        check_mapped(uids)
         piece = uids[start : start + _CHECKED_AT_ONCE + 1]
         high, low = np.ascontiguousarray(piece["f0"]), np.ascontiguousarray(piece["f1"])
         if not np.all((high[:-1] < high[1:]) | ((high[:-1] == high[1:]) & (low[:-1] < low[1:]))):

@@ -1,0 +1,65 @@
+"""Which fields of records nobody reads: what is left out is said, for a name may mean text that should be trained."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...processing.conversation_records import FLAGS, UNREAD
+from ..storage.csv_records import csv_header
+from ..storage.tables import COLUMNS, column_types
+from .forms import TURNS
+from .records import CSV, JSON, TABLES
+from .sources import SourceKind, first_of_json
+from .texts import image_field
+
+logger = logging.getLogger(__name__)
+
+_READ = {
+    "conversation": (*COLUMNS, TURNS, "uid"),
+    "interleaved": ("id", "uid", "texts", "images", "text_list", "image_info"),
+}
+_READ_OF_TURNS = ("role", "from", "content", "value", "user", "assistant", "system", *FLAGS, *UNREAD)
+
+
+def warn_of_unread_fields(path: str | Path, kind: SourceKind) -> None:
+    """Name the fields of a file's records, and of their turns, that are not read."""
+    fields, turns = _fields(str(path), kind)
+    own = (kind.caption_column, image_field(fields, kind.text_format == "caption"))
+    read = _READ.get(kind.text_format, ("id", "uid", *own))
+    found = [name for name in fields if name not in read]
+    if kind.text_format == "conversation":
+        found += [f"{name} of a turn" for name in turns if name not in _READ_OF_TURNS]
+    if found:
+        logger.warning("%s: these fields are not read: %s", path, ", ".join(found))
+
+
+def _fields(path: str, kind: SourceKind) -> tuple[dict[str, None], dict[str, None]]:
+    """Names of a file's first records, and of the turns in them."""
+    fields: dict[str, None] = {}
+    turns: dict[str, None] = {}
+    if kind.suffixes == TABLES:
+        types = column_types(path)
+        fields = dict.fromkeys(types)
+        for name in ("messages", "conversations", TURNS):
+            turns |= dict.fromkeys(_names_of_turns(types.get(name)))
+    elif kind.suffixes == CSV:
+        fields = dict.fromkeys(csv_header(path))
+    elif kind.suffixes == JSON:
+        for record in first_of_json(path):
+            if isinstance(record, Mapping):
+                fields |= dict.fromkeys(name for name, value in record.items() if value not in (None, "", []))
+                turns |= dict.fromkeys(_keys_of_turns(record))
+    return fields, turns
+
+
+def _names_of_turns(arrow_type: Any) -> list[str]:
+    value = getattr(arrow_type, "value_type", None)
+    return [value.field(i).name for i in range(value.num_fields)] if value is not None else []
+
+
+def _keys_of_turns(record: Mapping) -> Iterator[str]:
+    for name in ("messages", "conversations", TURNS):
+        for turn in record[name] if isinstance(record.get(name), list) else ():
+            if isinstance(turn, Mapping):
+                yield from (key for key, value in turn.items() if value not in (None, "", []))
