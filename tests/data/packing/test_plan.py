@@ -290,7 +290,7 @@ def test_each_sample_is_planned_once_or_named(shards, group, max_length, make_ta
             try:
                 report = plan_packs(paths, folder, tokenizer, **options)
             except ValueError as error:
-                assert "samples can be packed" in str(error)
+                assert "samples can be packed" in str(error) or "not a single record" in str(error)
                 report = None
         packs = read_rows(folders[0], "part")
         lost = [(row["file"], row["key"]) for row in read_rows(folders[0], "skipped")]
