@@ -180,6 +180,7 @@ def _first_of_tar(path: str) -> Iterator[Any]:
 
 
 def first_of_json(path: str) -> Iterator[Any]:
+    """The first records of a file that can be parsed."""
     with open(path, "rb", buffering=0) as file:
         for offset, size in islice(record_spans(path, 0, os.path.getsize(path)), LOOKED_AT):
             with contextlib.suppress(SampleError):
