@@ -12,7 +12,6 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 import transformers
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -80,7 +79,6 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="pictures at a time")
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
-    torch.set_grad_enabled(False)
     examples = read_examples(args.data / "held-out.tar")
     unfinished = [run for run in args.runs if not (run / "train_results.json").exists()]
     if unfinished:
