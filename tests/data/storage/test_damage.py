@@ -11,8 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from open_qwen2vl.data.documents.records import RecordReader
 from open_qwen2vl.data.storage import image_files
 from open_qwen2vl.data.storage.image_files import ImageFiles, describe_images, index_archives
+from open_qwen2vl.data.storage.tables import Columns
 from open_qwen2vl.data.storage.tar_index import SCHEMA, index_path, read_shard_index, write_shard_index
 from open_qwen2vl.data.storage.tars import index_shard
 from open_qwen2vl.data.storage.uids import find_uids, read_uids
@@ -160,3 +162,23 @@ def test_a_mapped_array_that_is_cut_is_an_error_and_no_signal(tmp_path):
     os.truncate(path, 4096)
     with pytest.raises(OSError, match="u.npy has been cut since it was opened"):
         find_uids(uids, *asked)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_table_that_is_damaged_after_it_was_planned_costs_rows_and_no_run(tmp_path, suffix):
+    table, path, dice = pa.table({"caption": ["a cat"] * 40}), tmp_path / f"a.{suffix}", random.Random(0)
+    with pa.OSFile(str(path), "wb") as file:
+        if suffix == "parquet":
+            pq.write_table(table, file, row_group_size=10)
+        else:
+            with pa.ipc.new_stream(file, table.schema) as writer:
+                writer.write_table(table, max_chunksize=10)
+    whole, reasons = path.read_bytes(), set()
+    document = {"shard": 0, "record": {"offset": None, "size": None, "row": 35}}
+    for _ in range(60):
+        path.write_bytes(whole[: dice.randrange(len(whole))])
+        try:
+            RecordReader([str(path)], "text", Columns(("caption",), ())).read(document)
+        except SampleError as error:
+            reasons.add(error.reason)
+    assert reasons and reasons <= {"corrupt_table", "moved_row"}

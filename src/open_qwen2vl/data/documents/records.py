@@ -181,8 +181,7 @@ class RecordReader:
         """The record of a plan's document, as [`Found`] had it; images of rows with their bytes."""
         shard, location = document["shard"], RecordLocation(**document["record"])
         if location.row is not None:
-            batch, row = self._tables[shard].find(location.row)
-            return row_values(self._batch(shard, batch).slice(row, 1))[0]
+            return self._read_row(shard, location.row)
         file = self.files[shard].fileno()
         if not self._paths[shard].endswith(TAR):
             return _bytes_reader(self._paths[shard], file, self._max_bytes)(location.offset, location.size)
@@ -191,6 +190,17 @@ class RecordReader:
             own = [OwnImage() for _ in document["images"]]
             return Texts([*(None for _ in own), caption], own)
         return _read_tar_json(file, document["key"], location.offset, location.size)
+
+    def _read_row(self, shard: int, number: int) -> Any:
+        try:
+            batch, row = self._tables[shard].find(number)
+        except SampleError:
+            raise
+        except ValueError as error:  # a table that was damaged after it was planned
+            raise SampleError("corrupt_table", str(error)) from error
+        for values in row_values(self._batch(shard, batch).slice(row, 1)):
+            return values
+        raise SampleError("corrupt_table", f"{self._paths[shard]}, batch {batch} has no row {row}")
 
 
 def caption_members(file: int, sample: Sample, needs_image: bool = True) -> tuple[list[tuple[str, int, int]], str]:

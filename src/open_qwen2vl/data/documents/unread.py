@@ -3,7 +3,8 @@
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+
+import pyarrow as pa
 
 from ...processing.conversation_records import FLAGS, UNREAD
 from ..storage.csv_records import csv_header
@@ -19,6 +20,7 @@ _READ = {
     "conversation": (*COLUMNS, TURNS, "uid"),
     "interleaved": ("id", "uid", "texts", "images", "text_list", "image_info"),
 }
+_TURNS = ("messages", "conversations", TURNS)
 _READ_OF_TURNS = ("role", "from", "content", "value", "user", "assistant", "system", *FLAGS, *UNREAD)
 
 
@@ -36,13 +38,12 @@ def warn_of_unread_fields(path: str | Path, kind: SourceKind) -> None:
 
 def _fields(path: str, kind: SourceKind) -> tuple[dict[str, None], dict[str, None]]:
     """Names of a file's first records, and of the turns in them."""
-    fields: dict[str, None] = {}
-    turns: dict[str, None] = {}
+    fields, turns = {}, {}
     if kind.suffixes == TABLES:
         types = column_types(path)
         fields = dict.fromkeys(types)
-        for name in ("messages", "conversations", TURNS):
-            turns |= dict.fromkeys(_names_of_turns(types.get(name)))
+        structs = [getattr(types.get(name), "value_type", None) for name in _TURNS]
+        turns = {one.name: None for struct in structs if isinstance(struct, pa.StructType) for one in struct}
     elif kind.suffixes == CSV:
         fields = dict.fromkeys(csv_header(path))
     elif kind.suffixes == JSON:
@@ -53,13 +54,8 @@ def _fields(path: str, kind: SourceKind) -> tuple[dict[str, None], dict[str, Non
     return fields, turns
 
 
-def _names_of_turns(arrow_type: Any) -> list[str]:
-    value = getattr(arrow_type, "value_type", None)
-    return [value.field(i).name for i in range(value.num_fields)] if value is not None else []
-
-
 def _keys_of_turns(record: Mapping) -> Iterator[str]:
-    for name in ("messages", "conversations", TURNS):
+    for name in _TURNS:
         for turn in record[name] if isinstance(record.get(name), list) else ():
             if isinstance(turn, Mapping):
                 yield from (key for key, value in turn.items() if value not in (None, "", []))

@@ -36,11 +36,8 @@ def row_values(rows: pa.Table) -> list[dict[str, Any] | SampleError]:
 
 
 def check_structure(rows: pa.Table) -> None:
-    """Raise ArrowInvalid where values of rows point outside of what is there.
-
-    Texts are not looked into: one that is no UTF-8 would make all rows of its batch invalid, for lists and structs are
-    validated with their whole children. It fails when it is decoded.
-    """
+    """Raise ArrowInvalid where values of rows point outside of what is there."""
+    # Not `validate(full=True)` of a column: it validates whole children, and one text that is no UTF-8 fails them all.
     rows.validate()
     for column in rows.columns:
         for chunk in column.chunks:
