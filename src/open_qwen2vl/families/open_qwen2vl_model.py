@@ -16,7 +16,7 @@ class OpenQwen2VLPackedModel:
     block_classes = ("Qwen2DecoderLayer", "SiglipEncoderLayer")
 
     def prepare(self, model: PreTrainedModel, processor: Any = None) -> PreTrainedModel:
-        """Switch off the cache, which would join a pack's documents; a ValueError for tokens that the tower has not."""
+        """Switch off the cache, which would join a pack's documents; ValueError for tokens that the tower has not."""
         pooled_grid_side(model.config.image_seq_length, model.config.patches_per_side)
         model.config.text_config.use_cache = False
         return model
