@@ -80,12 +80,16 @@ def fork_program(
     """
     child = os.fork()
     if child == 0:
-        os.setsid()
-        if file_limit:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        variables = {**os.environ, **(environment or {})}
-        os._exit(_run(program, list(map(str, argv)), os.getcwd(), variables, [0, output, output]))
+        code = 1
+        try:
+            os.setsid()
+            if file_limit:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            variables = {**os.environ, **(environment or {})}
+            code = _run(program, list(map(str, argv)), os.getcwd(), variables, [0, output, output])
+        finally:
+            os._exit(code)  # also where not even the log can be written, or the fork would run the caller's tests
     return child
 
 
