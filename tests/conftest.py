@@ -59,6 +59,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+@pytest.fixture(autouse=True)
+def gradients_stay_on():
+    """A program that turns gradients off for its process would turn them off for the tests that follow."""
+    yield
+    assert torch.is_grad_enabled()
+
+
 @pytest.fixture(scope="session")
 def backbones(tmp_path_factory) -> dict[str, str]:
     """Folders of a tiny SigLIP (4x4 patches of 8 px, 3 blocks) and a tiny Qwen2 with its tokenizer."""
