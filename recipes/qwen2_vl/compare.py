@@ -83,9 +83,7 @@ def main() -> None:
     unfinished = [run for run in args.runs if not (run / "train_results.json").exists()]
     if unfinished:
         parser.error(f"{unfinished[0]} holds no finished training: run pretrain.py first")
-    with torch.inference_mode():
-        rows = {run.name: evaluate(run, examples, args.batch_size) for run in args.runs}
-    print(table(rows))
+    print(table({run.name: evaluate(run, examples, args.batch_size) for run in args.runs}))
 
 
 if __name__ == "__main__":
