@@ -41,5 +41,6 @@ def _end_soon_after(heard: socket.socket, over: threading.Event) -> None:
             if signal.SIGINT in numbers and not over.wait(GRACE_SECONDS):
                 for child in multiprocessing.active_children():
                     child.kill()
-                os.write(2, b"\nopen-qwen2vl: interrupted\n")  # sys.stderr may be locked by the main thread
+                with contextlib.suppress(OSError):  # nobody reads it any more
+                    os.write(2, b"\nopen-qwen2vl: interrupted\n")  # sys.stderr may be locked by the main thread
                 os._exit(INTERRUPTED)
