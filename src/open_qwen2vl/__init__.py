@@ -21,6 +21,8 @@ _MODULES = {
     "PackedTrainer": ".trainer.packed_trainer",
     "PackedTrainingArguments": ".trainer.arguments",
     "PackingCollator": ".processing.collator",
+    "draw_boxes": ".grounding.drawing",
+    "parse_boxes": ".grounding.parsing",
     "prepare_for_packing": ".families.qwen_vl.model",
 }
 

@@ -35,6 +35,7 @@ class ToyDocuments:
     plan_options = ("most",)
     chat_template = TEMPLATE
     media_strings = {"image": "<s><|image_pad|><|im_start|>"}
+    boxes = None
 
     def __init__(self, processor: ToyProcessor, chat_template: str | None = None, most: int | None = None):
         self.tokenizer, self.most = processor.tokenizer, most or processor.most

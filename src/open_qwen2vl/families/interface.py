@@ -6,6 +6,7 @@
 Two protocols, because a planner must not import a model. docs/architecture.md says how to add a family.
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -47,6 +48,37 @@ class VisionWork(NamedTuple):
     tokens: int = 0
 
 
+class Box(NamedTuple):
+    """A place in an image.
+
+    Attributes:
+        label (`str`, *optional*): what is there.
+        box (`tuple[float, float, float, float]`): left, top, right and bottom in pixels of the upright image as it is.
+    """
+
+    label: str | None
+    box: tuple[float, float, float, float]
+
+
+class BoxForm(Protocol):
+    """How a family writes boxes and reads them in an answer.
+
+    Attributes:
+        name (`str`): as a plan records it.
+    """
+
+    name: str
+
+    def write(self, boxes: Sequence[tuple[Box, Media]]) -> list[dict[str, Any]]:
+        """Boxes that stand together, each with its image, as content parts.
+
+        Parts are `text`, of which no control token comes, and `control`, whose text is control tokens alone.
+        """
+
+    def read(self, text: str, width: int, height: int) -> list[Box]:
+        """The boxes of an answer about an image of so many pixels; what is no box is left out, nothing is raised."""
+
+
 class DocumentProcessor(Protocol):
     """The data side of a family: wraps the processor that transformers loads; picklable, for workers.
 
@@ -59,6 +91,7 @@ class DocumentProcessor(Protocol):
         media_strings (`dict[str, str]`): what the template writes for one image or video, by `Media.kind`, as
             `{"image": "<|vision_start|><|image_pad|><|vision_end|>"}`; `placeholder_ids` stand there instead.
         text_format ([`TextFormat`]): of documents that are no conversations.
+        boxes ([`BoxForm`], *optional*): how boxes are written; None where the family knows none.
         needs_sizes (`bool`): whether [`placeholder_ids`] depends on width and height, so that a planner reads headers.
         rope_rows (`int`): rows of `position_ids`: 1, or 4 for M-RoPE (text, t, h, w).
         plan_options (`tuple[str, ...]`): keys of the fingerprint that a plan chooses and a processor follows, as
@@ -69,6 +102,7 @@ class DocumentProcessor(Protocol):
     chat_template: str
     media_strings: dict[str, str]
     text_format: TextFormat
+    boxes: BoxForm | None
     needs_sizes: bool
     rope_rows: int
     plan_options: ClassVar[tuple[str, ...]]

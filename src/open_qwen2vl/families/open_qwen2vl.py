@@ -23,6 +23,7 @@ class OpenQwen2VLDocuments:
     rope_rows = 1
     plan_options = ("image_seq_length",)
     media_strings = {"image": IMAGE_TOKEN}
+    boxes = None  # it never saw any: a form would be an invention
 
     def __init__(
         self,

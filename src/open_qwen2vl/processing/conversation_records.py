@@ -5,6 +5,7 @@ Hugging Face     {"images"?: list, "messages": [{"role", "content": text or part
   │ read_conversation
   ▼
 messages [{"role", "content": [{"type": "image"} | {"type": "text", "text"}], "train"?: False}], images in that order
+         and boxes between them, as box_parts.py has them
 """
 
 import base64
@@ -12,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from .box_parts import place_boxes, read_box
 from .sample_error import SampleError
 
 PLACEHOLDER = "<image>"
@@ -55,8 +57,8 @@ def read_conversation(record: Any) -> Conversation:
             `unknown_role`, `unknown_content`, `unread_text` (reasoning, tools), `unsupported_media`,
             `unsupported_weight` (neither 0 nor 1), `bad_encoding` (half a surrogate pair), `roles_out_of_order`,
             `no_assistant_turn`, `no_trained_turn`, `empty_answer`, `bad_image` (neither path nor bytes),
-            `image_is_url`, `ambiguous_images` (`image` and `images`), `too_many_placeholders` or
-            `too_few_placeholders`.
+            `image_is_url`, `ambiguous_images` (`image` and `images`), `too_many_placeholders`,
+            `too_few_placeholders`, `bad_box`, `empty_box` or `box_without_image`.
     """
     if not isinstance(record, Mapping):
         raise SampleError("not_an_object", f"the record is a {type(record).__name__}")
@@ -73,7 +75,9 @@ def read_conversation(record: Any) -> Conversation:
     if record.get("messages") and listed:
         _place_as_trl(messages, turns, len(listed))
     images = _fill_images(messages, listed)
-    refuse_long(part.get("text", "") for message in messages for part in message["content"])
+    place_boxes(messages)
+    parts = [part for message in messages for part in message["content"]]
+    refuse_long(text for part in parts for text in (part.get("text"), part.get("label")))
     for message in messages:
         message["content"] = join_texts(message["content"])
         if message["role"] == "assistant" and not any(part.get("text", "x").strip() for part in message["content"]):
@@ -158,7 +162,10 @@ def _read_part(part: Any) -> dict[str, Any]:
     if kind == "image_url":
         url = part.get("image_url")
         return _image(url.get("url") if isinstance(url, Mapping) else url)
-    raise SampleError("unknown_content", f"content of type {kind!r}; image and text can be read")
+    if kind == "box":
+        box = read_box(part)
+        return {**box, "label": box["label"] and _text(box["label"])["text"]}
+    raise SampleError("unknown_content", f"content of type {kind!r}; image, text and box can be read")
 
 
 def _set_aside(messages: list[dict[str, Any]], turns: list[Any], record: Mapping) -> None:

@@ -1,6 +1,6 @@
 r"""From conversations to token ids and labels, through the chat template.
 
-    messages   the normal form of conversation_records.py
+    messages   the normal form of conversation_records.py, boxes as their family writes them
       │ data's text: special tokens' strings are parted, so that they stay text
       │ chat template: text, and where in it the answers are ({% generation %})
       │ cut at control tokens and at answers, each piece tokenised alone; an image's piece becomes its block of ids
@@ -117,13 +117,15 @@ class ConversationFormat:
 
     def _mark(self, content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The content with each special token's string in its text parted by a mark."""
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        return [
-            {**part, "text": self._special.sub(_part_token, part["text"].replace(_MARK, ""))}
-            if part["type"] == "text"
-            else part
-            for part in join_texts(parts)
-        ]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else join_texts(content)
+        return [self._mark_part(part) for part in parts]
+
+    def _mark_part(self, part: dict[str, Any]) -> dict[str, Any]:
+        if part["type"] == "control":  # tokens that the family wrote, as around a box
+            return {"type": "text", "text": part["text"]}
+        if part["type"] == "text":
+            return {**part, "text": self._special.sub(_part_token, part["text"].replace(_MARK, ""))}
+        return part
 
     def _render(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
         try:

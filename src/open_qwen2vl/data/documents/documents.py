@@ -124,7 +124,9 @@ class _Planner:
                     raise found.record
                 content, references = self._form.parse(found.record)
                 placed = [self._locate(found, reference) for reference in references]
-                cost = [self._cost(Media("image", image.width, image.height)) for image in placed]
+                media = [Media("image", image.width, image.height) for image in placed]
+                cost = [self._cost(one) for one in media]
+                content = self._form.write(content, media)
             except SampleError as error:
                 self._skip(found, error)
                 continue
@@ -209,7 +211,7 @@ class DocumentReader:
             raise SampleError(f"changed_{self._what}", f"{len(references)} images, not as planned")
         media = [Media("image", image["width"], image["height"]) for image in images]
         blocks = [self._family.placeholder_ids(one) for one in media]
-        input_ids, labels = self._form.document(content, entries, blocks)
+        input_ids, labels = self._form.document(self._form.write(content, media), entries, blocks)
         # One token more, and the pack is longer than all others of the plan.
         if len(input_ids) != document["tokens"]:
             raise SampleError(f"changed_{self._what}", f"{len(input_ids)} tokens, {document['tokens']} in the plan")

@@ -3,8 +3,8 @@
     texts with images   captions, texts alone, interleaved documents ── texts.py ──────────────► pieces that fit a pack
     conversation        LLaVA's, Hugging Face's, FineVision's rows ── conversation_records.py ─► one document
 
-`parse` turns a record into its content and the references of its images; `measure` gives the lengths of many contents,
-tokenised at once; `document` lays one of them out.
+`parse` turns a record into its content and the references of its images; `write` puts boxes into the family's words;
+`measure` gives the lengths of many contents, tokenised at once; `document` lays one of them out.
 """
 
 import sys
@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ...families.interface import DocumentProcessor
+from ...families.boxes import write_boxes
+from ...families.interface import DocumentProcessor, Media
 from ...processing.conversation_records import FLAGS, UNREAD, read_conversation
 from ...processing.conversations import ConversationFormat
 from ...processing.sample_error import SampleError
@@ -50,6 +51,9 @@ class Form(Protocol):
 
     def parse(self, record: Any) -> tuple[Any, list[Any]]:
         """Content, and the references of its images in reading order; a [`SampleError`] for what is none."""
+
+    def write(self, content: Any, media: Sequence[Media]) -> Any:
+        """The content with what depends on the sizes of its media; a [`SampleError`] as [`write_boxes`] raises it."""
 
     def measure(self, contents: Sequence[Any], blocks: Sequence[Sequence[int]]) -> Iterator[list[Piece] | SampleError]:
         """The documents that each content becomes, given the lengths of its images' blocks."""
@@ -102,6 +106,10 @@ class TextsForm:
                 raise SampleError("too_many_images", f"more than {MAX_INTERLEAVED_IMAGES} images")
         return Texts(texts, images)
 
+    def write(self, content: list[str | None], media: Sequence[Media]) -> list[str | None]:
+        """See [`Form`]; nothing does."""
+        return content
+
     def measure(
         self, contents: Sequence[list[str | None]], blocks: Sequence[Sequence[int]]
     ) -> Iterator[list[Piece] | SampleError]:
@@ -145,12 +153,16 @@ class ConversationForm:
     needs_image = False
 
     def __init__(self, settings: dict[str, Any], documents: DocumentProcessor):
-        self._chat = conversation_format(documents)
+        self._chat, self._boxes = conversation_format(documents), documents.boxes
         self.columns = columns_of(settings)
 
     def parse(self, record: Any) -> tuple[list[dict[str, Any]], list[Any]]:
         """Messages in the normal form, and the images' references."""
         return read_conversation(as_messages(record))
+
+    def write(self, content: list[dict[str, Any]], media: Sequence[Media]) -> list[dict[str, Any]]:
+        """See [`Form`]."""
+        return write_boxes(content, media, self._boxes)
 
     def measure(
         self, contents: Sequence[list[dict[str, Any]]], blocks: Sequence[Sequence[int]]

@@ -15,6 +15,7 @@ import datasets
 from torch.utils.data import Dataset
 
 from ...families import document_processor
+from ...families.boxes import write_boxes
 from ...families.interface import Media
 from ...processing.conversation_records import read_conversation
 from ...processing.images import read_image_size
@@ -108,6 +109,7 @@ class UnpackedConversations(Dataset):
         media = [Media("image", *(read_image_size(file, upright=True) if self.documents.needs_sizes else (0, 0)))
                  for file in files]  # fmt: skip
         blocks = [self.documents.placeholder_ids(one) for one in media]
+        messages = write_boxes(messages, media, self.documents.boxes)
         input_ids, labels = self._format.document(messages, blocks)
         if self.max_length is not None and len(input_ids) > self.max_length:
             raise SampleError("too_long", f"{len(input_ids)} tokens are above max_length={self.max_length}")
