@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -13,6 +14,8 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessor,
@@ -124,3 +127,15 @@ def save_qwen_vl(folder: Path, family: str) -> Path:
     make_model(family, tokenizer).save_pretrained(folder)
     make_processor(family, tokenizer).save_pretrained(folder)
     return folder
+
+
+def save_text_model(folder: Path, qwen2_vl: Path) -> Qwen2ForCausalLM:
+    """Write a Qwen2 of the language model's sizes in a Qwen2-VL's folder; returns it."""
+    config = AutoConfig.from_pretrained(qwen2_vl).text_config
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    sizes = {name: getattr(config, name) for name in (*names, "vocab_size", "rms_norm_eps", "initializer_range")}
+    rope = {"rope_type": "default", "rope_theta": config.rope_parameters["rope_theta"]}
+    torch.manual_seed(1)
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, rope_parameters=rope, tie_word_embeddings=True))
+    model.save_pretrained(folder)
+    return model

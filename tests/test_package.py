@@ -22,7 +22,7 @@ def test_importing_the_package_and_every_help_are_light():
 import contextlib, io, sys
 import open_qwen2vl
 from open_qwen2vl.cli import COMMANDS, main
-for arguments in [[], *([name.rpartition(".")[2]] for name in map(lambda module: module.__name__, COMMANDS))]:
+for arguments in [[], *([name.rpartition(".")[2].replace("_", "-")] for name in map(lambda module: module.__name__, COMMANDS))]:
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as text:
         main([*arguments, "--help"])
     assert "usage: open-qwen2vl" in text.getvalue(), arguments

@@ -16,7 +16,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from open_qwen2vl import PackedTrainingArguments, cli, prepare_for_packing
 from open_qwen2vl.data.packing.options import PackOptions
+from tests.clips import save_clip
 from tests.evaluation.conftest import datasets_cache, easyvqa  # noqa: F401 - fixtures
+from tests.qwen_vl import save_text_model
 from tests.tars import write_caption_tar
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +34,7 @@ def place(tmp_path, qwen_vl_folder, monkeypatch) -> Path:
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "Qwen").mkdir()
     (tmp_path / RELEASED).symlink_to(qwen_vl_folder("qwen2_vl"))
+    save_text_model(tmp_path / "Qwen/Qwen2-1.5B", tmp_path / RELEASED)
     for folder in ("shards", "pool", "images"):
         (tmp_path / folder).mkdir()
     for path in ("shards/0.tar", "pool/0.tar"):
@@ -64,6 +67,7 @@ def check_loop(scope: dict) -> None:
 def test_all_blocks_in_order(place, easyvqa, monkeypatch, capsys):  # noqa: F811 - the fixture imported above
     ends = {
         "pack": "--max-length 192 --num-workers 1",
+        "init-vit": f"--clip {save_clip(place / 'clip')}",
         "chat": "--max-new-tokens 2",
         "evaluate": f"--tasks easyvqa_gen --include-path {easyvqa} --trust-task-code --limit 2 --device cpu",
     }

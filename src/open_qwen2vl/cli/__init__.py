@@ -9,11 +9,23 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from . import chat, convert, demo, estimate, evaluate, filter, pack, report, reshard, score
+from . import chat, convert, demo, estimate, evaluate, filter, init_vit, pack, report, reshard, score
 from .interrupt import INTERRUPTED, ended_by_ctrl_c
 from .options import add_command
 
-COMMANDS = (score, filter, reshard, pack, convert, estimate, chat, evaluate, report, demo)  # in the order of --help
+COMMANDS = (
+    score,
+    filter,
+    reshard,
+    pack,
+    convert,
+    init_vit,
+    estimate,
+    chat,
+    evaluate,
+    report,
+    demo,
+)  # in the order of --help
 
 
 class _Parser(argparse.ArgumentParser):

@@ -11,7 +11,7 @@ from ..options import Kind, flag, kinds, read_options, required
 
 def add_command(commands: "argparse._SubParsersAction", command: ModuleType, config_file: bool = True) -> None:
     """Add a module of this folder: its `OPTIONS` (a dataclass), `SUMMARY`, `run(options)` and perhaps `EPILOG`."""
-    name = command.__name__.rpartition(".")[2]
+    name = command.__name__.rpartition(".")[2].replace("_", "-")
     parser = commands.add_parser(
         name,
         help=command.SUMMARY,

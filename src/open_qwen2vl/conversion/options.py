@@ -1,4 +1,4 @@
-"""Options of the command `convert`."""
+"""Options of the commands `convert` and `init-vit`."""
 
 from dataclasses import dataclass
 
@@ -37,3 +37,33 @@ class ConvertOptions:
             raise ValueError("--to-original takes no --text-model and no --vision-heads: the model's folder has both")
         if not self.to_original and not self.text_model:
             raise ValueError("--text-model is required (a hub id or folder, as Qwen/Qwen2.5-1.5B-Instruct)")
+
+
+@dataclass(frozen=True)
+class InitVitOptions:
+    """Whose parts a new Qwen2-VL is made of: the options of `open-qwen2vl init-vit`."""
+
+    model: str = option(
+        help="Qwen2-VL, folder or hub id: its config and processor, and its language model",
+        positional=True,
+        metavar="MODEL",
+    )
+    clip: str = option(
+        help="model of open_clip: its name, hf-hub:OWNER/NAME or local-dir:FOLDER; DFN5B's is ViT-H-14-quickgelu",
+        metavar="NAME",
+    )
+    output: str = option(help="folder to make", metavar="OUT_DIR")
+    pretrained: str | None = option(
+        None, help="weights of a model by name: a tag of open_clip, as dfn5b, or a file", metavar="TAG_OR_FILE"
+    )
+    language_model: str | None = option(
+        None,
+        help="Qwen2, folder or hub id, instead of MODEL's (whose weights are then not needed)",
+        metavar="ID_OR_DIR",
+    )
+    images: tuple[str, ...] = option(
+        (),
+        help="pictures, folders or tars of them, on which CLIP's ln_pre is folded (left out without)",
+        metavar="PATH",
+    )
+    seed: int = option(0, help="of the merger's random weights", metavar="N")

@@ -28,7 +28,8 @@ class ClipScorer(Scorer):
         precision = "bf16" if self._device.type == "cuda" else "fp32"
         self._dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
         self.recipe = {"precision": precision}
-        self._model, self._preprocess, self._tokenizer = _load(model, pretrained, precision, self._device)
+        self._model, self._preprocess = load_clip(model, pretrained, precision, self._device)
+        self._tokenizer = _load_tokenizer(model)
         sides = self._model.visual.image_size
         self._image_size = max(sides) if isinstance(sides, (tuple, list)) else sides
         self._tokenizer_lock = threading.Lock()
@@ -56,27 +57,36 @@ class ClipScorer(Scorer):
         return (image * text).sum(dim=-1, keepdim=True).double().cpu().numpy()
 
 
-def _load(model: str, pretrained: str | None, precision: str, device: torch.device) -> tuple[Any, Any, Any]:
-    """Model in evaluation mode, preprocessing and tokenizer."""
+def load_clip(
+    model: str, pretrained: str | None, precision: str, device: torch.device | str, option: str = "--model"
+) -> tuple[torch.nn.Module, Any]:
+    """A trained model of open_clip in evaluation mode, and its preprocessing; `option` names it in errors.
+
+    Of a file of `torch.save` nothing but tensors is read.
+    """
     try:
         import open_clip
     except ImportError as error:
-        raise ValueError('--scorer clip needs open_clip: pip install "open-qwen2vl[data]"') from error
-    named = f"--model {model}" + (f" --pretrained {pretrained}" if pretrained else "")
+        raise ValueError(f'{option} {model} needs open_clip: pip install "open-qwen2vl[data]"') from error
+    named = f"{option} {model}" + (f" --pretrained {pretrained}" if pretrained else "")
     if pretrained and model.startswith(("hf-hub:", "local-dir:")):
         raise ValueError(f"{named}: {model.split(':')[0]} brings its own weights, leave --pretrained out")
     try:
         network, preprocess = open_clip.create_model_from_pretrained(
             model, pretrained, precision=precision, device=device, weights_only=True
         )
-        return network.eval(), preprocess, _load_tokenizer(open_clip, model)
+        return network.eval(), preprocess
     except Exception as error:  # of many kinds: RuntimeError, KeyError, UnpicklingError, errors of the hub
         raise ValueError(f"{named}: {error}") from error
 
 
-def _load_tokenizer(open_clip: Any, model: str) -> Any:
+def _load_tokenizer(model: str) -> Any:
+    import open_clip
+
     try:
         # A model's config may ask transformers to run code of its repository.
         return open_clip.get_tokenizer(model, trust_remote_code=False)
     except TypeError:  # open_clip's own tokenizer, which runs none and does not know the option
         return open_clip.get_tokenizer(model)
+    except Exception as error:
+        raise ValueError(f"--model {model}: {error}") from error
