@@ -22,7 +22,8 @@ def test_importing_the_package_and_every_help_are_light():
 import contextlib, io, sys
 import open_qwen2vl
 from open_qwen2vl.cli import COMMANDS, main
-for arguments in [[], *([name.rpartition(".")[2].replace("_", "-")] for name in map(lambda module: module.__name__, COMMANDS))]:
+names = [command.__name__.rpartition(".")[2].replace("_", "-") for command in COMMANDS]
+for arguments in [[], *([name] for name in names)]:
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as text:
         main([*arguments, "--help"])
     assert "usage: open-qwen2vl" in text.getvalue(), arguments

@@ -13,19 +13,8 @@ from . import chat, convert, demo, estimate, evaluate, filter, init_vit, pack, r
 from .interrupt import INTERRUPTED, ended_by_ctrl_c
 from .options import add_command
 
-COMMANDS = (
-    score,
-    filter,
-    reshard,
-    pack,
-    convert,
-    init_vit,
-    estimate,
-    chat,
-    evaluate,
-    report,
-    demo,
-)  # in the order of --help
+# In the order of --help.
+COMMANDS = (score, filter, reshard, pack, convert, init_vit, estimate, chat, evaluate, report, demo)
 
 
 class _Parser(argparse.ArgumentParser):
