@@ -16,10 +16,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from open_qwen2vl import PackedTrainingArguments, cli, prepare_for_packing
 from open_qwen2vl.data.packing.options import PackOptions
-from tests.clips import save_clip
 from tests.evaluation.conftest import datasets_cache, easyvqa  # noqa: F401 - fixtures
 from tests.qwen_vl import save_text_model
 from tests.tars import write_caption_tar
+from tests.tiny_clip import save_clip
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = (ROOT / "docs" / "qwen2_vl.md").read_text(encoding="utf8")

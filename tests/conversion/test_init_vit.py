@@ -20,9 +20,9 @@ from open_qwen2vl import PackedDataset, PackedTrainer, PackedTrainingArguments
 from open_qwen2vl.cli import main
 from open_qwen2vl.families.qwen_vl.from_clip import check_sizes, fold_ln_pre, tower_weights
 from open_qwen2vl.families.qwen_vl.images import patchify
-from tests.clips import PIXELS, make_clip, save_clip
 from tests.qwen_vl import save_text_model
 from tests.tars import write_caption_tar
+from tests.tiny_clip import PIXELS, make_clip, save_clip
 
 
 @pytest.fixture(scope="module")
