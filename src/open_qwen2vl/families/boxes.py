@@ -24,11 +24,18 @@ def write_boxes(messages: list[dict[str, Any]], media: Sequence[Media], form: Bo
     written = []
     for message in messages:
         content: list[dict[str, Any]] = []
-        for is_box, run in groupby(message["content"], lambda part: part["type"] == "box"):
+        for (is_box, learned), run in groupby(message["content"], _kind):
             parts = list(run)
-            content += form.write([one for part in parts for one in _placed(part, images)]) if is_box else parts
+            if is_box:
+                parts = form.write([one for part in parts for one in _placed(part, images)])
+                parts = parts if learned else [{**part, "train": False} for part in parts]
+            content += parts
         written.append({**message, "content": content})
     return written
+
+
+def _kind(part: dict[str, Any]) -> tuple[bool, bool]:
+    return part["type"] == "box", part.get("train", True)
 
 
 def _placed(part: dict[str, Any], images: list[Media]) -> list[tuple[Box, Media]]:

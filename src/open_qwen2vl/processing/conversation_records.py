@@ -4,27 +4,36 @@ LLaVA, MAmmoTH   {"image"?: path or list, "conversations": [{"from", "value"}]},
 Hugging Face     {"images"?: list, "messages": [{"role", "content": text or parts}]}, TRL's form
   │ read_conversation
   ▼
-messages [{"role", "content": [{"type": "image"} | {"type": "text", "text"}], "train"?: False}], images in that order
-         and boxes between them, as box_parts.py has them
+messages [{"role", "content": [{"type": "image"} | {"type": "text", "text"}], "train"?: False, "tool_calls"?}],
+images in that order, boxes between them, as box_parts.py has them, and tools (tool_records.py)
 """
 
 import base64
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from .box_parts import place_boxes, read_box
 from .sample_error import SampleError
+from .tool_records import read_calls, read_tools
 
 PLACEHOLDER = "<image>"
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+}
+_ORDER = re.compile("s?(ua(t+a)*)*(u|ua(t+a)*t+)?")  # of turns by their first letters: results follow an answer
 OTHER_MEDIA = ("video", "videos", "audio", "audios")
 TURNS = ("messages", "conversations")
 SYSTEM = ("system", "system_prompt", "system_message")  # beside the turns
 # Of a turn, or a list of them beside the turns: 0 is not learned.
 FLAGS = ("loss", "weight", "train", "loss_mask", "trainable", "train_on_turn")
 # Texts that no template here shows.
-UNREAD = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "tools", "functions")
+UNREAD = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "functions")
 _ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 BYTE_ORDER_MARK = "\ufeff"
 MAX_TEXT = 1 << 20  # characters of a record, some 250,000 tokens
@@ -33,9 +42,11 @@ MAX_TEXT = 1 << 20  # characters of a record, some 250,000 tokens
 class Conversation(NamedTuple):
     """The normal form."""
 
-    # `role` (system, user or assistant), `content`, a list of parts, and `train`, False of an answer not to be learned
+    # `role` (system, user, assistant or tool), `content`, a list of parts, and of answers `train`, False where it is
+    # not to be learned, and `tool_calls`, `[{"name", "arguments": JSON text}]`
     messages: list[dict[str, Any]]
     images: list[Any]  # what each image part stands for, as the record has it: a path, or a dict of `bytes` and `path`
+    tools: list[dict[str, Any]]  # what may be called, as the record has it
 
 
 def read_conversation(record: Any) -> Conversation:
@@ -54,7 +65,8 @@ def read_conversation(record: Any) -> Conversation:
     Raises:
         SampleError: `not_an_object`, `no_conversation`, `ambiguous_conversation` (`messages` that are not its
             `conversations`, or two system prompts), `bad_turn` (a turn without text or speaker), `bad_text`,
-            `unknown_role`, `unknown_content`, `unread_text` (reasoning, tools), `unsupported_media`,
+            `unknown_role`, `unknown_content`, `unread_text` (reasoning), `bad_tools`, `bad_tool_calls`,
+            `unsupported_media`,
             `unsupported_weight` (neither 0 nor 1), `bad_encoding` (half a surrogate pair), `roles_out_of_order`,
             `no_assistant_turn`, `no_trained_turn`, `empty_answer`, `bad_image` (neither path nor bytes),
             `image_is_url`, `ambiguous_images` (`image` and `images`), `too_many_placeholders`,
@@ -76,22 +88,24 @@ def read_conversation(record: Any) -> Conversation:
         _place_as_trl(messages, turns, len(listed))
     images = _fill_images(messages, listed)
     place_boxes(messages)
-    parts = [part for message in messages for part in message["content"]]
-    refuse_long(text for part in parts for text in (part.get("text"), part.get("label")))
+    tools = read_tools(record.get("tools"))
+    refuse_long(_texts(messages, tools))
     for message in messages:
         message["content"] = join_texts(message["content"])
-        if message["role"] == "assistant" and not any(part.get("text", "x").strip() for part in message["content"]):
+        says = any(part.get("text", "x").strip() for part in message["content"])
+        if message["role"] == "assistant" and not says and "tool_calls" not in message:
             raise SampleError("empty_answer", "an answer without text")
-    return Conversation(messages, images)
+    return Conversation(messages, images, tools)
 
 
 def join_texts(parts: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Content without empty texts and with neighbouring texts as one."""
+    """Content without empty texts and with neighbouring texts as one, apart from those that are not learned."""
     joined: list[dict[str, Any]] = []
     for part in parts:
-        if part["type"] == "text" and joined and joined[-1]["type"] == "text":
-            joined[-1] = {"type": "text", "text": joined[-1]["text"] + part["text"]}
-        elif part["type"] != "text" or part["text"]:
+        before = joined[-1] if joined else {"type": None}
+        if part["type"] == before["type"] == "text" and part.get("train", True) == before.get("train", True):
+            joined[-1] = {**before, "text": before["text"] + part["text"]}
+        elif part["type"] != "text" or part["text"] or "train" in part:
             joined.append(part)
     return joined
 
@@ -115,21 +129,26 @@ def _read_turn(turn: Any) -> dict[str, Any]:
     """One turn with a list of parts; an image that the record lists elsewhere is None here."""
     if not isinstance(turn, Mapping):
         raise SampleError("bad_turn", f"a turn is a {type(turn).__name__}")
-    if turn.get("tool_calls") or turn.get("function_call"):
-        raise SampleError("unknown_content", "a turn calls tools")
+    if turn.get("function_call"):
+        raise SampleError("unknown_content", "a turn calls tools by function_call, not by tool_calls")
     _refuse_unread(turn, "a turn")
     speaker, content = (_only(turn, *names) for names in (("role", "from"), ("content", "value")))
     if not isinstance(speaker, str):
         raise SampleError("bad_turn", f"a turn with the keys {', '.join(map(str, turn))} does not say who speaks")
     if speaker not in ROLES:
         raise SampleError("unknown_role", f"a turn of {speaker!r}; known are {', '.join(ROLES)}")
+    calls = read_calls(turn.get("tool_calls"))
+    if calls and ROLES[speaker] != "assistant":
+        raise SampleError("bad_tool_calls", f"a turn of {speaker} has tool_calls")
+    called = {"tool_calls": calls} if calls else {}
+    content = "" if calls and content is None else content
     if not isinstance(content, str | list | tuple):
         raise SampleError("bad_turn", f"what {speaker} says is a {type(content).__name__}")
     if not isinstance(content, str):
-        return {"role": ROLES[speaker], "content": [_read_part(part) for part in content]}
+        return {"role": ROLES[speaker], "content": [_read_part(part) for part in content], **called}
     first, *others = map(_text, content.split(PLACEHOLDER))
     parts = [first, *(part for text in others for part in (_image(None), text))]
-    return {"role": ROLES[speaker], "content": parts}
+    return {"role": ROLES[speaker], "content": parts, **called}
 
 
 def _first(turn: Mapping, *names: str) -> Any:
@@ -227,11 +246,17 @@ def _image(image: Any) -> dict[str, Any]:
 
 
 def _check_roles(roles: list[str]) -> None:
-    turns = roles[1:] if roles[0] == "system" else roles
-    if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"] * (len(turns) % 2):
+    if not _ORDER.fullmatch("".join(role[0] for role in roles)):
         raise SampleError("roles_out_of_order", f"turns of {', '.join(roles)}")
-    if "assistant" not in turns:
+    if "assistant" not in roles:
         raise SampleError("no_assistant_turn", "nobody answers")
+
+
+def _texts(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> Iterator[str | None]:
+    for message in messages:
+        yield from (part.get(name) for part in message["content"] for name in ("text", "label"))
+        yield from (call["arguments"] for call in message.get("tool_calls", ()))
+    yield from map(repr, tools)
 
 
 def _listed_images(record: Mapping) -> list[Any]:

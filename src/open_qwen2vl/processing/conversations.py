@@ -14,6 +14,7 @@ where an answer starts with a newline, which there melts into the prompt's last 
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,31 +27,42 @@ from .conversation_records import join_texts
 from .rendering import limit_rendering
 from .sample_error import SampleError
 from .text_formats import IGNORE_INDEX, count_as_text, encode_as_text
+from .tool_forms import ToolForm, plain_messages, uses_tools
 
 SHORT_PIECE = 64  # characters: what the template writes itself comes again and again, a longer text is the data's
 KEPT_PIECES = 256
+_TOOLS = re.compile(r"\btools\b")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_MARK = "\U000f0002"  # private use
+# Private use: parts a special token's string; what follows is learned no more, is learned again.
+_MARK, _OFF, _ON = "\U000f0002", "\U000f0003", "\U000f0004"
+_NO_MARKS = dict.fromkeys(map(ord, (_MARK, _OFF, _ON)))
 
 Pieces = list[tuple[str, bool]]  # control tokens, media and the texts between them, each with whether it is answered
 
 
 class ConversationFormat:
     """How conversations become ids: a tokenizer, a chat template whose answers have `{% generation %}` marks, and what
-    that writes for an image or video by its kind, as `{"image": "<|image_pad|>"}`.
+    that writes for an image or video by its kind, as `{"image": "<|image_pad|>"}`; `tool_form` says how calls look.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str, media_strings: Mapping[str, str]):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str,
+        media_strings: Mapping[str, str],
+        tool_form: ToolForm = "tool_call",
+    ):
         if not has_generation_marks(chat_template):
             raise ValueError("the chat template has no {% generation %} marks, which say what is trained on")
         limit_rendering(chat_template)
         self.tokenizer = tokenizer
         self.chat_template = chat_template
+        self.tool_form = tool_form
         tokens = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         tokens.sort(key=len, reverse=True)
         self._media = frozenset(media_strings.values())
         # A media string of several tokens is one piece: it stands before its own first token in the alternatives.
-        strings = sorted({*self._media, *tokens}, key=len, reverse=True)
+        strings = sorted({*self._media, *tokens, _OFF, _ON}, key=len, reverse=True)
         self._special = re.compile("(" + "|".join(map(re.escape, tokens)) + ")")
         self._cuts = re.compile("(" + "|".join(map(re.escape, strings)) + ")")
         self._special_ids = dict(zip(tokens, tokenizer.convert_tokens_to_ids(tokens), strict=True))
@@ -60,6 +72,46 @@ class ConversationFormat:
     def fingerprint(self) -> str:
         """SHA-256 of the template, 64 hex digits."""
         return hashlib.sha256(self.chat_template.encode()).hexdigest()
+
+    def plain(self, messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Messages whose calls and results are text, and which say what may be called, by [`plain_messages`].
+
+        Raises:
+            SampleError: as that, and `unsupported_tools` for a chat template that writes calls in another way.
+        """
+        if not uses_tools(messages, tools):
+            return messages
+        if self.tool_form == "tool_call" and not self._writes_calls_so:
+            raise SampleError("unsupported_tools", "the chat template writes calls of tools in a way of its own")
+        return plain_messages(messages, tools, self.tool_form, self._default_system)
+
+    @cached_property
+    def _default_system(self) -> str:
+        """What the template says where there is no system turn."""
+        user = {"role": "user", "content": [{"type": "text", "text": "u"}]}
+        system = {"role": "system", "content": [{"type": "text", "text": _MARK}]}
+        before, _, after = self._render([system, user])[0].partition(_MARK)
+        alone = self._render([user])[0]
+        says = alone.startswith(before) and alone.endswith(after) and len(alone) >= len(before) + len(after)
+        return alone[len(before) : len(alone) - len(after)] if says else ""
+
+    @cached_property
+    def _writes_calls_so(self) -> bool:
+        """Whether the template writes tools as we do, or not at all."""
+        if not _TOOLS.search(self.chat_template):
+            return True
+        call, tool = {"name": "f", "arguments": "{}"}, {"type": "function", "function": {"name": "f"}}
+        messages = [
+            {"role": "user", "content": [{"type": "text", "text": "u"}]},
+            {"role": "assistant", "content": [], "tool_calls": [call, call]},
+            *[{"role": "tool", "content": [{"type": "text", "text": "r"}]}] * 2,
+            {"role": "assistant", "content": [{"type": "text", "text": "a"}], "tool_calls": [call]},
+        ]
+        try:
+            ours = plain_messages(messages, [tool], "tool_call", self._default_system)
+            return self._render(messages, tools=[tool])[0] == self._render(ours)[0]
+        except SampleError:
+            return False
 
     def document(self, messages: list[dict[str, Any]], blocks: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         """Int64 ids and labels `(S,)` of a conversation; blocks are the ids of its media in reading order."""
@@ -94,7 +146,7 @@ class ConversationFormat:
 
     def pieces(self, messages: list[dict[str, Any]]) -> Pieces:
         """What a conversation becomes before it is tokenised; `template_error` if the template loses an image."""
-        marked = [{**message, "content": self._mark(message["content"])} for message in messages]
+        marked = [{**message, "content": _switched(self._mark(message["content"]))} for message in messages]
         media = sum(part["type"] != "text" for message in marked for part in message["content"])
         pieces = list(self._cut(*self._render(marked)))
         lost = media - sum(text in self._media for text, _ in pieces)
@@ -122,17 +174,18 @@ class ConversationFormat:
 
     def _mark_part(self, part: dict[str, Any]) -> dict[str, Any]:
         if part["type"] == "control":  # tokens that the family wrote, as around a box
-            return {"type": "text", "text": part["text"]}
+            return {**part, "type": "text"}
         if part["type"] == "text":
-            return {**part, "text": self._special.sub(_part_token, part["text"].replace(_MARK, ""))}
+            return {**part, "text": self._special.sub(_part_token, part["text"].translate(_NO_MARKS))}
         return part
 
-    def _render(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+    def _render(self, messages: list[dict[str, Any]], **options: Any) -> tuple[str, list[tuple[int, int]]]:
         try:
             (text,), (answers,) = render_jinja_template(
                 [messages],
                 chat_template=self.chat_template,
                 return_assistant_tokens_mask=True,
+                **options,
                 **self.tokenizer.special_tokens_map,
             )
         except (TemplateError, TypeError, ValueError) as error:
@@ -144,8 +197,24 @@ class ConversationFormat:
         start = 0
         bounds = [bound for first, stop in answers for bound in ((first, False), (stop, True))]
         for stop, is_answer in [*bounds, (len(text), False)]:
-            yield from ((piece, is_answer) for piece in self._cuts.split(text[start:stop]) if piece)
+            is_learned = is_answer
+            for piece in self._cuts.split(text[start:stop]):
+                if piece in (_OFF, _ON):
+                    is_learned = is_answer and piece == _ON
+                elif piece:
+                    yield piece, is_learned
             start = stop
+
+
+def _switched(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Parts with marks around texts that are not learned; after the last of a turn its end is not learned either."""
+    last = len(parts) - 1
+    return [
+        part
+        if part.get("train", True)
+        else {"type": "text", "text": _OFF + part["text"] + (_ON if number < last else "")}
+        for number, part in enumerate(parts)
+    ]
 
 
 def _learned(answers: list[tuple[int, int]], messages: list[dict[str, Any]]) -> list[tuple[int, int]]:

@@ -25,6 +25,7 @@ from ...processing.text_formats import (
     text_document,
     text_parts,
 )
+from ...processing.tool_forms import TOOL_FORMS, ToolForm
 from ..storage.tables import CONVERSATION_COLUMNS, Columns
 from .records import MAX_DOCUMENT_BYTES
 from .texts import CAPTION_FIELDS, IMAGE_FIELD, PATH_FIELDS, Texts, read_caption, read_interleaved
@@ -153,12 +154,14 @@ class ConversationForm:
     needs_image = False
 
     def __init__(self, settings: dict[str, Any], documents: DocumentProcessor):
-        self._chat, self._boxes = conversation_format(documents), documents.boxes
+        self._chat = conversation_format(documents, settings.get("tool_form", TOOL_FORMS[0]))
+        self._boxes = documents.boxes
         self.columns = columns_of(settings)
 
     def parse(self, record: Any) -> tuple[list[dict[str, Any]], list[Any]]:
-        """Messages in the normal form, and the images' references."""
-        return read_conversation(as_messages(record))
+        """Messages in the normal form with calls of tools as text, and the images' references."""
+        messages, images, tools = read_conversation(as_messages(record))
+        return self._chat.plain(messages, tools), images
 
     def write(self, content: list[dict[str, Any]], media: Sequence[Media]) -> list[dict[str, Any]]:
         """See [`Form`]."""
@@ -186,9 +189,9 @@ class ConversationForm:
         return self._chat.document(content, blocks)
 
 
-def conversation_format(documents: DocumentProcessor) -> ConversationFormat:
+def conversation_format(documents: DocumentProcessor, tool_form: ToolForm = TOOL_FORMS[0]) -> ConversationFormat:
     """How a family's conversations become ids."""
-    return ConversationFormat(documents.tokenizer, documents.chat_template, documents.media_strings)
+    return ConversationFormat(documents.tokenizer, documents.chat_template, documents.media_strings, tool_form)
 
 
 def is_turns(value: Any) -> bool:

@@ -21,7 +21,8 @@ _READ = {
     "interleaved": ("id", "uid", "texts", "images", "text_list", "image_info"),
 }
 _TURNS = ("messages", "conversations", TURNS)
-_READ_OF_TURNS = ("role", "from", "content", "value", "user", "assistant", "system", *FLAGS, *UNREAD)
+_NAMES = ("tool_calls", "tool_call_id", "name")  # the latter two name the call that a result is of
+_READ_OF_TURNS = ("role", "from", "content", "value", "user", "assistant", "system", *_NAMES, *FLAGS, *UNREAD)
 
 
 def warn_of_unread_fields(path: str | Path, kind: SourceKind) -> None:

@@ -65,6 +65,11 @@ class PackOptions:
     chat_template: str | None = option(
         None, help="one of the processor's chat templates, as chatml (default: default)", metavar="NAME"
     )
+    tool_form: Literal["tool_call", "function"] = option(
+        "tool_call",
+        help="how conversations write calls of tools: <tool_call> as Qwen does today (tool_call), or *FUNCTION*, "
+        "*ARGS*, *RESULT* as in Qwen2-VL's article (function)",
+    )
     num_workers: int | None = option(
         None, help="processes (default: one per core, at most one per group)", metavar="N"
     )

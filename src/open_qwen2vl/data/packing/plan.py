@@ -24,6 +24,7 @@ from ...families.interface import DocumentProcessor, Media
 from ...files import describe_shard, remove_temporaries, shard_path
 from ...output_lock import only_writer
 from ...processing.text_formats import tokenizer_fingerprint
+from ...processing.tool_forms import TOOL_FORMS
 from ..documents.documents import Group, Skipped, plan_group
 from ..documents.forms import RULES, conversation_format
 from ..documents.sources import SourceKind, source_kind
@@ -141,6 +142,8 @@ def _settings(kind: SourceKind, options: PackOptions, documents: DocumentProcess
         settings["chat_template"] = conversation_format(documents).fingerprint
         if options.chat_template is not None:
             settings["chat_template_name"] = options.chat_template
+        if options.tool_form != TOOL_FORMS[0]:
+            settings["tool_form"] = options.tool_form
     elif kind.text_format == "interleaved":
         settings["rules"] = options.rules
     else:
@@ -161,6 +164,10 @@ def _check_options(kind: SourceKind, options: PackOptions) -> None:
         raise ValueError(f"rules {options.rules} are for interleaved documents, not for {kind.text_format}s")
     if options.text_only and kind.text_format != "caption":
         raise ValueError(f"text_only is for captions, not for {kind.text_format}s")
+    if options.tool_form not in TOOL_FORMS:
+        raise ValueError(f"tool_form must be {' or '.join(TOOL_FORMS)}, got {options.tool_form!r}")
+    if options.tool_form != TOOL_FORMS[0] and kind.text_format != "conversation":
+        raise ValueError(f"tool_form is for conversations, not for {kind.text_format}s")
     if options.chat_template is not None and kind.text_format != "conversation":
         raise ValueError(f"chat_template is for conversations, not for {kind.text_format}s")
 
@@ -203,7 +210,8 @@ def _missing_parts(folder: Path, tasks: list[_Task]) -> list[_Task]:
             missing.append(task)
             continue
         made = read_part_metadata(task.part).get("settings", {})
-        for name, value in task.group.settings.items():
+        for name in {**task.group.settings, **made}:
+            value = task.group.settings.get(name)
             if made.get(name) != value:
                 raise ValueError(f"{task.part}: made with {_what_differs(name, made.get(name), value)}; {advice}")
     return missing

@@ -104,12 +104,12 @@ class UnpackedConversations(Dataset):
         return {"source": "conversations", "pack": index, "documents": [("row", str(index))]}
 
     def _read(self, index: int) -> ReadDocument:
-        messages, images = read_conversation(as_messages(row_values(self.rows[index])[0]))
+        messages, images, tools = read_conversation(as_messages(row_values(self.rows[index])[0]))
         files = [self._image_file(image) for image in images]
         media = [Media("image", *(read_image_size(file, upright=True) if self.documents.needs_sizes else (0, 0)))
                  for file in files]  # fmt: skip
         blocks = [self.documents.placeholder_ids(one) for one in media]
-        messages = write_boxes(messages, media, self.documents.boxes)
+        messages = write_boxes(self._format.plain(messages, tools), media, self.documents.boxes)
         input_ids, labels = self._format.document(messages, blocks)
         if self.max_length is not None and len(input_ids) > self.max_length:
             raise SampleError("too_long", f"{len(input_ids)} tokens are above max_length={self.max_length}")

@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ...processing.conversation_records import TURNS
 from ...processing.sample_error import SampleError
 from .tars import MAX_TEXT_BYTES
 
@@ -99,9 +100,26 @@ def _decoded(rows: pa.Table) -> list[dict[str, Any]]:
     decoders = {field.name: decoder for field in rows.schema if (decoder := _json_decoder(field))}
     values = rows.to_pylist()
     for row in values:
+        _drop_nulls_of_tools(row)
         for name, decode in decoders.items():
             row[name] = decode(row[name])
     return values
+
+
+def _drop_nulls_of_tools(row: dict[str, Any]) -> None:
+    """A struct has the arguments of all functions in its file, null where another function's; JSON text is kept."""
+    if "tools" in row:
+        row["tools"] = _without_nulls(row["tools"])
+    for turns in (row.get(name) for name in TURNS):
+        for turn in turns if isinstance(turns, list) else ():
+            if isinstance(turn, dict) and turn.get("tool_calls"):
+                turn["tool_calls"] = _without_nulls(turn["tool_calls"])
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def _json_decoder(field: pa.Field) -> Callable[[Any], Any] | None:

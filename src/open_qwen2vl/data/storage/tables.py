@@ -26,7 +26,7 @@ from .row_values import row_values
 logger = logging.getLogger(__name__)
 
 IMAGE_COLUMNS = ("images", "image")
-BESIDE_TURNS = ("id", *OTHER_MEDIA, *SYSTEM, *FLAGS, *UNREAD)
+BESIDE_TURNS = ("id", "tools", *OTHER_MEDIA, *SYSTEM, *FLAGS, *UNREAD)
 COLUMNS = (*TEXT_COLUMNS, *IMAGE_COLUMNS, *BESIDE_TURNS)
 _SPLIT = re.compile(r"(.+)-\d+-of-\d+\.parquet$")  # as the Hub names them
 LARGE_BATCH = 256 << 20  # bytes; each row of a parquet file costs the reading of its whole batch
