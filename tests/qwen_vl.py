@@ -96,7 +96,7 @@ def make_config(family: str, tokenizer: PreTrainedTokenizerBase, **text):
         )
     vision = {**_VISION, "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": hidden}
     if family == "qwen2_5_vl":
-        vision |= {"window_size": 56, "fullatt_block_indexes": [1]}
+        vision |= {"window_size": 56, "fullatt_block_indexes": [1], "tokens_per_second": 2}
         return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
     text["rope_parameters"]["mrope_interleaved"] = True
     text["head_dim"] = hidden // text["num_attention_heads"]

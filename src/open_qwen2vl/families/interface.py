@@ -110,6 +110,13 @@ class DocumentProcessor(Protocol):
     def fingerprint(self) -> dict[str, Any]:
         """All that decides ids and counts of media, flat JSON with `"family"`: a plan records it as `vision`."""
 
+    def describe_video(self, data: bytes) -> tuple[Media, bool]:
+        """A video by its header, and whether it breaks off before the end that it claims.
+
+        Raises:
+            SampleError: if it cannot be read, or `video_unsupported`.
+        """
+
     def placeholder_ids(self, media: Media) -> list[int]:
         """Ids that stand in the text for an image or video, marks included.
 

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..processing.conversations import named_chat_template, training_chat_template
+from ..processing.sample_error import SampleError
 from ..processing.text_formats import BOS_TOKEN, END_OF_CHUNK_TOKEN, EOS_TOKEN, IMAGE_TOKEN, TextFormat
 from .interface import Media, VisionWork
 
@@ -50,8 +51,14 @@ class OpenQwen2VLDocuments:
         """See [`DocumentProcessor`]."""
         return {"family": "open_qwen2vl", "image_seq_length": self.image_seq_length}
 
+    def describe_video(self, data: bytes) -> tuple[Media, bool]:
+        """Images only."""
+        raise SampleError("video_unsupported", "Open-Qwen2VL takes images; Qwen2-VL, 2.5 and 3 take videos")
+
     def placeholder_ids(self, media: Media) -> list[int]:
-        """The budget, whatever the image."""
+        """The budget, whatever the image; a video is a SampleError."""
+        if media.kind == "video":
+            self.describe_video(b"")
         return self._block
 
     def read_media(self, data: bytes, media: Media) -> dict[str, torch.Tensor]:

@@ -41,6 +41,8 @@ class PackedForward:
 
     # Names of the forward's media tensors; the first dimension of each is 0, or it is not there, without media.
     media_names: tuple[str, ...] = ()
+    # Arguments of the forward that a plan has for all of its batches, to be compared with the config.
+    plan_names: tuple[str, ...] = ()
 
     def _as_stock_pixels(self, media: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Media tensors in the stock model's form: ours are normalised, its own are taken as they are."""
@@ -49,6 +51,9 @@ class PackedForward:
     def _packed_options(self) -> dict[str, Any]:
         """Arguments of the stock model that make its vision tower run on packed media."""
         raise NotImplementedError
+
+    def _check_plan(self, media: dict[str, Any], **options: Any) -> None:
+        """Refuse what a plan says of the model by `plan_names` and the model's config does not."""
 
     def _blank_media(self) -> torch.Tensor:
         """A scalar 0 computed by the whole vision tower."""
@@ -68,6 +73,7 @@ class PackedForward:
         **kwargs: Any,
     ) -> PackedOutput:
         media = {name: kwargs.pop(name, None) for name in self.media_names}
+        self._check_plan(media, **{name: kwargs.pop(name, None) for name in self.plan_names})
         if any(tensor is not None and len(tensor) for tensor in media.values()):
             inputs = {"input_ids": input_ids, **media, **self._packed_options()}
         else:
@@ -101,6 +107,7 @@ def packed_class(stock: type[PreTrainedModel], mixin: type[PackedForward]) -> ty
     """A subclass of a stock class, under its name, whose forward takes packed batches too."""
     signature = inspect.signature(stock.forward)
     names = [name for name, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD]
+    own_names = (*_OWN_OPTIONS, *mixin.plan_names)
 
     @functools.wraps(stock.forward)
     def forward(self, *args, **kwargs):
@@ -110,12 +117,12 @@ def packed_class(stock: type[PreTrainedModel], mixin: type[PackedForward]) -> ty
         if kwargs.get("cu_seq_lens_q") is None:
             if kwargs.get("return_row_losses"):
                 raise ValueError("return_row_losses needs a packed batch (cu_seq_lens_q)")
-            return stock.forward(self, **{name: kwargs[name] for name in kwargs if name not in _OWN_OPTIONS})
+            return stock.forward(self, **{name: kwargs[name] for name in kwargs if name not in own_names})
         _check_packed_arguments(kwargs)
         return self._forward_packed(**{name: value for name, value in kwargs.items() if name not in _NOT_IN_PACKS})
 
     # Before **kwargs, which has to stay last.
-    own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in _OWN_OPTIONS]
+    own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in own_names]
     parameters = list(signature.parameters.values())
     # `generate` and Trainer look at the names that a forward takes.
     forward.__signature__ = signature.replace(parameters=[*parameters[:-1], *own, parameters[-1]])

@@ -53,7 +53,7 @@ def decode_image(data: bytes, min_size: tuple[int, int] | None = None) -> Image.
     `DRAFT_MARGIN` times as large: much faster, and after resizing equal but for about half a grey level of 256. Other
     formats are reduced likewise above `LARGE_PIXELS`. SampleError: `corrupt_image`, `image_too_large` (its header).
     """
-    with _opened(data) as image:
+    with opened_image(data) as image:
         _check_cost(image, data)
         # The larger side for both: the EXIF orientation, applied later, may swap them.
         needed = DRAFT_MARGIN * max(min_size) if min_size is not None else None
@@ -66,7 +66,7 @@ def decode_image(data: bytes, min_size: tuple[int, int] | None = None) -> Image.
 
 def read_image_size(data: bytes, upright: bool = False) -> tuple[int, int]:
     """Width and height from an image file's header, as they stand there or as EXIF turns them; or a `SampleError`."""
-    with _opened(data) as image:
+    with opened_image(data) as image:
         swaps = upright and _orientation(image) in (5, 6, 7, 8)
         return (image.height, image.width) if swaps else image.size
 
@@ -114,7 +114,7 @@ def array_to_rgb(array: Any) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _opened(data: bytes) -> Iterator[Image.Image]:
+def opened_image(data: bytes) -> Iterator[Image.Image]:
     """The image of a file, its pixels not decoded yet; whatever is wrong with it is a SampleError."""
     try:
         with warnings.catch_warnings():

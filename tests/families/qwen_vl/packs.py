@@ -8,6 +8,7 @@ from PIL import Image
 
 from open_qwen2vl.families.interface import Media
 from open_qwen2vl.families.qwen_vl.processing import QwenVLDocuments
+from tests.clips import clip
 
 SIZES = [(90, 60), (60, 200), (112, 112), (300, 40), (150, 170), (33, 35)]
 
@@ -20,22 +21,34 @@ def picture(width: int, height: int, seed: int = 0, format: str = "PNG") -> byte
     return file.getvalue()
 
 
-def make_document(documents: QwenVLDocuments, texts: list[str | tuple[int, int]], seed: int = 0) -> dict:
-    """One document of texts and of images given by their sizes; labels at all texts but the first token."""
+def noisy_clip(width: int, height: int, frames: int, seed: int = 0) -> bytes:
+    """A clip of random colours in large blocks, so that no frame is like another."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (frames, -(-height // 8), -(-width // 8), 3), dtype=np.uint8)
+    return clip(blocks.repeat(8, 1).repeat(8, 2)[:, :height, :width], 10)
+
+
+def make_document(documents: QwenVLDocuments, texts: list[str | tuple[int, ...]], seed: int = 0) -> dict:
+    """One document of texts, of images given by their sizes, and of clips by width, height and frames at 10 a second;
+    labels at all texts but the first token.
+    """
     ids, labels, media = [], [], [documents.empty_media()]
     for number, entry in enumerate(texts):
         if isinstance(entry, str):
             new = documents.tokenizer(entry)["input_ids"]
             ids, labels = ids + new, labels + new
         else:
-            item = Media("image", *entry)
+            if len(entry) == 3:
+                data = noisy_clip(*entry, seed=100 * seed + number)
+                item, _ = documents.describe_video(data)
+            else:
+                data, item = picture(*entry, seed=100 * seed + number), Media("image", *entry)
             new = documents.placeholder_ids(item)
             ids, labels = ids + new, labels + [-100] * len(new)
-            media.append(documents.read_media(picture(*entry, seed=100 * seed + number), item))
+            media.append(documents.read_media(data, item))
     end = list(documents.text_format.document_end)
     input_ids, labels = np.array(ids + end), np.array(labels + end)
     labels[0] = -100
-    tensors = {name: torch.cat([one[name] for one in media]) for name in media[0]}
+    tensors = {name: torch.cat([one[name] for one in media if name in one]) for name in media[0]}
     positions = documents.position_ids(input_ids, tensors)
     return {
         "input_ids": torch.from_numpy(input_ids),
@@ -46,7 +59,7 @@ def make_document(documents: QwenVLDocuments, texts: list[str | tuple[int, int]]
 
 
 def mixed_documents(documents: QwenVLDocuments) -> list[dict]:
-    """Seven documents: texts, one image, two images, six sizes."""
+    """Nine documents: texts, one image, two images, six sizes; a clip, and clips beside an image."""
     entries = [
         [SIZES[0], "a red house"],
         ["only some words here"],
@@ -54,7 +67,9 @@ def mixed_documents(documents: QwenVLDocuments) -> list[dict]:
         ["before it ", SIZES[3], " and after"],
         [SIZES[4], "x"],
         ["y z"],
-        [SIZES[5], "the last"],
+        [SIZES[5], "an image"],
+        ["it ", (64, 48, 30), " moves"],
+        [(40, 60, 20), SIZES[0], "three", (90, 30, 9), "the last"],
     ]
     return [make_document(documents, one, seed) for seed, one in enumerate(entries)]
 
@@ -83,5 +98,6 @@ def pack(rows: list[list[dict]], pad: int = 3) -> dict:
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
     }
-    media = {name: torch.cat([d[name] for d in flat]) for name in ("pixel_values", "image_grid_thw")}
-    return batch | (media if len(media["image_grid_thw"]) else {})
+    text = ("input_ids", "labels", "position_ids")
+    media = {name: torch.cat([document[name] for document in flat]) for name in flat[0] if name not in text}
+    return batch | {name: tensor for name, tensor in media.items() if len(tensor)}

@@ -1,5 +1,6 @@
 """A document in a pack sees only itself: logits, loss and all gradients are those of the stock model on it alone."""
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -43,18 +44,26 @@ class Case:
 
     def stock_inputs(self, document: dict) -> dict:
         """What the stock processor makes of it: floats of two frames, no positions of ours."""
-        inputs = {"input_ids": document["input_ids"][None], "use_cache": False}
-        if len(document["image_grid_thw"]):
-            processor = self.processor.image_processor
+        ids = document["input_ids"][None]
+        inputs = {"input_ids": ids, "use_cache": False}
+        for kind, frames, part in (("", 2, "image"), ("_videos", 1, "video")):
+            grid = f"{part}_grid_thw"
+            if not len(document[grid]):
+                continue
+            processor = getattr(self.processor, f"{part}_processor")
             mean, std = (torch.tensor(v)[:, None] * 255 for v in (processor.image_mean, processor.image_std))
-            pixels = (document["pixel_values"].unflatten(1, (3, -1)).float() - mean) / std
-            inputs["pixel_values"] = pixels[:, :, None].expand(-1, -1, 2, -1).flatten(1)
-            inputs["image_grid_thw"] = document["image_grid_thw"]
-            inputs["mm_token_type_ids"] = (inputs["input_ids"] == self.processor.image_token_id).int()
+            pixels = (document[f"pixel_values{kind}"].unflatten(1, (3, -1)).float() - mean) / std
+            inputs[f"pixel_values{kind}"] = pixels[:, :, None].expand(-1, -1, frames, -1).flatten(1)
+            inputs[grid] = document[grid]
+            if kind and "second_per_grid_ts" in document:
+                inputs["second_per_grid_ts"] = document["second_per_grid_ts"]
+        if len(inputs) > 2:
+            image, video = self.processor.image_token_id, self.processor.video_token_id
+            inputs["mm_token_type_ids"] = ((ids == image) + 2 * (ids == video)).int()
         return inputs
 
     def rows(self) -> list[list[dict]]:
-        return [self.documents[:3], self.documents[3:]]
+        return [self.documents[:5], self.documents[5:]]
 
     def check_logits(self, logits: torch.Tensor) -> None:
         expected = iter(self.logits)
@@ -95,21 +104,26 @@ def test_a_changed_document_changes_no_other(case, attention):
     model = prepare_for_packing(case.stock(), case.processor)
     model.set_attn_implementation(attention)
     batch = pack(case.rows())
-    changed = dict(batch, pixel_values=batch["pixel_values"].clone())
-    changed["pixel_values"][0] = 255 - changed["pixel_values"][0]
-    with torch.no_grad():
-        before, after = (model(**one, skip_logits=False).logits for one in (batch, changed))
-    first = len(case.documents[0]["input_ids"])
-    assert not torch.equal(before[0, :first], after[0, :first])
-    assert torch.equal(before[0, first:], after[0, first:])
-    assert torch.equal(before[1:], after[1:])
+    ends = np.cumsum([len(document["input_ids"]) for document in case.rows()[1]])
+    # The first document of the first row; the last but one of the second, the first with a clip.
+    for name, own in (("pixel_values", (0, 0, len(case.documents[0]["input_ids"]))),
+                      ("pixel_values_videos", (1, ends[-3], ends[-2]))):  # fmt: skip
+        changed = dict(batch, **{name: batch[name].clone()})
+        changed[name][0] = 255 - changed[name][0]
+        with torch.no_grad():
+            before, after = (model(**one, skip_logits=False).logits for one in (batch, changed))
+        row, start, stop = own
+        assert not torch.equal(before[row, start:stop], after[row, start:stop])
+        before[row, start:stop] = after[row, start:stop] = 0
+        assert torch.equal(before, after)
 
 
 def test_pixels_of_the_stock_processor_are_taken_as_they_are(case):
     model = prepare_for_packing(case.stock(), case.processor)
     batch = pack(case.rows())
-    floats = [case.stock_inputs(d).get("pixel_values") for d in case.documents]
-    stock = dict(batch, pixel_values=torch.cat([one for one in floats if one is not None]))
+    inputs = [case.stock_inputs(document) for document in case.documents]
+    names = ("pixel_values", "pixel_values_videos")
+    stock = batch | {name: torch.cat([one[name] for one in inputs if name in one]) for name in names}
     with torch.no_grad():
         assert torch.equal(model(**batch).loss, model(**stock).loss)
 
@@ -203,7 +217,8 @@ def test_an_attention_that_knows_no_packs_is_refused(case, tiny_model):
         model.set_attn_implementation("of_a_user")
         batch = pack(case.rows())
         if model is tiny_model:
-            batch = {name: value for name, value in batch.items() if name not in ("pixel_values", "image_grid_thw")}
+            media = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+            batch = {name: value for name, value in batch.items() if name not in media}
             batch |= {"input_ids": batch["input_ids"].clamp(max=200), "position_ids": batch["position_ids"][0]}
         with pytest.raises(ValueError, match="does not go with the attention 'of_a_user'"):
             model(**batch)
@@ -264,3 +279,16 @@ def test_other_models_and_changed_ones_are_refused_by_name(case, tiny_model):
         windows = case.stock(use_sliding_window=True, sliding_window=8, max_window_layers=1)
         with pytest.raises(ValueError, match="use_sliding_window"):
             prepare_for_packing(windows)
+
+
+def test_times_of_another_config_are_refused(case):
+    model = prepare_for_packing(case.stock(), case.processor)
+    options = case.layout.forward_options()
+    assert options == ({"tokens_per_second": 2.0} if case.family == "qwen2_5_vl" else {})
+    with torch.no_grad():
+        torch.testing.assert_close(model(**pack(case.rows()), **options).loss, case.loss, **TOLERANCE)
+        images = {"tokens_per_second": 4.0, **pack([case.documents[:2]])}
+        model(**images)
+        if options:
+            with pytest.raises(ValueError, match="--tokens-per-second 2"):
+                model(**pack(case.rows()), tokens_per_second=4.0)

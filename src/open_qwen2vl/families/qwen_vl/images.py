@@ -15,16 +15,21 @@ from .sizes import ImageSizes
 
 def image_patches(image: Image.Image, sizes: ImageSizes, mode: str = "bicubic") -> torch.Tensor:
     """An upright RGB image as uint8 patches `(rows * columns, 3 * P * P)`, those of a token together."""
-    height, width = sizes.resized(image.width, image.height)
+    pixels = resized_pixels(np.array(image), sizes.resized(image.width, image.height), mode)
+    return torch.from_numpy(patchify(pixels, sizes.patch_size, sizes.merge_size))
+
+
+def resized_pixels(pixels: np.ndarray, size: tuple[int, int], mode: str = "bicubic") -> np.ndarray:
+    """uint8 `(height, width, 3)` as `(3, *size)`."""
     # (height, width, 3) -> (1, 3, height, width), which torch takes for its fast, channels-last kernel
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-    if (image.height, image.width) != (height, width):
-        pixels = nn.functional.interpolate(pixels, (height, width), mode=mode, antialias=True)
-    return torch.from_numpy(patchify(pixels[0].contiguous().numpy(), sizes.patch_size, sizes.merge_size))
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    if pixels.shape[:2] != tuple(size):
+        tensor = nn.functional.interpolate(tensor, size, mode=mode, antialias=True)
+    return tensor[0].contiguous().numpy()
 
 
 def patchify(pixels: np.ndarray, patch_size: int, merge_size: int) -> np.ndarray:
-    """`(3, height, width)` to `(patches, 3 * P * P)`: merge blocks row by row, in each its patches row by row."""
+    """`(C, height, width)` to `(patches, C * P * P)`: merge blocks row by row, in each its patches row by row."""
     channels, height, width = pixels.shape
     rows, columns = height // patch_size, width // patch_size
     # A line of a patch is one element: byte by byte the copy takes two to three times as long.

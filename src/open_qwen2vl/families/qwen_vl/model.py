@@ -26,29 +26,37 @@ _MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 class QwenVLPackedForward(PackedForward):
     """The packed forward of the three models."""
 
-    media_names = ("pixel_values", "image_grid_thw")
-    # Mean and standard deviation of pixels in 0..255; set by `QwenVL.prepare`.
-    pixel_mean: list[float]
-    pixel_std: list[float]
+    media_names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+    plan_names = ("tokens_per_second",)
+    # Mean and standard deviation of pixels in 0..255, of images and of videos; set by `QwenVL.prepare`.
+    pixel_statistics: dict[str, tuple[list[float], list[float]]]
 
     def _as_stock_pixels(self, media: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        pixels = media.get("pixel_values")
-        if pixels is None or pixels.dtype != torch.uint8:
-            return media
-        return {**media, "pixel_values": self._normalised(pixels)}
+        ours = {name: media[name] for name in self.pixel_statistics if name in media and media[name] is not None}
+        ours = {name: self._normalised(p, name) for name, p in ours.items() if p.dtype == torch.uint8}
+        return {**media, **ours}
 
     def _packed_options(self) -> dict[str, Any]:
-        # The prefix makes transformers hand it to the images' tower, and to nothing else.
-        return {"image_segments": Segments()}
+        # The prefixes make transformers hand them to the tower, for images and for videos, and to nothing else.
+        return {"image_segments": Segments(), "video_segments": Segments()}
 
-    def _normalised(self, patches: torch.Tensor) -> torch.Tensor:
-        """uint8 `(patches, 3 * P * P)` as the stock processor's floats `(patches, 3 * frames * P * P)`."""
-        frames = self.config.vision_config.temporal_patch_size
+    def _check_plan(self, media: dict[str, Any], tokens_per_second: float | None) -> None:
+        own = getattr(self.config.vision_config, "tokens_per_second", None)
+        if media["video_grid_thw"] is not None and tokens_per_second not in (None, own):
+            raise ValueError(
+                f"positions of videos were planned with tokens_per_second {tokens_per_second}, the model's config has "
+                f"{own}: plan with --tokens-per-second {own}"
+            )
+
+    def _normalised(self, patches: torch.Tensor, name: str = "pixel_values") -> torch.Tensor:
+        """uint8 `(patches, 3 * P * P)`, or of T frames, as the stock processor's floats `(patches, 3 * T * P * P)`."""
         # In place from here: pixels are the largest input, and a broadcast would hold them twice.
         channels = patches.unflatten(1, (3, -1)).float()
-        for channel, (mean, std) in enumerate(zip(self.pixel_mean, self.pixel_std, strict=True)):
+        for channel, (mean, std) in enumerate(zip(*self.pixel_statistics[name], strict=True)):
             channels[:, channel].sub_(mean).div_(std)
-        return channels[:, :, None].expand(-1, -1, frames, -1).flatten(1)
+        if name == "pixel_values_videos":
+            return channels.flatten(1)
+        return channels[:, :, None].expand(-1, -1, self.config.vision_config.temporal_patch_size, -1).flatten(1)
 
     def _blank_media(self) -> torch.Tensor:
         vision = self.config.vision_config
@@ -73,10 +81,11 @@ def prepare_for_packing(model: PreTrainedModel, processor: Any = None) -> PreTra
     the labelled positions only, and logits are built on request (`skip_logits=False`). It has `input_ids` and `labels`
     of shape `(packs, S)`, `position_ids` of shape `(4, packs, S)` (text, t, h, w; each from 0 in every document),
     `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `max_length_k` over the flattened batch, `pixel_values` and
-    `image_grid_thw` of all images in reading order. Float pixels are the stock processor's; uint8 ones
-    `(patches, 3 * P * P)`, one frame, are normalised and doubled on the device. `num_items_in_batch` divides the
-    summed loss; `return_row_losses=True` returns the sum of each row. Any other batch meets the stock forward, and
-    generation, `save_pretrained`, `isinstance`, PEFT and pipelines are as before.
+    `image_grid_thw` of all images in reading order, `pixel_values_videos` and `video_grid_thw` of all videos. Float
+    pixels are the stock processor's; uint8 ones, `(patches, 3 * P * P)` of images, one frame, and
+    `(patches, 3 * 2 * P * P)` of videos, are normalised on the device, and an image's frame doubled.
+    `num_items_in_batch` divides the summed loss; `return_row_losses=True` returns the sum of each row. Any other batch
+    meets the stock forward, and generation, `save_pretrained`, `isinstance`, PEFT and pipelines are as before.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): changed in place; a second call changes nothing more.
@@ -123,12 +132,13 @@ class QwenVL:
             if model.model.language_model.config._attn_implementation == "sdpa":
                 # The default; an attention that was asked for stays.
                 model.model.language_model.set_attn_implementation(PACKED_VARLEN)
-        image_processor = getattr(processor, "image_processor", None)
-        mean, std = _PIXELS.get(model.config.model_type, (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-        if image_processor is not None:
-            mean, std = image_processor.image_mean, image_processor.image_std
-        # In fp32 and times 255, as the image processor computes them.
-        model.pixel_mean, model.pixel_std = ((torch.tensor(values) * 255).tolist() for values in (mean, std))
+        released = _PIXELS.get(model.config.model_type, (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+        model.pixel_statistics = {}
+        for name, part in (("pixel_values", "image_processor"), ("pixel_values_videos", "video_processor")):
+            own = getattr(processor, part, None)
+            statistics = released if own is None else (own.image_mean, own.image_std)
+            # In fp32 and times 255, as the processors compute them.
+            model.pixel_statistics[name] = tuple((torch.tensor(values) * 255).tolist() for values in statistics)
         return model
 
     def step_flops(self, config: PreTrainedConfig, work: StepWork, trained: dict[str, int]) -> int:
