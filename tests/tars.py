@@ -21,3 +21,13 @@ def write_caption_tar(path: Path, captions: list[str], seed: int = 0, size: tupl
                 info = tarfile.TarInfo(f"{number:05d}.{ext}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
+
+
+def break_images(tar: Path, which: slice = slice(None)) -> None:
+    """Write zeros over these images, in place: the tar is as long and as old as it was."""
+    with tarfile.open(tar) as archive:
+        images = [(member.offset_data, member.size) for member in archive if member.name.endswith(".jpg")]
+    with open(tar, "r+b") as file:
+        for offset, size in images[which]:
+            file.seek(offset)
+            file.write(bytes(size))

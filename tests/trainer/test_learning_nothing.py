@@ -1,6 +1,5 @@
 """A training that learns nothing, or on too little of its data, ends with the reason; no weight moves for nothing."""
 
-import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -14,17 +13,7 @@ from open_qwen2vl.trainer import run_recipe
 from open_qwen2vl.trainer.checkpoints.folders import checkpoints_by_step
 from open_qwen2vl.trainer.figures.data_watch import EMPTY_STEPS, FEW_DROPPED, DataStopped, DataWatch
 from open_qwen2vl.trainer.figures.steps import Step
-from tests.tars import write_caption_tar
-
-
-def break_images(tar: Path) -> None:
-    """Write zeros over every image, in place: the tar is as long and as old as it was."""
-    with tarfile.open(tar) as archive:
-        images = [(member.offset_data, member.size) for member in archive if member.name.endswith(".jpg")]
-    with open(tar, "r+b") as file:
-        for offset, size in images:
-            file.seek(offset)
-            file.write(bytes(size))
+from tests.tars import break_images, write_caption_tar
 
 
 @pytest.fixture

@@ -1,5 +1,8 @@
 """What the trainers read: order and collator of the packs, names of their sources, steps without a label."""
 
+import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +12,26 @@ from transformers import TrainingArguments
 from ..data.packing.mixture import PackMixture
 from ..data.packing.pack_order import PackOrder
 from ..processing.collator import PackingCollator
+
+# Of a patch of 16 x 16 pixels, the largest of the known families; what else a pack holds is small beside its pixels.
+_PATCH_BYTES = 3 * 16**2
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+def prefetch_factor(args: TrainingArguments, train_dataset: Dataset | None) -> int | None:
+    """Batches that each worker loads ahead: as asked, else all of the next optimizer step, if shared memory has room.
+
+    Fewer would be loaded in the time of a step and then waited for: a step takes its batches faster than they come.
+    """
+    workers, asked = args.dataloader_num_workers, args.dataloader_prefetch_factor
+    if asked is not None or not workers or not isinstance(train_dataset, PackMixture):
+        return asked
+    wanted = -(-args.gradient_accumulation_steps // workers)
+    if _SHARED_MEMORY.is_dir():
+        batch = args.per_device_train_batch_size * max(1, train_dataset.patches_per_pack.mean()) * _PATCH_BYTES
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        wanted = min(wanted, int(shutil.disk_usage(_SHARED_MEMORY).free / 2 / ranks / workers / batch))
+    return max(2, wanted)
 
 
 def pack_collator(args: TrainingArguments, train_dataset: Dataset | None) -> PackingCollator:
@@ -26,6 +49,11 @@ def train_order(dataset: PackMixture, args: TrainingArguments) -> PackOrder:
         args.gradient_accumulation_steps,
         args.seed if args.data_seed is None else args.data_seed,
     )
+
+
+def labels_are_planned(collator: Any) -> bool:
+    """Whether batches have the labels that the plans count; a collator of the user's own may choose others."""
+    return type(collator) is PackingCollator and not collator.cross_document_attention
 
 
 def evaluation_order(dataset: PackMixture, args: TrainingArguments) -> PackOrder:

@@ -23,6 +23,7 @@ from ..data.packing.mixture import PackMixture
 from ..data.packing.pack_order import PackOrder
 from ..families import packed_model
 from . import loading, optimization, sharding
+from .accumulation import MicroBatches, correct_gradients
 from .checkpoints import resuming, saving
 from .checkpoints.interruption import StopRequest, only_run_in
 from .checkpoints.run_record import run_record, weights_record
@@ -50,6 +51,7 @@ class PackedTraining:
         self._family = packed_model(base.config)
         self._family.prepare(base, kwargs.get("processing_class"))
         optimization.choose_trained_parts(model, args, self._family.parts)
+        args.dataloader_prefetch_factor = loading.prefetch_factor(args, kwargs.get("train_dataset"))
         self._gives_row_losses = "return_row_losses" in inspect.signature(base.forward).parameters
         self._parts_of_groups: list[str] = []
         self.part_rates: dict[str, float] = {}
@@ -78,7 +80,7 @@ class PackedTraining:
         self._evaluated = Evaluated([])
         self._row_losses: torch.Tensor | None = None
         self._grad_norm: torch.Tensor | float = 0.0
-        self._micro_batch_flops, self._step_is_empty = 0, False
+        self._micro_batch_flops, self._step_is_empty, self._labels_are_planned = 0, False, False
 
     def _add_own_callbacks(self) -> None:
         self.add_callback(StepEnd(self._end_step))
@@ -110,6 +112,7 @@ class PackedTraining:
         if not isinstance(dataset, PackMixture):
             return super()._get_train_sampler(train_dataset)
         self._order = loading.train_order(dataset, self.args)
+        self._labels_are_planned = loading.labels_are_planned(self.data_collator)
         return self._order
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
@@ -129,6 +132,9 @@ class PackedTraining:
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of a step, and the labels in them on all ranks."""
+        if self._labels_are_planned:
+            planned = self._meter.planned_labels = self._order.labels_of_step(self.state.global_step)
+            return MicroBatches(epoch_iterator, num_batches, self._meter.wait), torch.full((), planned, device=device)
         start = time.perf_counter()
         batches, labels = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._meter.wait(time.perf_counter() - start)
@@ -144,10 +150,8 @@ class PackedTraining:
         created = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if created:
-            named = (self.model if model is None else model).named_parameters()
-            self._parts_of_groups = optimization.set_part_learning_rates(
-                optimizer, named, self.args, self._family.parts
-            )
+            named, parts = (model or self.model).named_parameters(), self._family.parts
+            self._parts_of_groups = optimization.set_part_learning_rates(optimizer, named, self.args, parts)
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
@@ -170,6 +174,8 @@ class PackedTraining:
         self._micro_batch_flops = self._family.step_flops(config, step_work(stats), self._trained)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._meter.micro_batch(stats, self._micro_batch_flops, loss, self._row_losses)
+        if self._labels_are_planned and self.accelerator.sync_gradients:
+            self._step_is_empty = correct_gradients(model.parameters(), self._meter)
         return loss
 
     def compute_loss(
@@ -202,15 +208,9 @@ class PackedTraining:
             self._account(True)
 
     def _account(self, all_steps: bool) -> None:
-        asked_to_leave = account(
-            self._meter.finished(all_steps),
-            self.throughput,
-            self._callback(LossWatch),
-            self._callback(DataWatch),
-            self.args,
-            getattr(self.train_dataset, "describe", None),
-            self.state.max_steps,
-        )
+        steps, watches = self._meter.finished(all_steps), (self._callback(LossWatch), self._callback(DataWatch))
+        describe = getattr(self.train_dataset, "describe", None)
+        asked_to_leave = account(steps, self.throughput, *watches, self.args, describe, self.state.max_steps)
         if asked_to_leave and not self._at_end:
             self.interrupted = self.control.should_save = self.control.should_training_stop = True
 
@@ -322,9 +322,8 @@ class PackedTraining:
         with self.throughput.paused():
             save = functools.partial(super()._save_checkpoint, model, trial)
             # While the data are in doubt the checkpoints from before are worth keeping.
-            limit = (
-                None if self._callback(DataWatch).doubtful(self.args.max_dropped_share) else self.args.save_total_limit
-            )
+            doubtful = self._callback(DataWatch).doubtful(self.args.max_dropped_share)
+            limit = None if doubtful else self.args.save_total_limit
             finish = functools.partial(saving.finish_checkpoint, final, self.state, self.run_record(), limit)
             self._staging.write(final, save, finish, self.accelerator.wait_for_everyone, self.args.should_save)
         if self.args.push_to_hub:

@@ -6,6 +6,7 @@ Indices run through the sources one after the other; how often and in which orde
 `pack_order.py`. Behind the last pack stands one empty pack for each source, which fills up an optimizer step.
 """
 
+import functools
 import json
 import math
 import os
@@ -160,8 +161,16 @@ class PackMixture(Dataset):
                 raise ValueError(f"{source.path} holds no packs")
         options = [dataset.documents.forward_options() for dataset in self.datasets]
         self.phases = source_phases(self.sources, options)
-        self.patches_per_pack = np.concatenate([dataset.per_pack("patches") for dataset in self.datasets])
+        self.patches_per_pack = self._per_pack("patches")
         self._ends = np.cumsum([len(dataset) for dataset in self.datasets])
+
+    def _per_pack(self, column: str) -> np.ndarray:
+        return np.concatenate([dataset.per_pack(column) for dataset in self.datasets])
+
+    @functools.cached_property
+    def labels_per_pack(self) -> np.ndarray:
+        """Labelled positions of each pack as planned, int64 `(packs,)`; read when first asked for."""
+        return self._per_pack("labels")
 
     @property
     def names(self) -> list[str]:

@@ -61,6 +61,8 @@ class PackOrder(Sampler[int]):
         self._sizes = [len(dataset) for dataset in mixture.datasets]
         self._counts = picks_per_epoch(mixture.sources, self._sizes, [dataset.plan for dataset in mixture.datasets])
         self._phases = mixture.phases
+        self._mixture = mixture
+        self._labels_of_epoch = -1, np.zeros(0, np.int64)
         # The empty packs have no patches.
         self._patches = np.append(mixture.patches_per_pack, np.zeros(len(self._sizes), np.int64))
 
@@ -82,6 +84,15 @@ class PackOrder(Sampler[int]):
             packs = self._phase_order(phase, epoch)
             for start in range(0, len(packs), self.global_batch):
                 yield from self._deal(packs[start : start + self.global_batch]).tolist()
+
+    def labels_of_step(self, step: int) -> int:
+        """Labels that a step of the run is planned to have, on all ranks; steps count from 0 over all epochs."""
+        epoch, step = divmod(step, len(self) // self.global_batch)
+        if self._labels_of_epoch[0] != epoch:
+            packs = np.concatenate([self._phase_order(phase, epoch) for phase in self._phases])
+            labels = np.append(self._mixture.labels_per_pack, np.zeros(len(self._sizes), np.int64))[packs]
+            self._labels_of_epoch = epoch, labels.reshape(-1, self.global_batch).sum(1)
+        return int(self._labels_of_epoch[1][step])
 
     def _phase_order(self, phase: list[int], epoch: int) -> np.ndarray:
         """Indices of a phase's packs, filled up to whole optimizer steps."""

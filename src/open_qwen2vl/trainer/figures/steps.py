@@ -30,6 +30,7 @@ class Step:
     sources: list[dict[str, int]] = field(default_factory=list)  # [`BY_SOURCE`] of each source
     rows: list[dict[str, int]] = field(default_factory=list)  # the rows of this rank, as the collator describes them
     row_losses: torch.Tensor | None = None  # sum of the losses of each of these rows' labels
+    planned_labels: int | None = None  # on all ranks, where the plan knows
     dropped: Counter = field(default_factory=Counter)  # documents that could not be read, by reason
     places: dict[str, str] = field(default_factory=dict)  # where the first of each reason lies
 
@@ -57,6 +58,12 @@ class StepMeter:
         self._dropped: Counter = Counter()
         self._places: dict[str, str] = {}
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.planned_labels: int | None = None  # by which the losses are divided, on all ranks; None: those that are
+
+    @property
+    def labels(self) -> int:
+        """Labels of this rank so far."""
+        return sum(source["labels"] for source in self._sources)
 
     def wait(self, seconds: float) -> None:
         """Count time in which this rank waited for data."""
@@ -84,7 +91,7 @@ class StepMeter:
     def end_step(self, number: int, grad_norm: torch.Tensor | float, stop_requested: bool) -> None:
         """Send the figures of global step `number` around; every rank must call, `stop_requested` is its own."""
         row_losses = torch.cat(self._row_losses).detach()
-        source_of_row = torch.tensor([row["source"] for row in self._rows], device=self.device)
+        source_of_row = _to_device([row["source"] for row in self._rows], torch.int64, self.device)
         source_losses = torch.zeros(self.num_sources, dtype=torch.float64, device=self.device)
         source_losses.index_add_(0, source_of_row, row_losses.double())
         grad_norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else torch.as_tensor(grad_norm)
@@ -94,12 +101,13 @@ class StepMeter:
             [
                 torch.stack([self._loss, grad_norm.to(self._loss)]) / self.world_size,
                 source_losses,
-                torch.tensor(counts, dtype=torch.float64).to(self.device, non_blocking=True),
+                _to_device(counts, torch.float64, self.device),
             ]
         )
         if self.world_size > 1:
             figures = reduce(figures, "sum")
         step = Step(number, rows=self._rows, row_losses=row_losses, dropped=self._dropped, places=self._places)
+        step.planned_labels = self.planned_labels
         self._pending.append((step, *_to_host(figures)))
         self._begin()
 
@@ -121,6 +129,10 @@ class StepMeter:
         step.stop_requested = bool(next(figures))
         step.counts = {name: next(figures) for name in COUNTS}
         step.sources = [{name: int(next(figures)) for name in BY_SOURCE} for _ in range(self.num_sources)]
+        if step.planned_labels not in (None, step.labels):
+            if not step.counts["dropped"]:
+                raise RuntimeError(f"step {step.number} has {step.labels} labels, its plan says {step.planned_labels}")
+            step.loss *= step.planned_labels / max(step.labels, 1)
         return step
 
 
@@ -129,6 +141,12 @@ def _gather_dropped(step: Step) -> None:
     found = gather_object([(dict(step.dropped), step.places)])
     step.dropped = sum((Counter(dropped) for dropped, _ in found), Counter())
     step.places = {reason: place for _, places in reversed(found) for reason, place in places.items()}
+
+
+def _to_device(values: list[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Copy without waiting for the device, which pageable memory would."""
+    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
 
 
 def _to_host(figures: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
