@@ -94,6 +94,8 @@ class DocumentProcessor(Protocol):
         boxes ([`BoxForm`], *optional*): how boxes are written; None where the family knows none.
         needs_sizes (`bool`): whether [`placeholder_ids`] depends on width and height, so that a planner reads headers.
         rope_rows (`int`): rows of `position_ids`: 1, or 4 for M-RoPE (text, t, h, w).
+        placeholder_names (`dict[str, int]`): arguments of the forward that take the positions of a token in the
+            flattened batch, and its id, as `{"image_positions": 151655}`; empty for a forward that looks for them.
         plan_options (`tuple[str, ...]`): keys of the fingerprint that a plan chooses and a processor follows, as
             `image_seq_length`; keywords of the constructor. All other differences are refused.
     """
@@ -105,6 +107,7 @@ class DocumentProcessor(Protocol):
     boxes: BoxForm | None
     needs_sizes: bool
     rope_rows: int
+    placeholder_names: dict[str, int]
     plan_options: ClassVar[tuple[str, ...]]
 
     def fingerprint(self) -> dict[str, Any]:

@@ -46,6 +46,7 @@ class OpenQwen2VLDocuments:
             (ids[0],), (ids[1],), "\n", (ids[2],), (("<image>", "<image-placeholder>"),)
         )  # the original's rules
         self._block = [ids[3]] * image_seq_length
+        self.placeholder_names = {"image_positions": ids[3]}
 
     def fingerprint(self) -> dict[str, Any]:
         """See [`DocumentProcessor`]."""

@@ -99,6 +99,7 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
         image_seq_length: int | list[int] | None = None,
         use_cache: bool | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_positions: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LlavaModelOutputWithPast:
         """See [`OpenQwen2VLForConditionalGeneration.forward`] for the arguments."""
@@ -119,7 +120,7 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
         image_features = self._image_features(pixel_values, image_seq_length, mm_encoder_outputs)
         if image_features is not None:
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
-            inputs_embeds = self._place_images(inputs_embeds, input_ids, image_features, packed)
+            inputs_embeds = self._place_images(inputs_embeds, input_ids, image_features, image_positions)
         elif past_key_values is None and (self.training or packed):
             inputs_embeds = inputs_embeds + self._zero_image_term(inputs_embeds)
 
@@ -159,25 +160,15 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
         inputs_embeds: torch.Tensor,
         input_ids: torch.LongTensor | None,
         image_features: torch.Tensor,
-        packed: bool,
+        image_positions: torch.LongTensor | None,
     ) -> torch.Tensor:
         """Embeddings `(batch, sequence, hidden)` with the features in place of the placeholders."""
-        if packed and input_ids is not None and (input_ids.is_cuda or torch.compiler.is_compiling()):
-            mask = self._placeholder_mask_without_waiting(input_ids, image_features)
-        else:
-            mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+        if image_positions is not None:
+            # On a device a mask would be waited for twice, in its check and in its backward.
+            rows = inputs_embeds.flatten(0, 1).index_copy(0, image_positions, image_features.flatten(0, 1))
+            return rows.view_as(inputs_embeds)
+        mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
         return inputs_embeds.masked_scatter(mask, image_features)
-
-    def _placeholder_mask_without_waiting(
-        self, input_ids: torch.LongTensor, image_features: torch.Tensor
-    ) -> torch.BoolTensor:
-        """As `get_placeholder_mask`, but the device itself checks the count: the host runs ahead of it."""
-        mask = input_ids == self.config.image_token_id
-        torch._assert_async(
-            mask.sum() == image_features.shape[0] * image_features.shape[1],
-            "image features and image placeholder tokens differ in number",
-        )
-        return mask.unsqueeze(-1)
 
     def _packed_attention_mask(self) -> dict[str, None] | None:
         """No mask at all for `packed_varlen`; for the others None lets transformers isolate documents by position."""
@@ -207,6 +198,8 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
         return_row_losses (`bool`): with labels, return the sum of the losses of each row as well.
         label_positions (`torch.LongTensor` of shape `(labelled,)`): positions of the flattened batch that predict a
             label, as the collator gives them; looked for on the device, which then is waited for, where not given.
+        image_positions (`torch.LongTensor` of shape `(images * image_seq_length,)`): positions of the placeholders in
+            the flattened batch, as the collator gives them; looked for, likewise, where not given.
         mm_encoder_outputs (`dict`): `{"image": output of get_image_features}` instead of `pixel_values`.
         cu_seq_lens_q, cu_seq_lens_k (`torch.IntTensor`, over the flattened batch), max_length_q, max_length_k (`int`):
             mark a packed batch, which takes no `attention_mask` and no `past_key_values`.
@@ -252,6 +245,7 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
         return_row_losses: bool = False,
         label_positions: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_positions: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> OpenQwen2VLCausalLMOutputWithPast:
         """Run the model, with the loss where labels are given; the class says what each argument is."""
@@ -267,6 +261,7 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
             image_seq_length=image_seq_length,
             use_cache=False if use_cache is None and past_key_values is None and supervised else use_cache,
             mm_encoder_outputs=mm_encoder_outputs,
+            image_positions=image_positions,
             **kwargs,
         )
         hidden, loss, row_losses, logits = outputs.last_hidden_state, None, None, None

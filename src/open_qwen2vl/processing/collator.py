@@ -5,7 +5,8 @@ items      input_ids, labels (S_i,), position_ids (S_i,) or (rows, S_i), media b
   ▼
 batch      input_ids, labels (packs, S), position_ids (packs, S) or (rows, packs, S), media, options of the forward,
            cu_seq_lens_q/k (documents + 1,) int32 over the flattened batch, max_length_q/k,
-           label_positions (labelled,) in the flattened batch: position t where t + 1 of the row has a label
+           label_positions (labelled,) in the flattened batch: position t where t + 1 of the row has a label,
+           positions of placeholders likewise, by their names in the forward
 
 Row 0 of the positions tells documents apart: it starts at 0 in each.
 """
@@ -20,7 +21,7 @@ from .text_formats import IGNORE_INDEX
 
 TEXT = ("input_ids", "labels", "position_ids")
 # Of an item; what else it has goes to the forward.
-ACCOUNTS = ("media", "vision_work", "dropped", "dropped_places", "source", "pack")
+ACCOUNTS = ("placeholders", "media", "vision_work", "dropped", "dropped_places", "source", "pack")
 
 
 @dataclass
@@ -48,8 +49,9 @@ class PackingCollator:
         Args:
             items (`list[dict]`): each with int64 `input_ids` and `labels` of shape `(S,)` and `position_ids` of shape
                 `(S,)` or `(rows, S)`. Other tensors are media, joined along their first dimension; other values are
-                arguments of the forward, the same in all items, but for `media` (their number), `vision_work`
-                (patches, squared, tokens), `dropped`, `source` and `pack`.
+                arguments of the forward, the same in all items, but for `placeholders` (int64 positions in the item,
+                by the name of a forward's argument), `media` (their number), `vision_work` (patches, squared, tokens),
+                `dropped`, `source` and `pack`.
 
         Returns:
             `dict`: the tensors named at the head of this file, media only where there are any, and `packing_stats`
@@ -72,6 +74,7 @@ class PackingCollator:
             "labels": _pad_rows([item["labels"] for item in items], longest, IGNORE_INDEX),
             **_forward_options(items),
             **_joined_media(items),
+            **_placeholders(items, longest),
         }
         if self.cross_document_attention:
             if items[0]["position_ids"].dim() > 1:
@@ -135,6 +138,16 @@ def _forward_options(items: list[dict[str, Any]]) -> dict[str, Any]:
 def _joined_media(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     names = [name for name, value in items[0].items() if name not in TEXT and isinstance(value, torch.Tensor)]
     joined = {name: torch.cat([item[name] for item in items]) for name in names}
+    return {name: tensor for name, tensor in joined.items() if len(tensor)}
+
+
+def _placeholders(items: list[dict[str, Any]], length: int) -> dict[str, torch.Tensor]:
+    """Positions of placeholders in the flattened batch, by name; none where there are none."""
+    positions: dict[str, list[torch.Tensor]] = {}
+    for row, item in enumerate(items):
+        for name, own in item.get("placeholders", {}).items():
+            positions.setdefault(name, []).append(own + row * length)
+    joined = {name: torch.cat(rows) for name, rows in positions.items()}
     return {name: tensor for name, tensor in joined.items() if len(tensor)}
 
 

@@ -259,13 +259,15 @@ def pack_item(family: DocumentProcessor, documents: list[ReadDocument], dropped:
     """An item of a dataset: the documents behind each other, and what the collator and the model need to know."""
     # Nothing first, for a pack that has lost all its documents.
     ids, labels, positions, media, counts, works = zip(empty_document(family), *documents, strict=True)
-    position_ids = torch.from_numpy(np.concatenate(positions, axis=1))
+    input_ids, position_ids = (torch.from_numpy(np.concatenate(rows, axis=-1)) for rows in (ids, positions))
+    names = family.placeholder_names
     return {
-        "input_ids": torch.from_numpy(np.concatenate(ids)),
+        "input_ids": input_ids,
         "position_ids": position_ids[0] if family.rope_rows == 1 else position_ids,
         "labels": torch.from_numpy(np.concatenate(labels)),
         **join_media(family, media),
         **family.forward_options(),
+        "placeholders": {name: torch.nonzero(input_ids == token).squeeze(1) for name, token in names.items()},
         "media": sum(counts),
         "vision_work": VisionWork(*map(sum, zip(*works, strict=True))),
         "dropped": dict(dropped),

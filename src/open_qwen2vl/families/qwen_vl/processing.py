@@ -7,7 +7,7 @@ ends in `<|endoftext|>`.
 """
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import torch
@@ -51,6 +51,7 @@ class QwenVLDocuments:
 
     needs_sizes = True
     rope_rows = 4
+    placeholder_names: ClassVar[dict[str, int]] = {}
     plan_options = ("min_pixels", "max_pixels", "fixed_resolution", "video_fps", "max_frames", "max_video_tokens",
                     "skip_broken_videos", "text_after_video", "tokens_per_second")  # fmt: skip
 
