@@ -1,7 +1,7 @@
 """A third family: images of w x h pixels take one position for each 8 x 8 of them, between two marks; 2 rows of
 positions; media in two tensors. Nothing but this file is needed for its data."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ class ToyDocuments:
 
     needs_sizes = True
     rope_rows = 2
+    placeholder_names: ClassVar[dict[str, int]] = {}
     plan_options = ("most",)
     chat_template = TEMPLATE
     media_strings = {"image": "<s><|image_pad|><|im_start|>"}
