@@ -164,12 +164,12 @@ def _read_images(paths: Sequence[str | Path]) -> Iterator[Any]:
     """At most `MOST_IMAGES` pictures, evenly chosen from files, folders and tars."""
     places: list[tuple[Path, str, int, int]] = []  # file, name, offset, size; -1 for all of the file
     for path in map(Path, paths):
-        if path.suffix == ".tar":
-            found = [(path, *member) for member in list_files(path) if _is_image(member[0])]
-        elif path.is_dir():
-            found = [(file, file.name, 0, -1) for file in sorted(path.rglob("*")) if _is_image(file.name)]
-        else:
-            found = [(path, path.name, 0, -1)]
+        found = []
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.suffix == ".tar":
+                found += [(file, *member) for member in list_files(file) if _is_image(member[0])]
+            elif _is_image(file.name) or file == path:
+                found.append((file, file.name, 0, -1))
         if not found:
             raise ValueError(f"--images {path}: no picture there")
         places += found
