@@ -158,7 +158,7 @@ BAD = {
     "bad_turn": {"conversations": [{"from": "human", "text": "what?"}, {"from": "gpt", "text": "a cat"}]},
     "unknown_role": llava(("human", "what?"), ("bing", "a cat")),
     "unknown_content": {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},
-    "unsupported_media": llava(*TURN, video="a.mp4"),
+    "unsupported_media": llava(*TURN, audio="a.wav"),
     "bad_encoding": llava(("human", "what \ud83d?"), ("gpt", "a cat")),
     "roles_out_of_order": llava(("gpt", "a cat"), ("human", "what?")),
     "no_assistant_turn": llava(("human", "what?")),

@@ -6,7 +6,7 @@
 Two protocols, because a planner must not import a model. docs/architecture.md says how to add a family.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -113,8 +113,9 @@ class DocumentProcessor(Protocol):
     def fingerprint(self) -> dict[str, Any]:
         """All that decides ids and counts of media, flat JSON with `"family"`: a plan records it as `vision`."""
 
-    def describe_video(self, data: bytes) -> tuple[Media, bool]:
-        """A video by its header, and whether it breaks off before the end that it claims.
+    def describe_video(self, read: Callable[[int | None], bytes]) -> tuple[Media, bool]:
+        """A video by its header, and whether it breaks off before the end that it claims; `read` gives so many bytes
+        of its file, or all.
 
         Raises:
             SampleError: if it cannot be read, or `video_unsupported`.

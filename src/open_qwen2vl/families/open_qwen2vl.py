@@ -1,5 +1,6 @@
 """Open-Qwen2VL to the pipeline: each image is warped to a square and takes the same number of positions."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from ..processing.processing_open_qwen2vl import OpenQwen2VLProcessor
 
 DEFAULT_IMAGE_SEQ_LENGTH = 144
+_NO_VIDEOS = "Open-Qwen2VL takes images; Qwen2-VL, 2.5 and 3 take videos"
 
 
 class OpenQwen2VLDocuments:
@@ -52,14 +54,14 @@ class OpenQwen2VLDocuments:
         """See [`DocumentProcessor`]."""
         return {"family": "open_qwen2vl", "image_seq_length": self.image_seq_length}
 
-    def describe_video(self, data: bytes) -> tuple[Media, bool]:
+    def describe_video(self, read: Callable[[int | None], bytes]) -> tuple[Media, bool]:
         """Images only."""
-        raise SampleError("video_unsupported", "Open-Qwen2VL takes images; Qwen2-VL, 2.5 and 3 take videos")
+        raise SampleError("video_unsupported", _NO_VIDEOS)
 
     def placeholder_ids(self, media: Media) -> list[int]:
         """The budget, whatever the image; a video is a SampleError."""
         if media.kind == "video":
-            self.describe_video(b"")
+            raise SampleError("video_unsupported", _NO_VIDEOS)
         return self._block
 
     def read_media(self, data: bytes, media: Media) -> dict[str, torch.Tensor]:

@@ -2,22 +2,22 @@
 
 LLaVA, MAmmoTH   {"image"?: path or list, "conversations": [{"from", "value"}]}, `<image>` where an image stands
 Hugging Face     {"images"?: list, "messages": [{"role", "content": text or parts}]}, TRL's form
+                 and videos beside the images or in their place (media_records.py)
   │ read_conversation
   ▼
 messages [{"role", "content": [{"type": "image"} | {"type": "text", "text"}], "train"?: False, "tool_calls"?}],
-images in that order, boxes between them, as box_parts.py has them, and tools (tool_records.py)
+images and videos in that order, boxes between them, as box_parts.py has them, and tools (tool_records.py)
 """
 
-import base64
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from .box_parts import place_boxes, read_box
+from .media_records import MARK, OTHER_MEDIA, media_part, read_media_part, take_media
 from .sample_error import SampleError
 from .tool_records import read_calls, read_tools
 
-PLACEHOLDER = "<image>"
 ROLES = {
     "human": "user",
     "user": "user",
@@ -27,14 +27,12 @@ ROLES = {
     "tool": "tool",
 }
 _ORDER = re.compile("s?(ua(t+a)*)*(u|ua(t+a)*t+)?")  # of turns by their first letters: results follow an answer
-OTHER_MEDIA = ("video", "videos", "audio", "audios")
 TURNS = ("messages", "conversations")
 SYSTEM = ("system", "system_prompt", "system_message")  # beside the turns
 # Of a turn, or a list of them beside the turns: 0 is not learned.
 FLAGS = ("loss", "weight", "train", "loss_mask", "trainable", "train_on_turn")
 # Texts that no template here shows.
 UNREAD = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "functions")
-_ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 BYTE_ORDER_MARK = "\ufeff"
 MAX_TEXT = 1 << 20  # characters of a record, some 250,000 tokens
 
@@ -45,16 +43,18 @@ class Conversation(NamedTuple):
     # `role` (system, user, assistant or tool), `content`, a list of parts, and of answers `train`, False where it is
     # not to be learned, and `tool_calls`, `[{"name", "arguments": JSON text}]`
     messages: list[dict[str, Any]]
-    images: list[Any]  # what each image part stands for, as the record has it: a path, or a dict of `bytes` and `path`
+    # what each image part stands for, as the record has it: a path, or a dict of `bytes` and `path`; or a [`Video`]
+    images: list[Any]
     tools: list[dict[str, Any]]  # what may be called, as the record has it
 
 
 def read_conversation(record: Any) -> Conversation:
     """Turn a record into the normal form; no image and no text of it is left out in silence.
 
-    A string marks its images by `<image>`. `messages` of strings without any mark have their images before the first
-    user turn, as in TRL. An answer that is not to be learned (`FLAGS`, in its turn or as a list of the record) has
-    `"train": False`. Keys that this code does not know are left alone.
+    A string marks its images by `<image>` and its videos by `<video>`, or by `<image>` where it has nothing else.
+    `messages` of strings without any mark have them before the first user turn, as in TRL. An answer that is not to be
+    learned (`FLAGS`, in its turn or as a list of the record) has `"train": False`. Keys that this code does not know
+    are left alone.
 
     Args:
         record (`Any`): a parsed record of LLaVA's or of Hugging Face's form.
@@ -69,24 +69,21 @@ def read_conversation(record: Any) -> Conversation:
             `unsupported_media`,
             `unsupported_weight` (neither 0 nor 1), `bad_encoding` (half a surrogate pair), `roles_out_of_order`,
             `no_assistant_turn`, `no_trained_turn`, `empty_answer`, `bad_image` (neither path nor bytes),
-            `image_is_url`, `ambiguous_images` (`image` and `images`), `too_many_placeholders`,
+            `image_is_url`, `ambiguous_images` (`image` and `images`), the same of videos, `too_many_placeholders`,
             `too_few_placeholders`, `bad_box`, `empty_box` or `box_without_image`.
     """
     if not isinstance(record, Mapping):
         raise SampleError("not_an_object", f"the record is a {type(record).__name__}")
     media = next((name for name in OTHER_MEDIA if record.get(name)), None)
     if media:
-        raise SampleError("unsupported_media", f"the record has {media}; only images can be read")
+        raise SampleError("unsupported_media", f"the record has {media}; only images and videos can be read")
     _refuse_unread(record, "the record")
     turns = _turns(record)
     messages = [_read_turn(turn) for turn in turns]
     _set_aside(messages, turns, record)
     _add_system(messages, record)
     _check_roles([message["role"] for message in messages])
-    listed = _listed_images(record)
-    if record.get("messages") and listed:
-        _place_as_trl(messages, turns, len(listed))
-    images = _fill_images(messages, listed)
+    images = take_media(messages, turns, record)
     place_boxes(messages)
     tools = read_tools(record.get("tools"))
     refuse_long(_texts(messages, tools))
@@ -146,13 +143,10 @@ def _read_turn(turn: Any) -> dict[str, Any]:
         raise SampleError("bad_turn", f"what {speaker} says is a {type(content).__name__}")
     if not isinstance(content, str):
         return {"role": ROLES[speaker], "content": [_read_part(part) for part in content], **called}
-    first, *others = map(_text, content.split(PLACEHOLDER))
-    parts = [first, *(part for text in others for part in (_image(None), text))]
+    # Texts, and between them what is marked.
+    pieces = MARK.split(content)
+    parts = [media_part(piece, None) if number % 2 else _text(piece) for number, piece in enumerate(pieces)]
     return {"role": ROLES[speaker], "content": parts, **called}
-
-
-def _first(turn: Mapping, *names: str) -> Any:
-    return next((turn[name] for name in names if turn.get(name) is not None), None)
 
 
 def _only(turn: Mapping, *names: str) -> Any:
@@ -174,17 +168,12 @@ def _read_part(part: Any) -> dict[str, Any]:
         if not isinstance(part.get("text"), str):
             raise SampleError("bad_text", f"a part of type text has a {type(part.get('text')).__name__} for it")
         return _text(part["text"])
-    if kind in ("image", "image_url") and part.get("text"):
-        raise SampleError("unknown_content", f"a part of type {kind} has a text as well")
-    if kind == "image":
-        return _image(_first(part, "image", "path", "url"))
-    if kind == "image_url":
-        url = part.get("image_url")
-        return _image(url.get("url") if isinstance(url, Mapping) else url)
+    if kind in ("image", "image_url", "video", "video_url"):
+        return read_media_part(part)
     if kind == "box":
         box = read_box(part)
         return {**box, "label": box["label"] and _text(box["label"])["text"]}
-    raise SampleError("unknown_content", f"content of type {kind!r}; image, text and box can be read")
+    raise SampleError("unknown_content", f"content of type {kind!r}; image, video, text and box can be read")
 
 
 def _set_aside(messages: list[dict[str, Any]], turns: list[Any], record: Mapping) -> None:
@@ -241,10 +230,6 @@ def _text(text: str) -> dict[str, Any]:
     return {"type": "text", "text": text}
 
 
-def _image(image: Any) -> dict[str, Any]:
-    return {"type": "image", "image": image}
-
-
 def _check_roles(roles: list[str]) -> None:
     if not _ORDER.fullmatch("".join(role[0] for role in roles)):
         raise SampleError("roles_out_of_order", f"turns of {', '.join(roles)}")
@@ -257,77 +242,6 @@ def _texts(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> Itera
         yield from (part.get(name) for part in message["content"] for name in ("text", "label"))
         yield from (call["arguments"] for call in message.get("tool_calls", ()))
     yield from map(repr, tools)
-
-
-def _listed_images(record: Mapping) -> list[Any]:
-    """The record's images; what has neither bytes nor a path stands for no image."""
-    found = []
-    for name in ("images", "image"):
-        listed = record.get(name)
-        listed = listed if isinstance(listed, list | tuple) else [listed]
-        if own := [image for image in listed if not _is_nothing(image)]:
-            found.append(own)
-    if len(found) > 1 and found[0] != found[1]:
-        raise SampleError("ambiguous_images", f"{len(found[1])} in image and {len(found[0])} others in images")
-    if not found and (record.get("image_url") or record.get("image_urls")):
-        raise SampleError("image_is_url", "image_url of the record has to be downloaded first")
-    return found[0] if found else []
-
-
-def _is_nothing(image: Any) -> bool:
-    if isinstance(image, Mapping):
-        return all(value is None for value in image.values())
-    return image is None or image == ""
-
-
-def _place_as_trl(messages: list[dict[str, Any]], turns: Iterable[Mapping], images: int) -> None:
-    """Put the images before the first user turn's text, if all content is text that says nothing of their places."""
-    marked = any(part["type"] == "image" for message in messages for part in message["content"])
-    if not marked and all(isinstance(turn.get("content"), str) for turn in turns):
-        first = next(message for message in messages if message["role"] == "user")
-        first["content"][:0] = [_image(None) for _ in range(images)]
-
-
-def _fill_images(messages: list[dict[str, Any]], listed: list[Any]) -> list[Any]:
-    """All images in the order of the text; the parts keep none."""
-    own = [part.pop("image") for message in messages for part in message["content"] if part["type"] == "image"]
-    own = [None if _is_nothing(image) else image for image in own]
-    wanted = own.count(None)
-    if wanted != len(listed):
-        reason = "too_many_placeholders" if wanted > len(listed) else "too_few_placeholders"
-        raise SampleError(reason, f"{wanted} placeholders and {len(listed)} images")
-    rest = iter(listed)
-    return [_reference(next(rest) if image is None else image) for image in own]
-
-
-def _reference(image: Any) -> Any:
-    """A path, or a dict with bytes or a path; what a data URI holds becomes bytes."""
-    if isinstance(image, Mapping) and isinstance(image.get("bytes"), bytes):
-        return image
-    path = image_path(image)
-    if not isinstance(path, str) or not path:
-        raise SampleError("bad_image", "an image is neither a path nor bytes")
-    refuse_url(path)
-    if path.startswith("data:"):
-        try:
-            return {"bytes": base64.b64decode(path.partition(",")[2], validate=True), "path": None}
-        except ValueError as error:
-            raise SampleError("corrupt_image", f"a data URI is no base64: {error}") from error
-    return image if isinstance(image, Mapping) and image.get("path") else path
-
-
-def image_path(image: Any) -> Any:
-    """What names an image: a path, or an address under one of the keys that data sets have for it."""
-    if not isinstance(image, Mapping):
-        return image
-    url = _first(image, "path", "url", "image_url", "raw_url")
-    return url.get("url") if isinstance(url, Mapping) else url
-
-
-def refuse_url(path: str) -> None:
-    """Raise `image_is_url` for an address."""
-    if _ADDRESS.match(path):
-        raise SampleError("image_is_url", f"{path} has to be downloaded first")
 
 
 def refuse_long(texts: Iterable[str | None]) -> None:

@@ -26,14 +26,17 @@ LAUNCHERS = {
 def item(documents: list[dict]) -> dict:
     """A pack, as a `PackedDataset` gives it."""
     text = {name: torch.cat([d[name] for d in documents], dim=-1) for name in ("input_ids", "labels", "position_ids")}
-    media = {name: torch.cat([d[name] for d in documents]) for name in ("pixel_values", "image_grid_thw")}
-    patches = len(media["pixel_values"])
-    return {**text, **media, "media": len(media["image_grid_thw"]), "vision_work": (patches, patches**2, patches // 4)}
+    media = {name: torch.cat([d[name] for d in documents]) for name in documents[0] if name not in text}
+    patches, number = (
+        sum(len(media[name]) for name in names)
+        for names in (("pixel_values", "pixel_values_videos"), ("image_grid_thw", "video_grid_thw"))
+    )
+    return {**text, **media, "media": number, "vision_work": (patches, patches**2, patches // 4)}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Of each family a checkpoint and eight packs; those of the second of two processes have no images."""
+    """Of each family a checkpoint and eight packs; those of the second of two processes have no media."""
     folder = tmp_path_factory.mktemp("two_processes")
     for family in FAMILIES:
         save_qwen_vl(folder / family, family)
@@ -41,7 +44,7 @@ def folder(tmp_path_factory) -> Path:
         documents = mixed_documents(layout)
         packs = []
         for number in range(4):
-            packs.append(item([documents[number], documents[number + 3]]))
+            packs.append(item([documents[number], documents[number + 5]]))
             packs.append(item([make_document(layout, [f"text {number}"]), make_document(layout, ["more of it"])]))
         torch.save(packs, folder / family / "packs.pt")
     return folder

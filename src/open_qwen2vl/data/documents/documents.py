@@ -20,10 +20,12 @@ import torch
 
 from ...families.interface import DocumentProcessor, Media, VisionWork
 from ...files import shard_path
+from ...processing.media_records import Video
 from ...processing.sample_error import SampleError
 from ..engine.engine import collection_paused
+from ..storage.image_sizes import upright_size
 from ..storage.tars import sample_uid
-from .forms import make_form
+from .forms import make_form, video_extensions
 from .record_images import PlannedImage, RecordImages, image_name
 from .records import Found, RecordLocation, RecordReader, ShardRecords
 
@@ -64,17 +66,20 @@ class Group(NamedTuple):
 
 
 class GroupDocuments(NamedTuple):
-    """The documents of a group in the order of the files, what was left out, and members that belong to no sample."""
+    """The documents of a group in the order of the files, what was left out, members that belong to no sample, and
+    videos that break off, of which the rest is used.
+    """
 
     documents: list[Document]
     skipped: list[Skipped]
     ignored_members: int
+    broken_videos: int
 
 
 @collection_paused()
 def plan_group(group: Group, documents: DocumentProcessor) -> GroupDocuments:
     """Plan a group; each piece of a record is either a document or named with a reason."""
-    planned = GroupDocuments([], [], 0)
+    planned = GroupDocuments([], [], 0, 0)
     for number, shard in zip(group.shards, group.settings["shards"], strict=True):
         planner = _Planner(group, number, shard, documents)
         planner.run()
@@ -82,6 +87,7 @@ def plan_group(group: Group, documents: DocumentProcessor) -> GroupDocuments:
             planned.documents + planner.documents,
             planned.skipped + planner.skipped,
             planned.ignored_members + planner.records.ignored_members,
+            planned.broken_videos + planner.broken_videos,
         )
     return planned
 
@@ -94,7 +100,9 @@ class _Planner:
         self._settings, self._number, self._family = settings, number, family
         self._file, self._name = shard["path"], os.path.basename(path)
         self._form = make_form(settings, family)
-        self.records = ShardRecords(path, settings["text_format"], self._form.columns, self._form.max_bytes)
+        self.records = ShardRecords(
+            path, settings["text_format"], self._form.columns, self._form.max_bytes, video_extensions(settings)
+        )
         paths = [""] * number + [path]  # images find their own file by its number
         reader = RecordReader(paths, settings["text_format"], self._form.columns, self._form.max_bytes)
         self._images = RecordImages(group.folder, paths, settings["images"], reader)
@@ -104,6 +112,7 @@ class _Planner:
         )
         self.documents: list[Document] = []
         self.skipped: list[Skipped] = []
+        self.broken_videos = 0
 
     def run(self) -> None:
         """Go through the records."""
@@ -124,7 +133,7 @@ class _Planner:
                     raise found.record
                 content, references = self._form.parse(found.record)
                 placed = [self._locate(found, reference) for reference in references]
-                media = [Media("image", image.width, image.height) for image in placed]
+                media = [image.media for image in placed]
                 cost = [self._cost(one) for one in media]
                 content = self._form.write(content, media)
             except SampleError as error:
@@ -144,12 +153,17 @@ class _Planner:
 
     def _locate(self, found: Found, reference: Any) -> PlannedImage:
         placed = self._images.find(self._number, found, reference, self.records.samples)
+        read = self._images.header(self._number, found, reference, placed)
+        if isinstance(reference, Video):
+            media, is_broken = self._family.describe_video(read)
+            self.broken_videos += is_broken
+            return placed._replace(**{name: getattr(media, name) for name in ("width", "height", "frames", "fps")})
         if not self._family.needs_sizes:
             # A plan is the same with and without an index, which knows sizes.
             return placed._replace(width=0, height=0) if placed.width else placed
         if placed.width:
             return placed
-        width, height = self._images.size(self._number, found, reference, placed)
+        width, height = upright_size(read)
         return placed._replace(width=width, height=height)
 
     def _add(
@@ -209,21 +223,22 @@ class DocumentReader:
         # A file may have changed since it was planned; what does not fit is dropped and counted.
         if len(references) != len(images):
             raise SampleError(f"changed_{self._what}", f"{len(references)} images, not as planned")
-        media = [Media("image", image["width"], image["height"]) for image in images]
+        planned = [PlannedImage(**image) for image in images]
+        media = [image.media for image in planned]
+        if [isinstance(reference, Video) for reference in references] != [one.kind == "video" for one in media]:
+            raise SampleError(f"changed_{self._what}", "images and videos are in another order than planned")
         blocks = [self._family.placeholder_ids(one) for one in media]
         input_ids, labels = self._form.document(self._form.write(content, media), entries, blocks)
         # One token more, and the pack is longer than all others of the plan.
         if len(input_ids) != document["tokens"]:
             raise SampleError(f"changed_{self._what}", f"{len(input_ids)} tokens, {document['tokens']} in the plan")
-        tensors = [self._read_media(document, *one) for one in zip(references, images, media, strict=True)]
+        tensors = [self._read_media(document, *one) for one in zip(references, planned, strict=True)]
         return finish_document(self._family, input_ids, labels, media, tensors)
 
-    def _read_media(
-        self, document: dict[str, Any], reference: Any, image: dict[str, Any], media: Media
-    ) -> dict[str, torch.Tensor]:
-        data = self._images.read(document, reference, {name: image[name] for name in PlannedImage._fields})
+    def _read_media(self, document: dict[str, Any], reference: Any, image: PlannedImage) -> dict[str, torch.Tensor]:
+        data = self._images.read(document, reference, image)
         try:
-            return self._family.read_media(data, media)
+            return self._family.read_media(data, image.media)
         except SampleError as error:
             raise SampleError(error.reason, f"{image_name(reference)}: {error}") from error
 

@@ -27,8 +27,9 @@ from ...processing.text_formats import (
 )
 from ...processing.tool_forms import TOOL_FORMS, ToolForm
 from ..storage.tables import CONVERSATION_COLUMNS, Columns
+from ..storage.tars import ANIMATIONS, VIDEO_EXTENSIONS
 from .records import MAX_DOCUMENT_BYTES
-from .texts import CAPTION_FIELDS, IMAGE_FIELD, PATH_FIELDS, Texts, read_caption, read_interleaved
+from .texts import CAPTION_FIELDS, IMAGE_FIELD, PATH_FIELDS, VIDEO_FIELD, Texts, read_caption, read_interleaved
 
 RULES = ("standard", "original")
 TURNS = "texts"  # the field of FineVision's and Cauldron's rows
@@ -76,8 +77,13 @@ def columns_of(settings: dict[str, Any]) -> Columns:
         return Columns((*CONVERSATION_COLUMNS.texts, TURNS), CONVERSATION_COLUMNS.images)
     if settings["text_format"] == "interleaved":
         return Columns(("texts", "id", "uid"), ("images",))
-    images = (IMAGE_FIELD, *(PATH_FIELDS if settings["text_format"] == "caption" else ()))
+    images = (VIDEO_FIELD, IMAGE_FIELD, *(PATH_FIELDS if settings["text_format"] == "caption" else ()))
     return Columns((settings["caption_column"] or CAPTION_FIELDS[0], "id", "uid"), images)
+
+
+def video_extensions(settings: dict[str, Any]) -> tuple[str, ...]:
+    """What a plan takes for the videos of captions by their names."""
+    return (*VIDEO_EXTENSIONS, *(ANIMATIONS if settings.get("animations") else ()))
 
 
 class TextsForm:
@@ -98,7 +104,8 @@ class TextsForm:
         if isinstance(record, Texts):
             return record
         if not self._is_interleaved:
-            return read_caption(record, self._settings["caption_column"], self.needs_image, self._is_caption)
+            column, videos = self._settings["caption_column"], video_extensions(self._settings)
+            return read_caption(record, column, self.needs_image, self._is_caption, videos)
         texts, images = read_interleaved(record)
         if self._settings["rules"] == "original":
             if not images:

@@ -1,4 +1,4 @@
-"""The images of records: where each is, found when planned and read again.
+"""The images and videos of records: where each is, found when planned and read again.
 
 in the record         its bytes, or base64                    root null
 of its own            a member of its tar, or a file in the folder of its table        root -1
@@ -6,15 +6,23 @@ of its own            a member of its tar, or a file in the folder of its table 
 """
 
 import posixpath
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...processing.conversation_records import refuse_url
+from ...families.interface import Media
+from ...processing.media_records import Video, refuse_url
 from ...processing.sample_error import SampleError
-from ..storage.image_files import MAX_IMAGE_BYTES, ImageFiles
-from ..storage.image_sizes import upright_size
-from ..storage.tars import IMAGE_EXTENSIONS, Sample, read_member, split_member_name
+from ..storage.image_files import ImageFiles
+from ..storage.tars import (
+    IMAGE_EXTENSIONS,
+    VIDEO_EXTENSIONS,
+    Sample,
+    most_media_bytes,
+    read_member,
+    split_member_name,
+)
 from .records import TABLES, TAR, Found, OwnImage, RecordReader
 from .texts import image_bytes
 
@@ -22,13 +30,22 @@ OWN = -1
 
 
 class PlannedImage(NamedTuple):
-    """An image of a document: its location, `root` None in the record itself, and its upright size, 0 if not known."""
+    """An image or video of a document: its location, `root` None in the record itself, and what its header says."""
 
     root: int | None
     offset: int = 0
     size: int = 0
-    width: int = 0
+    width: int = 0  # upright; 0 if not known
     height: int = 0
+    frames: int = 0  # of a video
+    fps: float = 0.0
+
+    @property
+    def media(self) -> Media:
+        """As the family knows it."""
+        if self.frames:
+            return Media("video", self.width, self.height, self.frames, self.fps)
+        return Media("image", self.width, self.height)
 
 
 class RecordImages:
@@ -41,6 +58,7 @@ class RecordImages:
 
     def find(self, shard: int, found: Found, reference: Any, samples: dict[str, Sample] | None) -> PlannedImage:
         """Where an image is; no byte of it is read."""
+        reference = file_of(reference)
         if isinstance(reference, OwnImage):
             return PlannedImage(OWN, *reference)
         if isinstance(reference, dict) and (reference.get("bytes") is not None or "image_base64" in reference):
@@ -58,13 +76,15 @@ class RecordImages:
             return PlannedImage(OWN, *self._beside(shard).find(name)[1:])
         return PlannedImage(*self._images.find(name))
 
-    def read(self, document: dict[str, Any], reference: Any, location: dict[str, Any]) -> bytes:
-        """The file of an image, as the plan has it."""
-        return self._read(document["shard"], document["key"], reference, PlannedImage(**location), None)
+    def read(self, document: dict[str, Any], reference: Any, location: PlannedImage) -> bytes:
+        """The file of an image or video, as the plan has it."""
+        return self._read(document["shard"], document["key"], reference, location, None)
 
-    def size(self, shard: int, found: Found, reference: Any, location: PlannedImage) -> tuple[int, int]:
-        """Upright width and height from an image's header."""
-        return upright_size(lambda limit: self._read(shard, found.key, reference, location, limit))
+    def header(
+        self, shard: int, found: Found, reference: Any, location: PlannedImage
+    ) -> Callable[[int | None], bytes]:
+        """What gives the first bytes of an image or video, or all."""
+        return lambda limit: self._read(shard, found.key, reference, location, limit)
 
     def _read(self, shard: int, key: str, reference: Any, location: PlannedImage, limit: int | None) -> bytes:
         if location.root is None:
@@ -80,14 +100,21 @@ class RecordImages:
         return self._beside(shard).read(_name(reference), (0, location.offset, location.size), limit)
 
 
+def file_of(reference: Any) -> Any:
+    """What stands for the file of an image or of a video."""
+    return reference.file if isinstance(reference, Video) else reference
+
+
 def image_name(reference: Any) -> str:
     """What an image is called in messages."""
+    reference = file_of(reference)
     if isinstance(reference, OwnImage):
         return "its image"
     return reference if isinstance(reference, str) else str(reference.get("path") or "an image in the record")
 
 
 def _name(reference: Any) -> str:
+    reference = file_of(reference)
     name = reference.get("path") if isinstance(reference, dict) else reference
     if not isinstance(name, str):
         raise SampleError("missing_image", "an image is not named by a path, as it was when planned")
@@ -96,8 +123,10 @@ def _name(reference: Any) -> str:
 
 def _own_names(key: str, reference: Any) -> list[str]:
     """What an image may be called in the tar: `KEY.` before its name, in the sample's folder, or as it is."""
-    if isinstance(reference, OwnImage):
-        return [f"{key}.{extension}" for extension in IMAGE_EXTENSIONS]
+    if isinstance(file_of(reference), OwnImage):
+        # Those of videos first: the first name says how large it may be.
+        extensions = (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS) if isinstance(reference, Video) else IMAGE_EXTENSIONS
+        return [f"{key}.{extension}" for extension in extensions]
     name = _name(reference)
     return [f"{key}.{name}", posixpath.join(posixpath.dirname(key), name), name]
 
@@ -108,7 +137,7 @@ def _own_member(samples: dict[str, Sample], key: str, name: str) -> PlannedImage
         found = sample.members.get(named[1]) if sample else None
         if found is None:
             continue
-        if not 0 < found[1] <= MAX_IMAGE_BYTES:
+        if not 0 < found[1] <= most_media_bytes(name):
             raise SampleError("image_too_large" if found[1] else "empty_image", f"{name}: {found[1]} bytes")
         return PlannedImage(OWN, *found, *sample.image_sizes.get(named[1], ()))
     return None

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from ...processing.media_records import Video
 from ...processing.sample_error import SampleError
 from ..storage.csv_records import csv_header, csv_spans, read_csv_record
 from ..storage.json_records import read_record, record_spans
@@ -24,6 +25,7 @@ from ..storage.tar_index import read_shard_index
 from ..storage.tars import (
     IMAGE_EXTENSIONS,
     MAX_JSON_BYTES,
+    VIDEO_EXTENSIONS,
     Sample,
     has_dotted_key,
     index_shard,
@@ -49,7 +51,9 @@ class RecordLocation(NamedTuple):
 
 
 class OwnImage(NamedTuple):
-    """The image of a caption in a tar: the member `KEY.jpg`, or of another image's extension; 0 what is not known."""
+    """The image of a caption in a tar, or its video in a [`Video`]: the member `KEY.jpg`, or of another image's or
+    video's extension; 0 what is not known.
+    """
 
     offset: int = 0
     size: int = 0
@@ -70,8 +74,16 @@ class Found(NamedTuple):
 class ShardRecords:
     """The records of a file, or of a part of it, in its order."""
 
-    def __init__(self, path: str, text_format: str, columns: Columns, max_bytes: int | None = None):
+    def __init__(
+        self,
+        path: str,
+        text_format: str,
+        columns: Columns,
+        max_bytes: int | None = None,
+        videos: tuple[str, ...] = VIDEO_EXTENSIONS,
+    ):
         self._path, self._text_format, self._columns, self._max_bytes = path, text_format, columns, max_bytes
+        self._videos = videos  # extensions of videos of captions
         self.samples: dict[str, Sample] | None = None  # of a tar of documents, by key
         self.skipped: list[tuple[str, SampleError]] = []  # what of a tar is no sample, by key; complete at the end
         self.ignored_members = 0  # members of a tar that belong to no sample
@@ -144,12 +156,14 @@ class ShardRecords:
             tar = file.fileno()
             for number, sample in enumerate(samples):
                 try:
-                    (*image, (_, offset, size)), caption = caption_members(tar, sample, needs_image)
+                    (*image, (_, offset, size)), caption = caption_members(tar, sample, needs_image, self._videos)
                 except SampleError as error:
                     yield Found(RecordLocation(None, None), error, sample.key, sample.key)
                     continue
                 uid = uids[number] if uids else sample_uid(read_json(tar, sample), name, sample.key)
                 own = [OwnImage(*location, *sample.image_sizes.get(ext, ())) for ext, *location in image]
+                if image and image[0][0] in self._videos:
+                    own = [Video(OwnImage(*image[0][1:]))]
                 record = Texts([*(None for _ in own), caption], own)
                 yield Found(RecordLocation(offset, size), record, sample.key, sample.key, uid)
 
@@ -187,7 +201,7 @@ class RecordReader:
             return _bytes_reader(self._paths[shard], file, self._max_bytes)(location.offset, location.size)
         if self._text_format in ("caption", "text"):
             caption = decode_caption(read_member(file, f"{document['key']}.txt", location.offset, location.size))
-            own = [OwnImage() for _ in document["images"]]
+            own = [Video(OwnImage()) if image.get("frames") else OwnImage() for image in document["images"]]
             return Texts([*(None for _ in own), caption], own)
         return _read_tar_json(file, document["key"], location.offset, location.size)
 
@@ -203,17 +217,20 @@ class RecordReader:
         raise SampleError("corrupt_table", f"{self._paths[shard]}, batch {batch} has no row {row}")
 
 
-def caption_members(file: int, sample: Sample, needs_image: bool = True) -> tuple[list[tuple[str, int, int]], str]:
-    """Extension, offset and size of a caption sample's image, if it has one, and of its text; and the text.
+def caption_members(
+    file: int, sample: Sample, needs_image: bool = True, videos: tuple[str, ...] = VIDEO_EXTENSIONS
+) -> tuple[list[tuple[str, int, int]], str]:
+    """Extension, offset and size of a caption sample's video or image, if it has one, and of its text; and the text.
 
     Raises `missing_image`, `missing_caption`, `dotted_key`, `empty_image`, or as [`decode_caption`] and
     [`read_member`].
     """
-    image_ext = next((ext for ext in IMAGE_EXTENSIONS if ext in sample.members), None)
+    image_ext = next((ext for ext in (*videos, *IMAGE_EXTENSIONS) if ext in sample.members), None)
     if has_dotted_key(sample) and (image_ext is None or "txt" not in sample.members):
         raise SampleError("dotted_key", f"{sample.key} has dots in its name; a key ends at the first of them")
     if image_ext is None and needs_image:
-        raise SampleError("missing_image", f"{sample.key} has no member {', '.join(IMAGE_EXTENSIONS)}")
+        known = ", ".join((*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS))
+        raise SampleError("missing_image", f"{sample.key} has no member {known}")
     if "txt" not in sample.members:
         raise SampleError("missing_caption", f"{sample.key} has no member txt")
     if image_ext and sample.members[image_ext][1] == 0:

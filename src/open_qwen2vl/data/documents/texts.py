@@ -1,6 +1,7 @@
 """What a document of texts and images may look like in a file, and the one normal form that is planned and read.
 
-caption        {"image": path or {"bytes", "path"}, or a path in `path` and the like, "caption" or "text": text}
+caption        {"image": path or {"bytes", "path"}, or a path in `path` and the like, "caption" or "text": text}, or
+               "video" for the image
 text           {"text": text}
 OBELICS        {"texts": [text or null], "images": [null, path or {"bytes", "path"}]}, one of the two at each index
 the original   {"texts": [text or null], "image_info": [null or {"image_base64"}]}, likewise
@@ -16,10 +17,12 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ...processing.conversation_records import BYTE_ORDER_MARK, image_path, refuse_long, refuse_url
+from ...processing.conversation_records import BYTE_ORDER_MARK, refuse_long
+from ...processing.media_records import Video, image_path, refuse_url
 from ...processing.sample_error import SampleError
+from ..storage.tars import VIDEO_EXTENSIONS
 
-IMAGE_FIELD = "image"
+IMAGE_FIELD, VIDEO_FIELD = "image", "video"
 # Other names of a path beside a caption; `path` beside a plain text may be that of the text.
 PATH_FIELDS = ("image_path", "img_path", "file_name", "filename", "file_path", "filepath", "path", "img")
 CAPTION_FIELDS = ("caption", "text")  # where none is named, the first that a record or a table has
@@ -30,7 +33,9 @@ class Texts(NamedTuple):
     """The normal form."""
 
     texts: list[str | None]  # in reading order, None where an image stands
-    images: list[Any]  # what stands there: a path, or a dict of `bytes`, `image_base64` or `path`
+    images: list[
+        Any
+    ]  # what stands there: a path, or a dict of `bytes`, `image_base64` or `path`; of a video [`Video`]
 
 
 def caption_field(names: Any, wanted: str | None = None) -> str | None:
@@ -39,14 +44,20 @@ def caption_field(names: Any, wanted: str | None = None) -> str | None:
 
 
 def image_field(names: Any, is_caption: bool) -> str | None:
-    """Which field of a record, or column of a table, is the image of a caption; that of a text has one name only."""
-    return next((name for name in (IMAGE_FIELD, *(PATH_FIELDS if is_caption else ())) if name in names), None)
+    """Which field of a record, or column of a table, is the video or image of a caption; that of a text has no other
+    name.
+    """
+    known = (VIDEO_FIELD, IMAGE_FIELD, *(PATH_FIELDS if is_caption else ()))
+    return next((name for name in known if name in names), None)
 
 
-def read_caption(record: Any, field: str, needs_image: bool, is_caption: bool = True) -> Texts:
+def read_caption(
+    record: Any, field: str, needs_image: bool, is_caption: bool = True, videos: tuple[str, ...] = VIDEO_EXTENSIONS
+) -> Texts:
     """A caption, or a text where there is no image and none is needed, in the normal form.
 
-    Raises `missing_caption`, `bad_caption`, `empty_caption`, `bad_encoding`, `missing_image` or `bad_image`.
+    What `video` names is a video, and a path that ends in one of `videos`. Raises `missing_caption`, `bad_caption`,
+    `empty_caption`, `bad_encoding`, `missing_image`, `bad_image` or `bad_video`.
     """
     if not isinstance(record, Mapping):
         raise SampleError("not_an_object", f"the record is a {type(record).__name__}")
@@ -60,10 +71,15 @@ def read_caption(record: Any, field: str, needs_image: bool, is_caption: bool = 
     caption = caption.lstrip(BYTE_ORDER_MARK)
     if not has_words(caption):
         raise SampleError("empty_caption", "the caption is empty")
-    image = record.get(image_field(record, is_caption))
+    video = _reference(record.get(VIDEO_FIELD), "video")
+    if video is not None:
+        return Texts([None, caption], [Video(video)])
+    image = record.get(image_field([name for name in record if name != VIDEO_FIELD], is_caption))
     reference = _reference(image)
     if reference is not None:
-        return Texts([None, caption], [reference])
+        path = reference.get("path") if isinstance(reference, Mapping) else reference
+        is_video = isinstance(path, str) and path.rpartition(".")[2].lower() in videos
+        return Texts([None, caption], [Video(reference) if is_video else reference])
     if needs_image:
         is_null = isinstance(image, Mapping) and all(value is None for value in image.values())
         reason = "missing_image" if is_null or not image else "bad_image"
@@ -121,7 +137,8 @@ def read_interleaved(record: Any) -> Texts:
 
 
 def image_bytes(reference: Any) -> bytes | None:
-    """The file of an image that stands in the record itself; None for a path; `corrupt_image` if it is no base64."""
+    """The file of an image or video in the record itself; None for a path; `corrupt_image` if it is no base64."""
+    reference = reference.file if isinstance(reference, Video) else reference
     if not isinstance(reference, Mapping):
         return None
     if "image_base64" not in reference:
@@ -181,20 +198,20 @@ def _check_text(text: Any) -> None:
         raise SampleError("bad_encoding", f"a text is no Unicode: {error}") from error
 
 
-def _reference(entry: Any) -> Any:
+def _reference(entry: Any, kind: str = "image") -> Any:
     """What stands for an image; None where there is none (the original writes `{}` for a failed download)."""
     if entry is None or entry == "":
         return None
     if isinstance(entry, str):
-        refuse_url(entry)
+        refuse_url(entry, kind)
         return entry
     if not isinstance(entry, Mapping):
-        raise SampleError("bad_image", f"an image is a {type(entry).__name__}")
+        raise SampleError(f"bad_{kind}", f"the {kind} is a {type(entry).__name__}")
     if isinstance(entry.get("image_base64"), str) and entry["image_base64"]:
         return {"image_base64": entry["image_base64"]}
     if isinstance(entry.get("bytes"), bytes):
         return {"bytes": entry["bytes"], "path": entry.get("path")}
     path = entry.get("path") or entry.get("image_name") or image_path(entry)
     if isinstance(path, str):
-        refuse_url(path)
+        refuse_url(path, kind)
     return path if isinstance(path, str) and path else None

@@ -5,17 +5,19 @@ from typing import Literal
 
 from ...options import option
 
+VIDEO = "videos"
+
 
 @dataclass(frozen=True)
 class PackOptions:
     """What is packed, and how: the options of `open-qwen2vl pack`."""
 
     shards: tuple[str, ...] = option(
-        help="WebDataset tars of captions or of interleaved documents (a json with texts and images in order); .json "
-        "or .jsonl of conversations (LLaVA's form or messages), documents (OBELICS, MMC4), image and caption, or "
-        "texts; .csv of image and caption, or of texts; .parquet or a data set from save_to_disk with any of them; "
-        "folders of tars, of parquet or of .jsonl files; or hf://datasets/ORG/NAME[@REVISION][/PATH], which is "
-        "downloaded to the cache",
+        help="WebDataset tars of captions, of images or videos, or of interleaved documents (a json with texts and "
+        "images in order); .json or .jsonl of conversations (LLaVA's form or messages), documents (OBELICS, MMC4), "
+        "image or video and caption, or texts; .csv of image and caption, or of texts; .parquet or a data set from "
+        "save_to_disk with any of them; folders of tars, of parquet or of .jsonl files; or "
+        "hf://datasets/ORG/NAME[@REVISION][/PATH], which is downloaded to the cache",
         positional=True,
         metavar="FILES",
     )
@@ -46,6 +48,34 @@ class PackOptions:
     )
     fixed_resolution: int | None = option(
         None, help="side in pixels of the square that every image becomes, for ablations of Qwen2-VL", metavar="N"
+    )
+    video_fps: float | None = option(
+        None, help="frames that are shown of a second of video, for Qwen2-VL (default: 2)", metavar="N", group=VIDEO
+    )
+    max_frames: int | None = option(
+        None, help="most frames of a video, an even number (default: 768)", metavar="N", group=VIDEO
+    )
+    max_video_tokens: int | None = option(
+        None,
+        help="positions that a video takes at most: its frames are made smaller (default: 16384; with packs of fewer "
+        "positions set it below, or long videos are left out as too_long)",
+        metavar="N",
+        group=VIDEO,
+    )
+    skip_broken_videos: bool = option(
+        False, help="leave out a video that breaks off, instead of showing what is there", group=VIDEO
+    )
+    text_after_video: Literal["space", "time"] | None = option(
+        None,
+        help="what positions behind a video count on from: its rows and columns, as transformers 5 has it (space, the "
+        "default), or its frames too, as the article (time)",
+        group=VIDEO,
+    )
+    tokens_per_second: float | None = option(
+        None, help="of the config of a Qwen2.5-VL (default: 2, as released)", metavar="N", group=VIDEO
+    )
+    animations: bool = option(
+        False, help="gif, webp and png files of captions are videos, not images of one frame", group=VIDEO
     )
     max_length: int = option(4096, help="positions of a pack", metavar="N")
     shards_per_group: int = option(8, help="tars whose samples may share packs", metavar="N")

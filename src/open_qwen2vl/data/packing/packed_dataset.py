@@ -42,9 +42,9 @@ class PackedDataset(Dataset):
     - `input_ids`, `labels` (-100 at images, at the first token of each document and at all of a conversation but the
       answers): int64 `(S,)`; `position_ids`, from 0 in each document: int64 `(S,)`, or `(rows, S)` for M-RoPE;
     - the media by the names that the model's forward has for them, first dimension joined: for Open-Qwen2VL
-      `pixel_values`, uint8 `(images, 3, H, W)`;
+      `pixel_values`, uint8 `(images, 3, H, W)`; for Qwen2-VL images and videos apart;
     - arguments of the forward that are the same for the whole plan: for Open-Qwen2VL `image_seq_length`, an int;
-    - `media`, the number of images, and `vision_work`, a [`VisionWork`] of ints;
+    - `media`, the number of images and videos, and `vision_work`, a [`VisionWork`] of ints;
     - `dropped`: number of documents, by reason, that the plan holds but that could not be read. Such a document is
       left out whole; `S` is 0 where a pack has no other.
 

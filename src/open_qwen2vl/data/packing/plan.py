@@ -45,7 +45,8 @@ from .plan_files import (
 from .plan_report import PlanReport
 
 # Options of a plan that a family may have (`DocumentProcessor.plan_options`).
-MEDIA_OPTIONS = ("image_seq_length", "min_pixels", "max_pixels", "fixed_resolution")
+MEDIA_OPTIONS = ("image_seq_length", "min_pixels", "max_pixels", "fixed_resolution", "video_fps", "max_frames",
+                 "max_video_tokens", "skip_broken_videos", "text_after_video", "tokens_per_second")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def plan_packs(shards: Sequence[str | Path], output: str | Path, processor: Any,
     kind = source_kind(shards, chosen.caption_column, bool(chosen.images))
     _check_options(kind, chosen)
     warn_of_unread_fields(shards[0], kind)
-    media = {name: getattr(chosen, name) for name in MEDIA_OPTIONS}
+    media = {name: getattr(chosen, name) or None for name in MEDIA_OPTIONS}
     documents = document_processor(processor, chat_template=chosen.chat_template, **media)
     _check_room(kind, chosen, documents)
     with only_writer(output):
@@ -148,13 +149,17 @@ def _settings(kind: SourceKind, options: PackOptions, documents: DocumentProcess
         settings["rules"] = options.rules
     else:
         settings |= {"caption_column": kind.caption_column, "text_only": options.text_only}
+        if options.animations:
+            settings["animations"] = True
     return settings
 
 
 def _check_options(kind: SourceKind, options: PackOptions) -> None:
     for name in (*MEDIA_OPTIONS, "max_images", "shards_per_group", "records_per_group", "num_workers"):
         value = getattr(options, name)
-        if value is not None and value < 1:
+        if isinstance(value, float) and not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be above 0, got {value}")
+        if isinstance(value, int) and value < 1 and value is not False:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if options.images and not kind.images_elsewhere:
         raise ValueError("images are for conversations, documents and tables: those of captions are in their tars")
@@ -168,6 +173,8 @@ def _check_options(kind: SourceKind, options: PackOptions) -> None:
         raise ValueError(f"tool_form must be {' or '.join(TOOL_FORMS)}, got {options.tool_form!r}")
     if options.tool_form != TOOL_FORMS[0] and kind.text_format != "conversation":
         raise ValueError(f"tool_form is for conversations, not for {kind.text_format}s")
+    if options.animations and kind.text_format not in ("caption", "text"):
+        raise ValueError(f"animations is for captions; in {kind.text_format}s the records say what is a video")
     if options.chat_template is not None and kind.text_format != "conversation":
         raise ValueError(f"chat_template is for conversations, not for {kind.text_format}s")
 
@@ -239,7 +246,7 @@ def _part_maker(documents: DocumentProcessor) -> Callable[[_Task], Outcome]:
 def _make_part(task: _Task, documents: DocumentProcessor) -> Outcome:
     """The whole work on one group."""
     settings = task.group.settings
-    planned, skipped, ignored = plan_group(task.group, documents)
+    planned, skipped, ignored, broken = plan_group(task.group, documents)
     limit = settings["max_images"]
     if limit is not None:
         paths = dict(zip(task.group.shards, (shard["path"] for shard in settings["shards"]), strict=True))
@@ -252,7 +259,8 @@ def _make_part(task: _Task, documents: DocumentProcessor) -> Outcome:
     lengths = np.array([document.tokens for document in planned], dtype=np.int64)
     images = np.array([len(document.images) for document in planned], dtype=np.int64)
     table = packs_table(planned, pack_lengths(lengths, settings["max_length"], images, limit))
-    report = PlanReport.of_part(table, settings["max_length"], skipped, ignored)
+    videos = sum(image.frames > 0 for document in planned for image in document.images)
+    report = PlanReport.of_part(table, settings["max_length"], skipped, ignored, videos, broken)
     write_skipped(task.skipped, skipped)
     write_part(task.part, table, {"settings": settings, "report": asdict(report)})
     return Outcome.of(report.samples, skipped)

@@ -33,6 +33,8 @@ _IMAGE = pa.struct(
         ("size", pa.int64()),
         ("width", pa.int32()),
         ("height", pa.int32()),
+        ("frames", pa.int32()),  # of a video as its header has them; 0: an image
+        ("fps", pa.float64()),
     ]
 )
 _DOCUMENT = pa.struct(

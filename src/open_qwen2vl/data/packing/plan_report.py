@@ -18,7 +18,7 @@ class PlanReport:
         documents (`int`): documents planned.
         packs (`int`): rows of the plan.
         tokens (`int`): positions of all documents.
-        images (`int`): images of all documents.
+        images (`int`): images of all documents, and videos.
         patches (`int`): patches of all images, the unit of visual load.
         labels (`int`): labelled positions of all documents.
         max_length (`int`): positions of a pack.
@@ -26,6 +26,8 @@ class PlanReport:
         ignored_members (`int`): members of the tars that belong to no sample, as folders and links.
         documents_per_pack (`Sequence[int]`): fewest and most; empty without packs.
         images_per_pack (`Sequence[int]`): fewest and most; empty without packs.
+        videos (`int`): how many of `images` are videos.
+        broken_videos (`int`): videos that break off, of which what is there is shown.
     """
 
     samples: int
@@ -40,9 +42,19 @@ class PlanReport:
     ignored_members: int
     documents_per_pack: Sequence[int]
     images_per_pack: Sequence[int]
+    videos: int = 0
+    broken_videos: int = 0
 
     @classmethod
-    def of_part(cls, packs: pa.Table, max_length: int, skipped: Sequence[Any], ignored_members: int) -> "PlanReport":
+    def of_part(
+        cls,
+        packs: pa.Table,
+        max_length: int,
+        skipped: Sequence[Any],
+        ignored_members: int,
+        videos: int = 0,
+        broken_videos: int = 0,
+    ) -> "PlanReport":
         """Figures of a part, from its rows and the [`Skipped`] of what is left out."""
         documents = np.asarray(packs["documents"].combine_chunks().value_lengths())
         images = np.asarray(packs["images"])
@@ -59,12 +71,15 @@ class PlanReport:
             ignored_members=ignored_members,
             documents_per_pack=_extremes(documents.tolist()),
             images_per_pack=_extremes(images.tolist()),
+            videos=videos,
+            broken_videos=broken_videos,
         )
 
     @classmethod
     def of_parts(cls, parts: Sequence["PlanReport"]) -> "PlanReport":
         """Figures of a whole plan; its parts all have the same `max_length`."""
         summed = ("samples", "documents", "packs", "tokens", "images", "patches", "labels", "ignored_members")
+        summed = (*summed, "videos", "broken_videos")
         joined = ("documents_per_pack", "images_per_pack")
         skipped = sum((Counter(part.skipped) for part in parts), Counter())
         return cls(
@@ -90,6 +105,9 @@ class PlanReport:
             "documents": _per_pack(self.documents, self.packs, self.documents_per_pack),
             "images": _per_pack(self.images, self.packs, self.images_per_pack),
         }
+        if self.videos:
+            broken = f" ({self.broken_videos:,} break off: what is there is shown)" if self.broken_videos else ""
+            lines["videos"] = f"{self.videos:,} of these{broken}"
         if self.ignored_members:
             lines["ignored"] = f"{self.ignored_members:,} members that are no file of a sample (folders, links, ...)"
         return "\n".join(f"{name:<11}{value}" for name, value in lines.items())

@@ -19,12 +19,13 @@ from ...families.boxes import write_boxes
 from ...families.interface import Media
 from ...processing.conversation_records import read_conversation
 from ...processing.images import read_image_size
+from ...processing.media_records import Video
 from ...processing.sample_error import SampleError
 from ..documents.documents import ReadDocument, finish_document, pack_item
 from ..documents.forms import TURNS, as_messages, conversation_format, is_turns
-from ..storage.image_files import MAX_IMAGE_BYTES
 from ..storage.row_values import row_values
 from ..storage.tables import COLUMNS, TEXT_COLUMNS
+from ..storage.tars import most_media_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +107,7 @@ class UnpackedConversations(Dataset):
     def _read(self, index: int) -> ReadDocument:
         messages, images, tools = read_conversation(as_messages(row_values(self.rows[index])[0]))
         files = [self._image_file(image) for image in images]
-        media = [Media("image", *(read_image_size(file, upright=True) if self.documents.needs_sizes else (0, 0)))
-                 for file in files]  # fmt: skip
+        media = [self._media(reference, file) for reference, file in zip(images, files, strict=True)]
         blocks = [self.documents.placeholder_ids(one) for one in media]
         messages = write_boxes(self._format.plain(messages, tools), media, self.documents.boxes)
         input_ids, labels = self._format.document(messages, blocks)
@@ -116,8 +116,14 @@ class UnpackedConversations(Dataset):
         tensors = [self.documents.read_media(*one) for one in zip(files, media, strict=True)]
         return finish_document(self.documents, input_ids, labels, media, tensors)
 
+    def _media(self, reference: Any, file: bytes) -> Media:
+        if isinstance(reference, Video):
+            return self.documents.describe_video(lambda limit: file[:limit])[0]
+        return Media("image", *(read_image_size(file, upright=True) if self.documents.needs_sizes else (0, 0)))
+
     def _image_file(self, image: Any) -> bytes:
-        """The bytes of an image, from what stands in a row: a path, or a struct with `bytes` or a path."""
+        """The bytes of an image or video, from what stands in a row: a path, or a struct with `bytes` or a path."""
+        image = image.file if isinstance(image, Video) else image
         if isinstance(image, dict):
             if image.get("bytes"):
                 return image["bytes"]
@@ -132,8 +138,8 @@ class UnpackedConversations(Dataset):
                     raise SampleError("unsafe_image_path", f"{image} is not inside of {self.image_folder}")
             if path.exists() and not path.is_file():
                 raise SampleError("missing_image", f"{path} is no regular file")
-            if path.stat().st_size > MAX_IMAGE_BYTES:
-                raise SampleError("image_too_large", f"{path} is larger than {MAX_IMAGE_BYTES} bytes")
+            if path.stat().st_size > most_media_bytes(path.name):
+                raise SampleError("image_too_large", f"{path} is larger than {most_media_bytes(path.name)} bytes")
             return path.read_bytes()
         except SampleError:
             raise

@@ -24,7 +24,7 @@ import numpy as np
 from ...files import describe_shard, os_errors_named, renamed_when_whole, shard_path
 from ...processing.sample_error import SampleError
 from .open_files import Newest, check_mapped, map_array
-from .tars import MAX_IMAGE_BYTES, list_files, read_member
+from .tars import MAX_VIDEO_BYTES, list_files, most_media_bytes, read_member
 from .zips import list_members, read_zip_member
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class ImageFiles:
         found = self._find(_checked_name(name))
         if found is None:
             raise SampleError("missing_image", f"there is no image {name}")
-        if not 0 < found.size <= MAX_IMAGE_BYTES:
+        if not 0 < found.size <= most_media_bytes(name):
             raise SampleError("image_too_large" if found.size else "empty_image", f"{name} has {found.size} bytes")
         return found
 
@@ -117,14 +117,17 @@ class ImageFiles:
         if location.root in self._archives:
             file = self._files[location.root].fileno()
             if self._archives[location.root].endswith(".zip"):
-                return read_zip_member(
-                    file, _checked_name(name), location.offset, location.size, MAX_IMAGE_BYTES, limit
-                )
+                most = most_media_bytes(name)
+                return read_zip_member(file, _checked_name(name), location.offset, location.size, most, limit)
             return _read_tar_member(file, _checked_name(name), location, limit)
         path = self._path_in_folder(location.root, _checked_name(name))
         try:
-            if os.stat(path).st_size > MAX_IMAGE_BYTES:
-                raise SampleError("image_too_large", f"{name} is larger than {MAX_IMAGE_BYTES} bytes")
+            found = os.stat(path).st_size
+            if found != location.size and most_media_bytes(name) == MAX_VIDEO_BYTES:
+                # Of an image the size in pixels is compared; the frames of a video would have to be counted again.
+                raise SampleError("video_changed", f"{name} has {found} bytes, planned {location.size}")
+            if found > most_media_bytes(name):
+                raise SampleError("image_too_large", f"{name} is larger than {most_media_bytes(name)} bytes")
             with open(path, "rb", buffering=0) as file:
                 return file.read() if limit is None else file.read(limit)
         except OSError as error:

@@ -18,14 +18,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ...processing.conversation_records import FLAGS, OTHER_MEDIA, SYSTEM, UNREAD
+from ...processing.conversation_records import FLAGS, SYSTEM, UNREAD
 from ...processing.conversation_records import TURNS as TEXT_COLUMNS
+from ...processing.media_records import OTHER_MEDIA
 from ...processing.sample_error import SampleError
 from .row_values import row_values
 
 logger = logging.getLogger(__name__)
 
-IMAGE_COLUMNS = ("images", "image")
+IMAGE_COLUMNS = ("images", "image", "videos", "video")
 BESIDE_TURNS = ("id", "tools", *OTHER_MEDIA, *SYSTEM, *FLAGS, *UNREAD)
 COLUMNS = (*TEXT_COLUMNS, *IMAGE_COLUMNS, *BESIDE_TURNS)
 _SPLIT = re.compile(r"(.+)-\d+-of-\d+\.parquet$")  # as the Hub names them

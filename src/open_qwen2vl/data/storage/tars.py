@@ -22,7 +22,11 @@ IMAGE_EXTENSIONS = (
     *("jpg", "jpeg", "png", "webp", "gif", "bmp", "avif", "tif", "tiff"),
     *("jp2", "j2k", "jpe", "jfif", "mpo", "ppm", "pgm", "ico", "tga"),
 )
+# Or its video, which counts where there are both: `frames` is what `extract-frames` writes.
+VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov", "avi", "frames")
+ANIMATIONS = ("gif", "webp", "png")  # images that may move
 MAX_IMAGE_BYTES = 256 << 20
+MAX_VIDEO_BYTES = 2 << 30
 MAX_TEXT_BYTES = 1 << 20  # some 250,000 tokens
 MAX_JSON_BYTES = 64 << 20  # which may hold its images
 _LIMITS = {"txt": (MAX_TEXT_BYTES, "text_too_large"), "json": (MAX_JSON_BYTES, "record_too_large")}
@@ -169,7 +173,8 @@ def read_member(file: int, name: str | Iterable[str], offset: int, size: int, li
     """
     names = (name,) if isinstance(name, str) else tuple(name)
     wanted = size if limit is None else min(size, limit)
-    most, reason = _LIMITS.get(names[0].rpartition(".")[2].lower(), (MAX_IMAGE_BYTES, "image_too_large"))
+    extension = names[0].rpartition(".")[2].lower()
+    most, reason = _LIMITS.get(extension, (most_media_bytes(names[0]), "image_too_large"))
     if wanted > most:
         raise SampleError(reason, f"{names[0]} has {size:,} bytes, more than {most:,}")
     block = read_at(file, BLOCK + wanted, max(0, offset - BLOCK))
@@ -179,6 +184,11 @@ def read_member(file: int, name: str | Iterable[str], offset: int, size: int, li
             if _may_be_named(found, one):
                 return block[BLOCK:]
     raise SampleError("moved_member", f"{' or '.join(names)} is not at byte {offset} of the tar any more")
+
+
+def most_media_bytes(name: str) -> int:
+    """Bytes of an image or a video, by its name."""
+    return MAX_VIDEO_BYTES if name.rpartition(".")[2].lower() in VIDEO_EXTENSIONS else MAX_IMAGE_BYTES
 
 
 def read_json(file: int, sample: Sample) -> Any:
@@ -194,7 +204,7 @@ def read_json(file: int, sample: Sample) -> Any:
 def has_dotted_key(sample: Sample) -> bool:
     """Whether a sample lacks an image because of dots in the names: of `a.b.jpg` the key is `a`."""
     for ext in sample.members:
-        if "." in ext and ext.rpartition(".")[2] in IMAGE_EXTENSIONS:
+        if "." in ext and ext.rpartition(".")[2] in (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS):
             return True
     return False
 

@@ -6,6 +6,7 @@ and marks of its own around each pair of frames; a document that is no conversat
 ends in `<|endoftext|>`.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
@@ -135,9 +136,9 @@ class QwenVLDocuments:
             "ids": [self._start, self.image_token_id, self.video_token_id, self._end, *self.text_format.document_end],
         }
 
-    def describe_video(self, data: bytes) -> tuple[Media, bool]:
+    def describe_video(self, read: Callable[[int | None], bytes]) -> tuple[Media, bool]:
         """See [`DocumentProcessor`]."""
-        media, is_broken = describe_video(data, self.videos)
+        media, is_broken = describe_video(read, self.videos)
         if is_broken and self._skip_broken:
             raise SampleError("broken_video", f"it breaks off after {media.frames} frames")
         return media, is_broken

@@ -10,7 +10,7 @@ clip ── header (processing/videos.py) ─► Media ── VideoSizes ─► 
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -31,13 +31,16 @@ _META_FIELDS = {"width": int, "height": int, "frames": int, "fps": float, "size"
 _MOST_META = 1 << 16
 
 
-def describe_video(data: bytes, sizes: VideoSizes) -> tuple[Media, bool]:
+def describe_video(read: Callable[[int | None], bytes], sizes: VideoSizes) -> tuple[Media, bool]:
     """A clip, or the file of its frames, by its header; and whether it breaks off.
+
+    `read` gives so many bytes of it, or all: the frames of a clip are counted.
 
     SampleError: as [`read_video_header`], or `other_frames` for a file that was extracted with other options.
     """
+    data = read(512 + _MOST_META)
     if not is_frames_file(data):
-        header = read_video_header(data)
+        header = read_video_header(read(None))
         return Media("video", *header[:4]), header.is_broken
     meta = read_meta(data)
     media = Media("video", meta["width"], meta["height"], meta["frames"], meta["fps"])
