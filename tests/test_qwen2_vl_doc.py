@@ -76,7 +76,10 @@ def test_all_blocks_in_order(place, easyvqa, monkeypatch, capsys):  # noqa: F811
         if kind == "python":
             scope: dict = {}
             exec(compile(code, "docs/qwen2_vl.md", "exec"), scope)
-            check_loop(scope)
+            if "loss" in scope:
+                check_loop(scope)
+            else:  # tests/agent/test_run.py knows what an agent does
+                assert 1 <= scope["transcript"].steps <= 8
             continue
         for command in code.replace("\\\n", "").splitlines():
             program, *words = shlex.split(command)

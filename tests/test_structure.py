@@ -22,10 +22,10 @@ FLOORS = (
     ("data",),
     ("evaluation",),
     ("trainer",),
-    ("estimate", "chat", "conversion"),
+    ("estimate", "chat", "agent", "conversion"),
     ("cli",),
 )
-MOST_LINES, MOST_OF_A_FILE, MOST_OF_A_FUNCTION = 25_500, 350, 60
+MOST_LINES, MOST_OF_A_FILE, MOST_OF_A_FUNCTION = 25_900, 350, 60
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 

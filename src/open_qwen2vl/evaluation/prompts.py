@@ -106,12 +106,18 @@ def encode_messages(
     conversations: Sequence[list[dict[str, Any]]],
     options: dict[str, Any],
     chat_template: str | None = None,
+    tools: list[dict[str, Any]] | None = None,
+    continues: bool = False,
 ) -> BatchFeature:
-    """Inputs of conversations up to where the model answers; special tokens' strings in them stay text."""
+    """Inputs of conversations up to where the model answers, or where it goes on with the last turn if it `continues`;
+    special tokens' strings in them stay text.
+    """
     return processor.apply_chat_template(
         list(conversations),
         chat_template=chat_template,
-        add_generation_prompt=True,
+        tools=tools,
+        add_generation_prompt=not continues,
+        continue_final_message=continues,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",

@@ -81,7 +81,7 @@ class ConversationFormat:
         """
         if not uses_tools(messages, tools):
             return messages
-        if self.tool_form == "tool_call" and not self._writes_calls_so:
+        if self.writes_tools and not self._writes_tools_so:
             raise SampleError("unsupported_tools", "the chat template writes calls of tools in a way of its own")
         return plain_messages(messages, tools, self.tool_form, self._default_system)
 
@@ -96,10 +96,13 @@ class ConversationFormat:
         return alone[len(before) : len(alone) - len(after)] if says else ""
 
     @cached_property
-    def _writes_calls_so(self) -> bool:
-        """Whether the template writes tools as we do, or not at all."""
-        if not _TOOLS.search(self.chat_template):
-            return True
+    def writes_tools(self) -> bool:
+        """Whether the template writes tools and calls by itself."""
+        return self.tool_form == "tool_call" and bool(_TOOLS.search(self.chat_template))
+
+    @cached_property
+    def _writes_tools_so(self) -> bool:
+        """Whether it writes them as we do."""
         call, tool = {"name": "f", "arguments": "{}"}, {"type": "function", "function": {"name": "f"}}
         messages = [
             {"role": "user", "content": [{"type": "text", "text": "u"}]},
