@@ -87,7 +87,8 @@ def test_all_blocks_in_order(place, easyvqa, monkeypatch, capsys):  # noqa: F811
             if program == "accelerate":
                 launch([program, *words], monkeypatch)
             elif program == "open-qwen2vl" and words[0] != "demo":
-                assert cli.main([*words, *ends[words[0]].split()]) == 0
+                longer = ["--max-length", "2048"] if "packs/agent" in words else []
+                assert cli.main([*words, *ends[words[0]].split(), *longer]) == 0
             else:  # tests/recipes/test_qwen2_vl.py and tests/evaluation/test_families.py have these
                 assert command in ("sh recipes/qwen2_vl/run.sh", "open-qwen2vl demo runs/qwen-sft")
     for name in ("qwen", "qwen-sft"):
