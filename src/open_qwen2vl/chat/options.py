@@ -18,6 +18,10 @@ class ChatOptions:
     image_seq_length: int | None = option(None, help="tokens per image (default: the processor's)", metavar="N")
     max_new_tokens: int = option(512, help="longest answer", metavar="N")
     temperature: float = option(0.0, help="of sampling; 0 takes the likeliest token", metavar="X")
+    save: str | None = option(
+        None, help="image to draw the boxes of the newest answer on, of the last image of the conversation",
+        metavar="FILE.png"
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

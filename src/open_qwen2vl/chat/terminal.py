@@ -6,7 +6,7 @@ classes and never runs code of the checkpoint.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -17,9 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from ..evaluation.generation import check_image_seq_length
 from ..evaluation.generation import load_model as evaluation_model
-from ..evaluation.prompts import encode_messages, image_options, user_turn
+from ..evaluation.prompts import encode_messages, image_options, message_images, user_turn
+from ..files import renamed_when_whole
+from ..grounding.drawing import draw_boxes
+from ..grounding.prompting import answer_parts, box_form
 from ..processing.images import decode_image
 
+SAVED = (".png", ".jpg", ".jpeg", ".webp")
 HELP = "/image FILE adds an image to the next message, /reset starts anew, /quit or Ctrl-D ends"
 
 
@@ -29,15 +33,23 @@ def chat(
     image_seq_length: int | None = None,
     max_new_tokens: int = 512,
     temperature: float = 0.0,
+    save: str | None = None,
 ) -> None:
-    """Read messages from standard input and print the model's answers, until the input ends."""
+    """Read messages from standard input and print the model's answers, until the input ends.
+
+    With `save`, a file that gets the last image with the boxes of the newest answer that has any.
+    """
     options = generation_options(max_new_tokens, temperature)
+    if save is not None and Path(save).suffix.lower() not in SAVED:
+        raise ValueError(f"--save {save}: the name of an image, ending in {', '.join(SAVED)}")
     first = [(file, _read_image(file)) for file in images or []]
     conversation = Conversation(*load_model(model, image_seq_length), image_seq_length, options)
+    if save is not None and box_form(conversation.processor) is None:
+        raise ValueError(f"--save: models of {model}'s family write no boxes that could be drawn")
     _note(HELP)
     for file, image in first:
         _add_image(conversation, file, image)
-    _talk(conversation)
+    _talk(conversation, save)
 
 
 def load_model(model: str, image_seq_length: int | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -75,22 +87,33 @@ class Conversation:
         """Forget all messages and waiting images."""
         self.messages: list[dict] = []
         self.waiting: list[Image.Image] = []
+        self.drawn: Image.Image | None = None  # the last image with the boxes of the last answer, if that has any
 
     def ask(self, text: str, stop: Event | None = None) -> Iterator[str]:
         """Send a message with the waiting images and yield pieces of the answer.
 
-        What was yielded is remembered, also of an answer that is cut short, as by another thread that sets `stop`.
-        Where the longest answer would exceed the model's positions, nothing counts as sent (ValueError).
+        What was written is remembered with the marks around boxes, which are not shown, also of an answer that is cut
+        short, as by another thread that sets `stop`. Where the longest answer would exceed the model's positions,
+        nothing counts as sent (ValueError).
         """
         messages = [*self.messages, *user_turn(self.waiting, text)]
         inputs = encode_messages(self.processor, [messages], self.processor_kwargs).to(self.model.device)
         self._check_length(inputs["input_ids"].shape[1])
-        answer = {"type": "text", "text": ""}
-        self.messages = [*messages, {"role": "assistant", "content": [answer]}]
-        self.waiting = []
-        for piece in stream(self.model, self.processor.tokenizer, {**inputs, **self.options}, stop):
-            answer["text"] += piece
-            yield piece
+        answer = {"role": "assistant", "content": [{"type": "text", "text": ""}]}
+        self.messages = [*messages, answer]
+        self.waiting, self.drawn = [], None
+        ids: list[int] = []
+        try:
+            yield from stream(self.model, self.processor.tokenizer, {**inputs, **self.options}, stop, ids)
+        finally:
+            answer["content"] = answer_parts(ids, self.processor)
+            self._draw(answer["content"])
+
+    def _draw(self, answer: list[Mapping[str, Any]]) -> None:
+        form, images = box_form(self.processor), message_images(self.messages)
+        if form and images:
+            boxes = form.read("".join(part["text"] for part in answer), *images[-1].size)
+            self.drawn = draw_boxes(images[-1], boxes) if boxes else None
 
     def _check_length(self, length: int) -> None:
         most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -102,11 +125,31 @@ class Conversation:
             )
 
 
+class _Streamer(TextIteratorStreamer):
+    """Keeps the ids of the answer, too."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, ids: list[int]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._ids = ids
+
+    def put(self, value: Any) -> None:
+        if not self.next_tokens_are_prompt:
+            self._ids += value.flatten().tolist()
+        super().put(value)
+
+
 def stream(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: dict, stop: Event | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: dict,
+    stop: Event | None = None,
+    ids: list[int] | None = None,
 ) -> Iterator[str]:
-    """Generate for one prompt in a thread and yield pieces of text; who stops reading stops the generation."""
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    """Generate for one prompt in a thread and yield pieces of text; who stops reading stops the generation.
+
+    The ids of the answer are appended to `ids`.
+    """
+    streamer = _Streamer(tokenizer, [] if ids is None else ids)
     stop = stop or Event()
     with ThreadPoolExecutor(1) as executor:
         future = executor.submit(
@@ -121,7 +164,7 @@ def stream(
             stop.set()
 
 
-def _talk(conversation: Conversation) -> None:
+def _talk(conversation: Conversation, save: str | None) -> None:
     missing = ""
     for line in _lines():
         word, _, rest = line.partition(" ")
@@ -141,6 +184,8 @@ def _talk(conversation: Conversation) -> None:
             missing = ""
         else:
             _answer(conversation, line)
+            if save is not None:
+                _save(conversation.drawn, Path(save))
 
 
 def _lines() -> Iterator[str]:
@@ -168,6 +213,15 @@ def _answer(conversation: Conversation, text: str) -> None:
         _note(str(error))
         return
     print(flush=True)
+
+
+def _save(drawn: Image.Image | None, path: Path) -> None:
+    if drawn is None:
+        _note(f"{path}: not written, for the answer has no box of an image")
+        return
+    with renamed_when_whole(path, keep_suffix=True) as temporary:
+        drawn.save(temporary)
+    _note(f"{path}: the image with the boxes of the answer")
 
 
 def _try_image(conversation: Conversation, file: str) -> str:

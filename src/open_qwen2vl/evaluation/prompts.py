@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
+from ..grounding.prompting import prompt_messages
 from ..processing.images import decode_image
 
 STYLES = ("chat", "raw")
@@ -72,12 +73,13 @@ class PromptBuilder:
     def build(self, messages: list[dict[str, Any]]) -> Prompt:
         """Make one prompt of `{"role", "content"}` messages.
 
-        Content is text or a list of `{"type": "text", "text"}`, `{"type": "image", "url" or "image": image or path}`
-        and [`SEPARATOR`].
+        Content is text or a list of `{"type": "text", "text"}`, `{"type": "image", "url" or "image": image or path}`,
+        `{"type": "box", "box"}` in pixels of the image before it, and [`SEPARATOR`].
         """
         turns = [{"role": message["role"], "content": _parts(message["content"])} for message in messages]
         if self.style == "raw":
             turns = [{**turn, "content": _newline_once(turn["content"])} for turn in turns]
+        turns = prompt_messages(turns, self.processor)
         text = self.processor.apply_chat_template(
             turns, chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
         )
@@ -113,7 +115,7 @@ def encode_messages(
     special tokens' strings in them stay text.
     """
     return processor.apply_chat_template(
-        list(conversations),
+        [prompt_messages(messages, processor) for messages in conversations],
         chat_template=chat_template,
         tools=tools,
         add_generation_prompt=not continues,
@@ -156,13 +158,15 @@ def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _part(part: dict[str, Any]) -> dict[str, Any]:
     if part["type"] == "text":
         return {"type": "text", "text": part["text"]}
-    if part == SEPARATOR:
+    if part == SEPARATOR or part["type"] == "box":
         return part
     image = part.get("image", part.get("url"))
     if part["type"] == "image" and isinstance(image, str):
         image = decode_image(Path(image).read_bytes())
     if part["type"] != "image" or not isinstance(image, Image.Image):
-        raise ValueError(f"a message has {part['type']} content of type {type(image).__name__}: only text and images")
+        raise ValueError(
+            f"a message has {part['type']} content of type {type(image).__name__}: only text, images and boxes"
+        )
     return {"type": "image", "image": image}
 
 

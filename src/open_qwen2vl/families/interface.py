@@ -65,9 +65,11 @@ class BoxForm(Protocol):
 
     Attributes:
         name (`str`): as a plan records it.
+        marks (`tuple[str, ...]`): control tokens that it writes around boxes.
     """
 
     name: str
+    marks: tuple[str, ...]
 
     def write(self, boxes: Sequence[tuple[Box, Media]]) -> list[dict[str, Any]]:
         """Boxes that stand together, each with its image, as content parts.

@@ -1,6 +1,7 @@
 """Boxes: read from answers, compared, drawn; and conversations about them from published annotations.
 
     parsing.py   an answer's text ─► Box(label, pixels of the original)      metrics.py   IoU, accuracy, mAP
+    prompting.py   boxes in messages ─► what `apply_chat_template` takes
     drawing.py   boxes on an image                          crops.py     boxes in a part of the image
     conversations.py   the command `boxes`: annotations.py (COCO, RefCOCO, Visual Genome) ─► questions.py ─► json lines
 
@@ -18,6 +19,7 @@ _MODULES = {
     "draw_boxes": ".drawing",
     "mean_average_precision": ".metrics",
     "parse_boxes": ".parsing",
+    "prompt_messages": ".prompting",
 }
 
 __all__ = list(_MODULES)

@@ -48,6 +48,7 @@ class MarkedBoxes:
     """Qwen2-VL's form."""
 
     name = "marked cells"
+    marks = MARKS
 
     def write(self, boxes: Sequence[tuple[Box, Media]]) -> list[dict[str, Any]]:
         """See [`BoxForm`]; neighbours of one label share its mark."""
@@ -85,6 +86,8 @@ class MarkedBoxes:
 
 class JsonBoxes:
     """The form of Qwen2.5-VL, in pixels of the resized image as `sizes` has it, and without `sizes` Qwen3-VL's."""
+
+    marks = ()
 
     def __init__(self, sizes: ImageSizes | None):
         self._sizes = sizes
