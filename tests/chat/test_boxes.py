@@ -2,6 +2,7 @@
 
 import io
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -61,6 +62,21 @@ def test_marks_stay_control_tokens_in_the_next_turn(folder, seen):
     ids = seen[1][0].tolist()
     assert [ids.count(one) for one in processor.tokenizer.convert_tokens_to_ids(list(MARKS))] == [1] * 4
     assert f"{ANSWER}<|im_end|>" in processor.tokenizer.decode(ids)
+
+
+def test_the_demo_shows_the_drawn_image(folder, seen, tmp_path):
+    demo_page = pytest.importorskip("open_qwen2vl.chat.demo")
+    Image.new("RGB", (100, 50)).save(tmp_path / "a.png")
+    loaded = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    demo, request = demo_page.Demo(*loaded, "name"), SimpleNamespace(session_hash="a")
+    demo.build(None, 2)
+    for text, files, shown in (("where?", [str(tmp_path / "a.png")], 4), ("and now?", [], 6)):
+        demo.take({"text": text, "files": files}, request)
+        *_, (_, messages, _) = demo.answer(None, 2, 0.0, request)
+        assert len(messages) == shown
+    assert messages[2]["content"] == "it(100,200),(500,600)" and messages[-1]["content"] == "no box"
+    with Image.open(messages[3]["content"]["path"]) as drawn:
+        assert drawn.size == (100, 50) and drawn.getpixel((10, 20)) != (0, 0, 0)
 
 
 @pytest.mark.parametrize("name, said", [("a.txt", "ending in .png"), ("a.png", "write no boxes")])

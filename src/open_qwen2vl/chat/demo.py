@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from ..processing.images import decode_image
 from ..processing.sample_error import SampleError
-from .demo_page import chat_area, conversation, find_examples, gr, notice, start, text_box
+from .demo_page import chat_area, conversation, find_examples, gr, notice, picture, start, text_box
 from .terminal import Conversation, generation_options, load_model
 
 MOST_NEW_TOKENS = 4096
@@ -195,7 +195,9 @@ class Demo:
         finally:
             talk.stop, talk.used = None, time.monotonic()
         if self._talks.get(request.session_hash) is talk:
-            talk.shown = [*talk.shown, {"role": "assistant", "content": text or "(no answer)"}]
+            drawn = talk.conversation.drawn  # the image with the boxes of the answer, where it has any
+            contents = [text or "(no answer)", *([picture(drawn)] if drawn else [])]
+            talk.shown = [*talk.shown, *({"role": "assistant", "content": content} for content in contents)]
             yield text_box(), talk.shown, gr.skip()
 
     def take_example(self, event: gr.SelectData) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from PIL import Image
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
@@ -112,6 +113,11 @@ def text_box(waiting: bool = False, value: dict[str, Any] | None = None) -> "gr.
 def conversation(messages: list[dict[str, Any]]) -> "gr.Chatbot":
     """The chat with other messages, which scrolls to the last of them; the examples where there are none."""
     return gr.Chatbot(value=messages, autoscroll=bool(messages))
+
+
+def picture(image: Image.Image) -> dict[str, str]:
+    """An image as content of a message; its file lies among the uploads, which are deleted after a day."""
+    return {"path": gr.processing_utils.save_pil_to_cache(image, gr.utils.get_upload_folder(), format="png")}
 
 
 def notice(text: str = "") -> "gr.Markdown":

@@ -92,22 +92,23 @@ class Conversation:
     def ask(self, text: str, stop: Event | None = None) -> Iterator[str]:
         """Send a message with the waiting images and yield pieces of the answer.
 
-        What was written is remembered with the marks around boxes, which are not shown, also of an answer that is cut
-        short, as by another thread that sets `stop`. Where the longest answer would exceed the model's positions,
-        nothing counts as sent (ValueError).
+        The answer is remembered with the marks around boxes, which are not shown, also one that another thread cuts
+        short by `stop`; of one that is not read to its end, what was yielded. Where the longest answer would exceed
+        the model's positions, nothing counts as sent (ValueError).
         """
         messages = [*self.messages, *user_turn(self.waiting, text)]
         inputs = encode_messages(self.processor, [messages], self.processor_kwargs).to(self.model.device)
         self._check_length(inputs["input_ids"].shape[1])
-        answer = {"role": "assistant", "content": [{"type": "text", "text": ""}]}
+        yielded = {"type": "text", "text": ""}
+        answer = {"role": "assistant", "content": [yielded]}
         self.messages = [*messages, answer]
         self.waiting, self.drawn = [], None
         ids: list[int] = []
-        try:
-            yield from stream(self.model, self.processor.tokenizer, {**inputs, **self.options}, stop, ids)
-        finally:
-            answer["content"] = answer_parts(ids, self.processor)
-            self._draw(answer["content"])
+        for piece in stream(self.model, self.processor.tokenizer, {**inputs, **self.options}, stop, ids):
+            yielded["text"] += piece
+            yield piece
+        answer["content"] = answer_parts(ids, self.processor)
+        self._draw(answer["content"])
 
     def _draw(self, answer: list[Mapping[str, Any]]) -> None:
         form, images = box_form(self.processor), message_images(self.messages)
