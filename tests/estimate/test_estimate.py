@@ -221,3 +221,34 @@ def test_a_file_that_is_no_recipe_is_one_line(tmp_path, capsys):
     for name, message in messages.items():
         assert main(["estimate", str(tmp_path / name), "--gpu", "h100"]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("gpu", "num_gpus", "layout", "packs", "every"),
+    [
+        ("h100", 8, "ddp", 2, 0),
+        ("a100-40gb", 8, "fsdp2", 1, 0),
+        ("rtx4090", 8, "fsdp2", 1, 2),
+        ("rtx4090", 1, None, 0, 0),
+    ],
+)
+def test_the_advice_is_the_cheapest_that_fits_with_room(gpu, num_gpus, layout, packs, every):
+    options = EstimateOptions("", gpu=gpu, num_gpus=num_gpus)
+    estimate = estimate_run(RECIPE_2B, OpenQwen2VLConfig(), assumed_work(28.4e6, 176, 1, 144), options)
+    advised = estimate.placement
+    if layout is None:
+        assert advised is None and "advice     nothing fits" in str(estimate)
+        return
+    assert (advised.layout, advised.batch_size, advised.checkpoint_every) == (layout, packs, every)
+    assert advised.batch_size * advised.accumulation * num_gpus == estimate.packs_per_step == 32 * num_gpus
+    assert advised.bytes <= 0.95 * estimate.gpu_memory and f"advice     {advised}" in str(estimate)
+    # Every cheaper layout is named with what it takes, which is too much.
+    assert bool(advised.reason) == (layout != "ddp")
+    # What is advised, put into the recipe, takes what it says.
+    recipe = {**RECIPE_2B, "per_device_train_batch_size": packs, "gradient_accumulation_steps": advised.accumulation}
+    recipe |= {
+        "activation_checkpointing": every > 0,
+        "activation_checkpointing_kwargs": {"every_n_layers": every or 1},
+    }
+    again = estimate_run(recipe, OpenQwen2VLConfig(), assumed_work(28.4e6, 176, 1, 144), options)
+    assert sum(again.memory[layout].values()) == pytest.approx(advised.bytes)

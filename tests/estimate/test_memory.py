@@ -112,7 +112,7 @@ def test_a_real_step_takes_what_was_estimated(tmp_path, checkpoint_every):
     command = [sys.executable, SCRIPT, tmp_path / "config.json", "16", "128", "200", str(checkpoint_every)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [str(part) for part in command], env=environment, capture_output=True, text=True, timeout=240
+        [str(part) for part in command], env=environment, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr[-4000:]
     training = Training(PRETRAINING, bf16=False, accumulation=2, checkpoint_every=checkpoint_every)

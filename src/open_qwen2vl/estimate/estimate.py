@@ -7,6 +7,7 @@ The MFU and the price are assumptions, and printed as such.
 """
 
 import difflib
+import functools
 import math
 import re
 from collections import Counter
@@ -17,10 +18,11 @@ from transformers import PreTrainedConfig
 from ..families import packed_model
 from ..families.interface import StepWork
 from ..trainer.figures.flops import GPUS, Gpu
-from .figures import GIB, Estimate
+from .figures import Estimate
 from .inputs import PARTS, Work, assumed_work, number_of, planned_work, read_config, read_recipe, read_training
-from .memory import MicroBatch, Training, parameters_by_part, step_memory
+from .memory import GIB, MicroBatch, Training, parameters_by_part, step_memory
 from .options import EstimateOptions
+from .placement import best_placement
 
 # Dollars per GPU-hour on demand, by the vendors' public lists on this day. No list has all kinds.
 PRICES = {
@@ -96,14 +98,18 @@ def estimate_run(
     tokens, images = (epochs * sum(getattr(each, field) for each in work) for field in ("tokens", "images"))
     seconds = flops / (num_gpus * gpu.peak_flops * options.mfu)
     price, source = _price(name, options.price_per_hour)
+    micro_batch, counts = functools.partial(_micro_batch, config, work), parameters_by_part(config)
     return Estimate(
         gpu=name,
         num_gpus=num_gpus,
         mfu=options.mfu,
-        parameters=parameters_by_part(config),
+        parameters=counts,
         trained=sorted(training.trained),
         gpu_memory=gpu.memory * GIB,
-        memory=_memory(config, training, work, batch_size, num_gpus),
+        memory=_memory(config, training, micro_batch(batch_size), num_gpus, counts),
+        placement=best_placement(
+            config, training, micro_batch, packs_per_step // num_gpus, num_gpus, gpu.memory * GIB, counts
+        ),
         packs_per_step=packs_per_step,
         steps=steps,
         tokens=tokens,
@@ -141,21 +147,24 @@ def _step_work(config: PreTrainedConfig, work: Work) -> StepWork:
     return StepWork(work.tokens, work.squared_lengths, work.images, vision)
 
 
-def _memory(
-    config: PreTrainedConfig, training: Training, work: list[Work], batch_size: int, num_gpus: int
-) -> dict[str, dict[str, float]]:
-    """Of full packs, those with the most images and those with the most labels."""
+def _micro_batch(config: PreTrainedConfig, work: list[Work], batch_size: int) -> MicroBatch:
+    """So many full packs, those with the most images and those with the most labels."""
     images = round(batch_size * max(each.most_images for each in work))
     per_image = max(each.media_tokens / each.images if each.images else 0 for each in work)
-    batch = MicroBatch(
+    return MicroBatch(
         positions=batch_size * max(each.max_length for each in work),
         images=images,
         labels=round(batch_size * max(each.labels / each.packs for each in work)),
         vision=packed_model(config).vision_work(config, images, images * per_image),
     )
+
+
+def _memory(
+    config: PreTrainedConfig, training: Training, batch: MicroBatch, num_gpus: int, counts: dict[str, int]
+) -> dict[str, dict[str, float]]:
     if num_gpus == 1:
-        return {"one_gpu": step_memory(config, training, batch)}
+        return {"one_gpu": step_memory(config, training, batch, counts=counts)}
     return {
-        name: step_memory(config, training, batch, num_gpus, sharded)
+        name: step_memory(config, training, batch, num_gpus, sharded, counts)
         for name, sharded in (("ddp", False), ("fsdp2", True))
     }

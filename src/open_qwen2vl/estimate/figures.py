@@ -3,7 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-GIB = 2**30
+from .memory import GIB
+from .placement import Placement
+
 SMALL_BYTES = 10 * GIB  # on a GPU; below it the parts are told in MiB
 
 
@@ -20,6 +22,7 @@ class Estimate:
         gpu_memory (`float`): bytes of a GPU.
         memory (`dict[str, dict[str, float]]`): bytes on each GPU, as [`step_memory`] gives them, by `one_gpu`, or
             `ddp` and `fsdp2`.
+        placement ([`Placement`], *optional*): the cheapest layout of the step that fits; None where none does.
         packs_per_step (`int`): packs of an optimizer step.
         steps (`int`): optimizer steps of the run.
         tokens (`float`): real positions of the run.
@@ -39,6 +42,7 @@ class Estimate:
     trained: list[str]
     gpu_memory: float
     memory: dict[str, dict[str, float]]
+    placement: Placement | None
     packs_per_step: int
     steps: int
     tokens: float
@@ -78,7 +82,7 @@ class Estimate:
         lines = [f"{unit + ' on each GPU':<16}" + "".join(f"{titles[name]:>10}" for name in self.memory)]
         for part in next(iter(self.memory.values())):
             figures = [parts[part] / size for parts in self.memory.values()]
-            if any(figures):
+            if any(round(figure, 1) for figure in figures):
                 lines.append(f"  {part:<14}" + "".join(f"{figure:>10,.1f}" for figure in figures))
         lines.append(f"  {'together':<14}" + "".join(f"{figure / size:>10,.1f}" for figure in sums))
         verdicts = ["fits" if figure <= self.gpu_memory else "too much" for figure in sums]
@@ -103,6 +107,8 @@ class Estimate:
                 "" if self.price_per_hour is None else f", ${self.price_per_hour:.2f} a GPU-hour ({self.price_source})"
             ),
         }
+        nothing = f"nothing fits {self.gpu_memory / GIB:,.1f} GiB: take more GPUs, larger ones or LoRA"
+        lines["advice"] = str(self.placement or nothing)
         return [f"{name:<11}{value}" for name, value in lines.items()]
 
 

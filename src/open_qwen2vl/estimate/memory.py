@@ -13,8 +13,8 @@ from ..families import packed_model
 from ..families.interface import StepWork, VisionWork
 from ..modeling.loss import CHUNK_BYTES
 from ..trainer.optimization import LANGUAGE_MODEL, part_of
-from .figures import GIB
 
+GIB = 2**30
 # Context, kernels and libraries of CUDA; and what the allocator cannot use, as a share of the rest.
 RESERVED_BYTES, FRAGMENTATION = 1.5 * GIB, 0.05
 # Optimizer states: values of the weights' own type for each trained parameter; the 8-bit ones in bytes.
@@ -57,14 +57,20 @@ def parameters_by_part(config: PreTrainedConfig) -> dict[str, int]:
 
 
 def step_memory(
-    config: PreTrainedConfig, training: Training, batch: MicroBatch, num_gpus: int = 1, sharded: bool = False
+    config: PreTrainedConfig,
+    training: Training,
+    batch: MicroBatch,
+    num_gpus: int = 1,
+    sharded: bool = False,
+    counts: dict[str, int] | None = None,
 ) -> dict[str, float]:
     """Bytes on each GPU at the fullest moment of a step, the end of a forward pass.
 
     Parts: `weights`, `gradients`, `optimizer`, `gathered` (FSDP2: blocks in use), `buckets` (DDP: gradients on their
-    way), `activations`, `loss` and `reserve`.
+    way), `pixels` (of this micro-batch and the next), `activations`, `loss` and `reserve`. `counts` are those of
+    [`parameters_by_part`], where they are known.
     """
-    counts = parameters_by_part(config)
+    counts = counts or parameters_by_part(config)
     shards = num_gpus if sharded else 1
     size = training.dtype.itemsize
     trained = sum(counts[part] for part in training.trained)
@@ -78,6 +84,7 @@ def step_memory(
         "optimizer": trained * optimizer_bytes(training.optim, size) / shards,
         "gathered": _gathered_bytes(config, counts[LANGUAGE_MODEL], trained, training) if sharded else 0,
         "buckets": trained * size if num_gpus > 1 and not sharded else 0,
+        "pixels": 2 * 3 * config.vision_config.patch_size**2 * batch.vision.patches,
         "activations": activation_bytes(config, training, batch, sharded),
         "loss": loss_bytes(config.text_config, batch.labels, compute, "language_model" in training.trained),
     }
