@@ -20,6 +20,8 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
+from ..grounding.prompting import answer_parts, box_form
+from .boxes import boxes_line
 from .generation import cut_at, generation_options, load_model, stop_at
 from .journal import Journal, request_key
 from .likelihood import continuation_losses
@@ -229,7 +231,21 @@ class TransformersModel(lmms):
             options["stopping_criteria"] = [stop_at(tokenizer, until, length)]
         ids = self.model.generate(**inputs, **options)[:, length:]
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return [cut_at(text, until) for text in texts]
+        texts = [cut_at(text, until) for text in texts]
+        if not _generation_kwargs(requests[0]).get("boxes"):
+            return texts
+        return [
+            f"{text}\n{self._boxes_line(own, prompt, until)}"
+            for text, own, (_, _, prompt) in zip(texts, ids.tolist(), work.waiting, strict=True)
+        ]
+
+    def _boxes_line(self, ids: list[int], prompt: Prompt, until: list[str]) -> str:
+        form = box_form(self.processor)
+        if form is None or not prompt.images:
+            raise ValueError("a task asks for boxes: of an image, and of a model whose family has a form for them")
+        size = prompt.images[-1].size
+        written = "".join(part["text"] for part in answer_parts(ids, self.processor))
+        return boxes_line(form.read(cut_at(written, until), *size), size)
 
     def _score(self, requests: list[Instance], work: _Work) -> list[tuple[float, bool]]:
         ids = work.continuations

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from ..boxes import draw_answers
 from .folders import Evaluation, sample_scores
 
 LONGEST_TEXT = 4000  # characters; what a model says without an end would fill the page
@@ -91,12 +92,12 @@ def _choose(evaluations: Sequence[Evaluation], task: str, most: int, images: Ima
     keys = list(dict.fromkeys(key for place in places for key in place))
     disputed = {key for key in keys if _disagree(key, places, scores)}
     chosen = sorted(keys, key=lambda key: (key not in disputed, _draw(key), str(key)))[:most]
-    pictures = _images(evaluations, task, places, chosen, images)
+    records = {
+        key: [_record(table, place.get(key)) for table, place in zip(tables, places, strict=True)] for key in chosen
+    }
+    pictures = _images(evaluations, task, places, records, images)
     frames = [PromptFrame.of([] if table is None else table["prompt"].to_pylist()) for table in tables]
-    samples = [
-        _sample([(table, place.get(key)) for table, place in zip(tables, places, strict=True)], frames, pictures[key])
-        for key in chosen
-    ]
+    samples = [_sample(records[key], frames, pictures[key]) for key in chosen]
     return TaskSamples(task, len(keys), len(disputed), samples)
 
 
@@ -124,25 +125,30 @@ def _images(
     evaluations: Sequence[Evaluation],
     task: str,
     places: list[dict[Key, int]],
-    chosen: list[Key],
+    records: dict[Key, list[dict[str, Any] | None]],
     images: ImageStore,
 ) -> dict[Key, list[int]]:
-    """Numbers of the images of each chosen sample, from the first model that has it."""
+    """Numbers of the images of each chosen sample, from the first model that has it, with the boxes of all."""
     numbers: dict[Key, list[int]] = {}
     for evaluation, place in zip(evaluations, places, strict=True):
-        rows = {key: place[key] for key in chosen if key in place and key not in numbers}
+        rows = {key: place[key] for key in records if key in place and key not in numbers}
         found = evaluation.read_images(task, rows.values())
         for key, row in rows.items():
-            known = [images.add(data) for data in found.get(row, [])]
+            files = found.get(row, [])
+            if files:
+                answers = {other.label: own for other, own in zip(evaluations, records[key], strict=True) if own}
+                files[-1] = draw_answers(files[-1], answers)
+            known = [images.add(data) for data in files]
             numbers[key] = [number for number in known if number is not None]
     return numbers
 
 
-def _sample(
-    rows: list[tuple[pa.Table | None, int | None]], frames: list[PromptFrame], images: list[int]
-) -> dict[str, Any]:
+def _record(table: pa.Table | None, row: int | None) -> dict[str, Any] | None:
+    return None if table is None or row is None else table.slice(row, 1).to_pylist()[0]
+
+
+def _sample(records: list[dict[str, Any] | None], frames: list[PromptFrame], images: list[int]) -> dict[str, Any]:
     """A sample as the page's script reads it; a model's own prompt is kept where it differs from the first's."""
-    records = [None if table is None or row is None else table.slice(row, 1).to_pylist()[0] for table, row in rows]
     first, frame = next((record, frame) for record, frame in zip(records, frames, strict=True) if record)
     prompt = first["prompt"] or ""
     return {
