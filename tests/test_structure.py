@@ -17,7 +17,7 @@ FLOORS = (
     ("families",),
     ("grounding", "data.storage"),
     ("data.documents", "data.engine"),
-    ("data.packing", "data.scoring", "data.resharding"),
+    ("data.packing", "data.scoring", "data.resharding", "data.extracting"),
     ("data.filtering",),
     ("data",),
     ("evaluation",),

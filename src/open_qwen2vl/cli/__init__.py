@@ -9,12 +9,29 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from . import boxes, chat, convert, demo, estimate, evaluate, filter, init_vit, pack, report, reshard, score
+from . import (
+    boxes,
+    chat,
+    convert,
+    demo,
+    estimate,
+    evaluate,
+    extract_frames,
+    filter,
+    init_vit,
+    pack,
+    report,
+    reshard,
+    score,
+)
 from .interrupt import INTERRUPTED, ended_by_ctrl_c
 from .options import add_command
 
 # In the order of --help.
-COMMANDS = (score, filter, reshard, boxes, pack, convert, init_vit, estimate, chat, evaluate, report, demo)
+COMMANDS = (
+    *(score, filter, reshard, extract_frames, boxes, pack),
+    *(convert, init_vit, estimate, chat, evaluate, report, demo),
+)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -15,13 +15,13 @@ def run(options: OPTIONS) -> None:
     shards = find_sources(options.shards)
     if (options.processor is None) == (options.tokenizer is None):
         raise ValueError("name the model by --processor, or Open-Qwen2VL by --tokenizer")
-    processor = _load_processor(options.processor, options.tokenizer)
+    processor = load_processor(options.processor, options.tokenizer)
     named = ("shards", "output", "processor", "tokenizer")
     others = {each.name: getattr(options, each.name) for each in fields(OPTIONS) if each.name not in named}
     print(plan_packs(shards, options.output, processor, **others))
 
 
-def _load_processor(processor: str | None, tokenizer: str | None) -> Any:
+def load_processor(processor: str | None, tokenizer: str | None) -> Any:
     """A family's processor, or Open-Qwen2VL's tokenizer."""
     from transformers import AutoProcessor, AutoTokenizer
 

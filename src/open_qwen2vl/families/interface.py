@@ -137,6 +137,9 @@ class DocumentProcessor(Protocol):
             SampleError: if it is broken, or not what the plan says it is.
         """
 
+    def extract_frames(self, data: bytes, media: Media, lossless: bool) -> bytes:
+        """A file of a video's resized frames, which [`describe_video`] and [`read_media`] take in its place."""
+
     def empty_media(self) -> dict[str, torch.Tensor]:
         """The tensors of a document without media: first dimension 0."""
 

@@ -68,6 +68,10 @@ class OpenQwen2VLDocuments:
         """`pixel_values` uint8 `(1, 3, H, W)`; the model normalises them."""
         return {"pixel_values": self.processor.read_image(data)}
 
+    def extract_frames(self, data: bytes, media: Media, lossless: bool) -> bytes:
+        """Images only."""
+        raise SampleError("video_unsupported", _NO_VIDEOS)
+
     def empty_media(self) -> dict[str, torch.Tensor]:
         """`pixel_values` uint8 `(0, 3, H, W)`."""
         return {"pixel_values": self.processor.resize_images([])}

@@ -16,6 +16,7 @@ from ...processing.media_records import Video, refuse_url
 from ...processing.sample_error import SampleError
 from ..storage.image_files import ImageFiles
 from ..storage.tars import (
+    ANIMATIONS,
     IMAGE_EXTENSIONS,
     VIDEO_EXTENSIONS,
     Sample,
@@ -57,7 +58,18 @@ class RecordImages:
         self._beside = lru_cache(64)(lambda shard: ImageFiles(Path(paths[shard]).parent, [{"path": "."}]))
 
     def find(self, shard: int, found: Found, reference: Any, samples: dict[str, Sample] | None) -> PlannedImage:
-        """Where an image is; no byte of it is read."""
+        """Where an image or video is; no byte of it is read. The frames of a video may stand in its place."""
+        try:
+            return self._find(shard, found, reference, samples)
+        except SampleError as error:
+            if error.reason != "missing_image" or (frames := _frames_name(reference)) is None:
+                raise
+        try:
+            return self._find(shard, found, frames, samples)
+        except SampleError:
+            raise SampleError("missing_image", f"there is neither {_name(reference)} nor {frames}") from None
+
+    def _find(self, shard: int, found: Found, reference: Any, samples: dict[str, Sample] | None) -> PlannedImage:
         reference = file_of(reference)
         if isinstance(reference, OwnImage):
             return PlannedImage(OWN, *reference)
@@ -87,6 +99,15 @@ class RecordImages:
         return lambda limit: self._read(shard, found.key, reference, location, limit)
 
     def _read(self, shard: int, key: str, reference: Any, location: PlannedImage, limit: int | None) -> bytes:
+        try:
+            return self._read_by_name(shard, key, reference, location, limit)
+        except SampleError as error:
+            # Under the name of its frames, as it was found.
+            if error.reason not in ("missing_image", "moved_member") or (frames := _frames_name(reference)) is None:
+                raise
+            return self._read_by_name(shard, key, frames, location, limit)
+
+    def _read_by_name(self, shard: int, key: str, reference: Any, location: PlannedImage, limit: int | None) -> bytes:
         if location.root is None:
             content = image_bytes(reference)
             if not content:
@@ -119,6 +140,15 @@ def _name(reference: Any) -> str:
     if not isinstance(name, str):
         raise SampleError("missing_image", "an image is not named by a path, as it was when planned")
     return name
+
+
+def _frames_name(reference: Any) -> str | None:
+    """What the frames of a video that is named by a path are called."""
+    if not isinstance(reference, Video) or isinstance(reference.file, OwnImage):
+        return None
+    name = _name(reference)
+    stem, dot, extension = name.rpartition(".")
+    return f"{stem}.frames" if dot and extension.lower() in (*VIDEO_EXTENSIONS, *ANIMATIONS) else None
 
 
 def _own_names(key: str, reference: Any) -> list[str]:

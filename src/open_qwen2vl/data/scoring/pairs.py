@@ -73,7 +73,7 @@ def _prepare(file: int, tar_name: str, sample: Sample, prepare: Callable[[RawPai
     try:
         if has_bad_uid(metadata):
             raise SampleError("bad_uid", f"a uid has 32 hex digits, that of {sample.key} has not")
-        ((extension, *location), _), caption = caption_members(file, sample)
+        ((extension, *location), _), caption = caption_members(file, sample, videos=())
         image = read_member(file, f"{sample.key}.{extension}", *location)
         return PreparedSample(sample.key, uid, prepare(RawPair(sample.key, uid, image, caption)), None)
     except SampleError as error:

@@ -84,7 +84,9 @@ def is_frames_file(data: bytes) -> bool:
     return data[:100].rstrip(b"\0") == META_NAME.encode() and data[257:262] == b"ustar"
 
 
-def frames_file(data: bytes, media: Media, sizes: VideoSizes, mode: str, lossless: bool = False) -> bytes:
+def frames_file(
+    data: bytes, media: Media, sizes: VideoSizes, mode: str, lossless: bool = False, skip_broken: bool = False
+) -> bytes:
     """A tar of a clip's `meta.json` and resized frames `000000.jpg` (or `.png`): read in its place, it gives the same
     ids and, with `lossless`, the same pixels.
     """
@@ -95,7 +97,7 @@ def frames_file(data: bytes, media: Media, sizes: VideoSizes, mode: str, lossles
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         _add(tar, META_NAME, json.dumps(meta).encode())
-        for number, pixels in enumerate(resized_frames(data, media, sizes, mode)):
+        for number, pixels in enumerate(resized_frames(data, media, sizes, mode, skip_broken)):
             frame, name = io.BytesIO(), f"{number:06d}.{'png' if lossless else 'jpg'}"
             options = {"format": "PNG"} if lossless else {"format": "JPEG", "quality": JPEG_QUALITY, "subsampling": 0}
             Image.fromarray(pixels.transpose(1, 2, 0)).save(frame, **options)
