@@ -15,6 +15,9 @@ class ChatOptions:
     image: tuple[str, ...] | None = option(
         None, help="image of the first message; may be repeated", metavar="FILE", form="repeated"
     )
+    video: tuple[str, ...] | None = option(
+        None, help="video of the first message, for Qwen2-VL; may be repeated", metavar="FILE", form="repeated"
+    )
     image_seq_length: int | None = option(None, help="tokens per image (default: the processor's)", metavar="N")
     max_new_tokens: int = option(512, help="longest answer", metavar="N")
     temperature: float = option(0.0, help="of sampling; 0 takes the likeliest token", metavar="X")

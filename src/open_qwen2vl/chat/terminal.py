@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TextIteratorStreamer
 
+from ..evaluation.clips import Clip, read_clip
 from ..evaluation.generation import check_image_seq_length
 from ..evaluation.generation import load_model as evaluation_model
 from ..evaluation.prompts import encode_messages, image_options, message_images, user_turn
@@ -24,12 +25,13 @@ from ..grounding.prompting import answer_parts, box_form
 from ..processing.images import decode_image
 
 SAVED = (".png", ".jpg", ".jpeg", ".webp")
-HELP = "/image FILE adds an image to the next message, /reset starts anew, /quit or Ctrl-D ends"
+HELP = "/image FILE or /video FILE adds one to the next message, /reset starts anew, /quit or Ctrl-D ends"
 
 
 def chat(
     model: str,
     images: list[str] | None = None,
+    videos: list[str] | None = None,
     image_seq_length: int | None = None,
     max_new_tokens: int = 512,
     temperature: float = 0.0,
@@ -46,9 +48,10 @@ def chat(
     conversation = Conversation(*load_model(model, image_seq_length), image_seq_length, options)
     if save is not None and box_form(conversation.processor) is None:
         raise ValueError(f"--save: models of {model}'s family write no boxes that could be drawn")
+    clips = [(file, _read_video(conversation.processor, file)) for file in videos or []]
     _note(HELP)
-    for file, image in first:
-        _add_image(conversation, file, image)
+    for file, one in [*first, *clips]:
+        _add(conversation, file, one)
     _talk(conversation, save)
 
 
@@ -84,13 +87,13 @@ class Conversation:
         self.options = options
 
     def reset(self) -> None:
-        """Forget all messages and waiting images."""
+        """Forget all messages, waiting images and videos."""
         self.messages: list[dict] = []
-        self.waiting: list[Image.Image] = []
+        self.waiting: list[Image.Image | Clip] = []
         self.drawn: Image.Image | None = None  # the last image with the boxes of the last answer, if that has any
 
     def ask(self, text: str, stop: Event | None = None) -> Iterator[str]:
-        """Send a message with the waiting images and yield pieces of the answer.
+        """Send a message with the waiting images and videos and yield pieces of the answer.
 
         The answer is remembered with the marks around boxes, which are not shown, also one that another thread cuts
         short by `stop`; of one that is not read to its end, what was yielded. Where the longest answer would exceed
@@ -171,8 +174,8 @@ def _talk(conversation: Conversation, save: str | None) -> None:
         word, _, rest = line.partition(" ")
         if word == "/quit":
             return
-        if word == "/image":
-            missing = _try_image(conversation, rest.strip())
+        if word in ("/image", "/video"):
+            missing = _try_adding(conversation, word[1:], rest.strip())
         elif word == "/reset":
             conversation.reset()
         elif word == "/help":
@@ -225,13 +228,14 @@ def _save(drawn: Image.Image | None, path: Path) -> None:
     _note(f"{path}: the image with the boxes of the answer")
 
 
-def _try_image(conversation: Conversation, file: str) -> str:
-    """Add an image; what could not be read, if anything."""
+def _try_adding(conversation: Conversation, kind: str, file: str) -> str:
+    """Add an image or a video; what could not be read, if anything."""
     try:
-        _add_image(conversation, file, _read_image(file))
+        one = _read_image(file) if kind == "image" else _read_video(conversation.processor, file)
+        _add(conversation, file, one)
     except ValueError as error:
         _note(str(error))
-        return file or "the image"
+        return file or f"the {kind}"
     return ""
 
 
@@ -243,9 +247,20 @@ def _read_image(file: str) -> Image.Image:
         raise ValueError(f"{file or '/image'}: cannot be read: {reason}") from error
 
 
-def _add_image(conversation: Conversation, file: str, image: Image.Image) -> None:
-    conversation.waiting.append(image)
-    _note(f"{file}: {image.width}x{image.height}, goes with the next message")
+def _read_video(processor: ProcessorMixin, file: str) -> Clip:
+    try:
+        return read_clip(processor, file)
+    except OSError as error:
+        raise ValueError(f"{file or '/video'}: cannot be read: {error.strerror or error}") from error
+
+
+def _add(conversation: Conversation, file: str, one: Image.Image | Clip) -> None:
+    conversation.waiting.append(one)
+    if isinstance(one, Clip):
+        shown = f"{len(one.frames)} frames of {one.frames.shape[3]}x{one.frames.shape[2]}"
+    else:
+        shown = f"{one.width}x{one.height}"
+    _note(f"{file}: {shown}, goes with the next message")
 
 
 def _note(text: str) -> None:

@@ -9,7 +9,5 @@ def run(options: OPTIONS) -> None:
     """Talk until the user leaves."""
     from ..chat.terminal import chat
 
-    chat(
-        options.model, options.image, options.image_seq_length, options.max_new_tokens, options.temperature,
-        options.save
-    )  # fmt: skip
+    budget = (options.image_seq_length, options.max_new_tokens, options.temperature)
+    chat(options.model, options.image, options.video, *budget, options.save)

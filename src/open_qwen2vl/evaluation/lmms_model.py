@@ -218,7 +218,7 @@ class TransformersModel(lmms):
         options = {} if continuation is not None else _generation_kwargs(request)
         parts = (request.request_type, request.args[4], request.args[3], nth, prompt.text, continuation, options)
         budget = (self.prompt_builder.options, self.max_new_tokens, self.prompt_builder.style)
-        return request_key(self.fingerprint, *parts, *budget, *prompt.images)
+        return request_key(self.fingerprint, *parts, *budget, *prompt.images, *(clip.digest for clip in prompt.clips))
 
     @torch.inference_mode()
     def _generate(self, requests: list[Instance], work: _Work) -> list[str]:

@@ -15,11 +15,13 @@ from transformers import BatchFeature, ProcessorMixin
 
 from ..grounding.prompting import prompt_messages
 from ..processing.images import decode_image
+from .clips import Clip, clip_options, read_clip
 
 STYLES = ("chat", "raw")
 SEPARATOR = {"type": "separator"}  # a content part: what ends a demonstration, as a control token where it is one
 # Private use: stand for texts to see what a chat template puts around an image.
 _BEFORE, _AFTER = "\ue000", "\ue001"
+_IMAGE_PATHS = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tiff", "tif")
 _RAW_TEMPLATE = (
     "{{ bos_token | default('', true) }}{% for message in messages %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}{{ IMAGE }}{{ '\\n' }}{% elif part['type'] == 'separator' %}{{ SEPARATOR }}"
@@ -30,9 +32,10 @@ _RAW_TEMPLATE = (
 class Prompt(NamedTuple):
     """A prompt."""
 
-    text: str  # all of it as it is shown, with one placeholder for each image
+    text: str  # all of it as it is shown, with one placeholder for each image or video
     messages: list[dict[str, Any]]  # what it is made of, in transformers' form
     images: list[Image.Image]  # in reading order
+    clips: list[Clip]  # likewise
 
     @property
     def shown(self) -> "ShownPrompt":
@@ -74,16 +77,22 @@ class PromptBuilder:
         """Make one prompt of `{"role", "content"}` messages.
 
         Content is text or a list of `{"type": "text", "text"}`, `{"type": "image", "url" or "image": image or path}`,
-        `{"type": "box", "box"}` in pixels of the image before it, and [`SEPARATOR`].
+        `{"type": "video", "url" or "video": clip or path}`, `{"type": "box", "box"}` in pixels of the image before it,
+        and [`SEPARATOR`].
         """
-        turns = [{"role": message["role"], "content": _parts(message["content"])} for message in messages]
+        turns = [
+            {"role": message["role"], "content": _parts(message["content"], self.processor)} for message in messages
+        ]
+        clips = _message_clips(turns)
         if self.style == "raw":
+            if clips:
+                raise ValueError("a raw prompt takes no video: videos are for models with a chat template")
             turns = [{**turn, "content": _newline_once(turn["content"])} for turn in turns]
         turns = prompt_messages(turns, self.processor)
         text = self.processor.apply_chat_template(
             turns, chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
         )
-        return Prompt(text, turns, message_images(turns))
+        return Prompt(text, turns, message_images(turns), clips)
 
     def encode(self, prompts: Sequence[Prompt]) -> BatchFeature:
         """Inputs of a batch: ids and mask `(prompts, longest)`, padded on the left, and what images become."""
@@ -114,8 +123,9 @@ def encode_messages(
     """Inputs of conversations up to where the model answers, or where it goes on with the last turn if it `continues`;
     special tokens' strings in them stay text.
     """
+    clips = [clip for messages in conversations for clip in _message_clips(messages)]
     return processor.apply_chat_template(
-        [prompt_messages(messages, processor) for messages in conversations],
+        [_with_frames(prompt_messages(messages, processor)) for messages in conversations],
         chat_template=chat_template,
         tools=tools,
         add_generation_prompt=not continues,
@@ -124,7 +134,7 @@ def encode_messages(
         return_dict=True,
         return_tensors="pt",
         sanitize_control_tokens=True,
-        processor_kwargs={"padding": True, "padding_side": "left", **options},
+        processor_kwargs={"padding": True, "padding_side": "left", **options, **clip_options(clips)},
     )
 
 
@@ -137,25 +147,55 @@ def image_options(processor: ProcessorMixin, image_seq_length: int | None) -> di
     return {"image_seq_length": image_seq_length}
 
 
-def user_turn(images: Sequence[Image.Image] | None, text: str) -> list[dict[str, Any]]:
-    """Messages of one question: its images, then its text."""
-    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images or []]
+def user_turn(media: Sequence[Image.Image | Clip | str] | None, text: str) -> list[dict[str, Any]]:
+    """Messages of one question: its images and videos, then its text; a path says which by its end."""
+    kinds = ("video" if _is_video(one) else "image" for one in media or [])
+    content: list[dict[str, Any]] = [{"type": kind, kind: one} for kind, one in zip(kinds, media or [], strict=True)]
     return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+
+
+def _is_video(one: Image.Image | Clip | str) -> bool:
+    # As lmms-eval has it, a gif and a webp are images.
+    return isinstance(one, Clip) or isinstance(one, str) and one.rpartition(".")[2].lower() not in _IMAGE_PATHS
 
 
 def message_images(messages: list[dict[str, Any]]) -> list[Image.Image]:
     """The images of messages, in reading order."""
-    parts = [part for message in messages for part in _parts(message["content"])]
-    return [part["image"] for part in parts if part["type"] == "image"]
+    parts = [part for message in messages for part in message["content"] if isinstance(message["content"], list)]
+    return [part["image"] for part in _parts([part for part in parts if part["type"] == "image"])]
 
 
-def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _message_clips(messages: list[dict[str, Any]]) -> list[Clip]:
+    contents = [message["content"] for message in messages if isinstance(message["content"], list)]
+    return [part["video"] for content in contents for part in content if part["type"] == "video"]
+
+
+def _with_frames(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose clips are the arrays that a processor takes."""
+
+    def as_array(part: dict[str, Any]) -> dict[str, Any]:
+        return {**part, "video": part["video"].frames} if part["type"] == "video" else part
+
+    return [
+        {**message, "content": [as_array(part) for part in message["content"]]}
+        if isinstance(message["content"], list)
+        else message
+        for message in messages
+    ]
+
+
+def _parts(content: str | list[dict[str, Any]], processor: ProcessorMixin | None = None) -> list[dict[str, Any]]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
-    return [_part(part) for part in content]
+    return [_part(part, processor) for part in content]
 
 
-def _part(part: dict[str, Any]) -> dict[str, Any]:
+def _part(part: dict[str, Any], processor: ProcessorMixin | None) -> dict[str, Any]:
+    if part["type"] == "video" and processor is not None:
+        if any(part.get(name) is not None for name in ("start_time", "end_time")):
+            raise ValueError("a message has a video from start_time to end_time: only whole videos are shown")
+        clip = part.get("video", part.get("url"))
+        return {"type": "video", "video": clip if isinstance(clip, Clip) else read_clip(processor, clip)}
     if part["type"] == "text":
         return {"type": "text", "text": part["text"]}
     if part == SEPARATOR or part["type"] == "box":
@@ -165,7 +205,7 @@ def _part(part: dict[str, Any]) -> dict[str, Any]:
         image = decode_image(Path(image).read_bytes())
     if part["type"] != "image" or not isinstance(image, Image.Image):
         raise ValueError(
-            f"a message has {part['type']} content of type {type(image).__name__}: only text, images and boxes"
+            f"a message has {part['type']} content of type {type(image).__name__}: only text, images, videos and boxes"
         )
     return {"type": "image", "image": image}
 

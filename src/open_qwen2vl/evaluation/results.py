@@ -174,7 +174,8 @@ class TaskResult:
         doc = self.task.eval_docs[document]
         if hasattr(self.task, "doc_to_messages"):
             return message_images(self.task.doc_to_messages(doc))
-        return list(self.task.doc_to_visual(doc) or [])
+        # Of a video, a path there, no picture is kept.
+        return [visual for visual in self.task.doc_to_visual(doc) or [] if isinstance(visual, Image.Image)]
 
 
 def write_samples(results: Sequence[TaskResult], path: Path) -> None:

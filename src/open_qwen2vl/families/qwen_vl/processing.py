@@ -26,7 +26,7 @@ from .boxes import box_form
 from .images import image_patches
 from .positions import AfterVideo, VideoRule, mrope_positions
 from .sizes import ImageSizes, VideoSizes
-from .videos import describe_video, frames_file, video_patches
+from .videos import describe_video, frames_file, resized_frames, video_patches
 
 VIDEO_FPS, MAX_FRAMES, MAX_VIDEO_TOKENS = 2.0, 768, 16_384  # the article's
 TOKENS_PER_SECOND = 2.0  # of the released Qwen2.5-VL
@@ -188,6 +188,13 @@ class QwenVLDocuments:
             "video_grid_thw": torch.tensor([self.videos.grid(*media[1:])]),
             **seconds,
         }
+
+    def sampled_frames(self, data: bytes, media: Media) -> tuple[np.ndarray, list[int]]:
+        """See [`DocumentProcessor`]; a clip of one frame has it twice."""
+        frames = list(resized_frames(data, media, self.videos, self.mode, self._skip_broken))
+        numbers = self.videos.numbers(media.frames, media.fps).tolist()
+        twice = 2 if len(frames) == 1 else 1
+        return np.stack(frames * twice), numbers * twice
 
     def extract_frames(self, data: bytes, media: Media, lossless: bool) -> bytes:
         """A tar of a clip's resized frames, JPEG or `lossless` PNG; see [`frames_file`]."""
