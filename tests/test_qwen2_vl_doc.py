@@ -16,6 +16,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from open_qwen2vl import PackedTrainingArguments, cli, prepare_for_packing
 from open_qwen2vl.data.packing.options import PackOptions
+from open_qwen2vl.families.boxes import write_boxes
+from open_qwen2vl.families.interface import Media
+from open_qwen2vl.families.qwen_vl.boxes import JsonBoxes, MarkedBoxes
+from open_qwen2vl.families.qwen_vl.sizes import ImageSizes
+from open_qwen2vl.processing.conversation_records import read_conversation
 from tests.evaluation.conftest import datasets_cache, easyvqa  # noqa: F401 - fixtures
 from tests.qwen_vl import save_text_model
 from tests.tars import write_caption_tar
@@ -41,11 +46,26 @@ def place(tmp_path, qwen_vl_folder, monkeypatch) -> Path:
         write_caption_tar(tmp_path / path, ["a cat", "two dogs run", "blue and green"] * 8, size=(60, 90))
     for path in ("photo.jpg", "images/cat.png"):
         Image.linear_gradient("L").convert("RGB").resize((90, 60)).save(tmp_path / path)
+    write_coco(tmp_path)
     turns = [{"from": "human", "value": "<image>\nwhat is shown?"}, {"from": "gpt", "value": "a cat on a mat"}]
     records = [{"id": str(number), "image": "cat.png", "conversations": turns} for number in range(6)]
     (tmp_path / "conversations.json").write_text(json.dumps(records))
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def write_coco(folder: Path) -> None:
+    """The annotations of one picture, with the name that COCO's have."""
+    (folder / "annotations").mkdir()
+    (folder / "train2017").mkdir()
+    Image.linear_gradient("L").convert("RGB").resize((320, 180)).save(folder / "train2017/1.jpg")
+    annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 20, 100.5, 60], "iscrowd": 0}
+    content = {
+        "images": [{"id": 1, "file_name": "1.jpg", "width": 320, "height": 180}],
+        "annotations": [annotation],
+        "categories": [{"id": 1, "name": "red car"}],
+    }
+    (folder / "annotations/instances_train2017.json").write_text(json.dumps(content))
 
 
 def launch(words: list[str], monkeypatch) -> None:
@@ -73,22 +93,28 @@ def test_all_blocks_in_order(place, easyvqa, monkeypatch, capsys):  # noqa: F811
     }
     (score,) = re.findall(r"`open-qwen2vl (score [^`]*)`", DOCUMENT)
     for kind, code in BLOCKS:
+        if kind == "json":  # the box of test_boxes_as_the_text_has_them
+            continue
         if kind == "python":
             scope: dict = {}
             exec(compile(code, "docs/qwen2_vl.md", "exec"), scope)
             if "loss" in scope:
                 check_loop(scope)
-            else:  # tests/agent/test_run.py knows what an agent does
+            elif "transcript" in scope:  # tests/agent/test_run.py knows what an agent does
                 assert 1 <= scope["transcript"].steps <= 8
+            else:  # tests/grounding knows what boxes are
+                assert "own_boxes" in code or Image.open("answer.png").size == (90, 60)
             continue
         for command in code.replace("\\\n", "").splitlines():
             program, *words = shlex.split(command)
             monkeypatch.setattr(sys, "stdin", io.StringIO("what is shown?\n"))
             if program == "accelerate":
                 launch([program, *words], monkeypatch)
+            elif "own_boxes" in words:
+                assert cli.main([*words, "--max-new-tokens", "2", "--device", "cpu"]) == 0
             elif program == "open-qwen2vl" and words[0] != "demo":
                 longer = ["--max-length", "2048"] if "packs/agent" in words else []
-                assert cli.main([*words, *ends[words[0]].split(), *longer]) == 0
+                assert cli.main([*words, *ends.get(words[0], "").split(), *longer]) == 0
             else:  # tests/recipes/test_qwen2_vl.py and tests/evaluation/test_families.py have these
                 assert command in ("sh recipes/qwen2_vl/run.sh", "open-qwen2vl demo runs/qwen-sft")
     for name in ("qwen", "qwen-sft"):
@@ -96,6 +122,21 @@ def test_all_blocks_in_order(place, easyvqa, monkeypatch, capsys):  # noqa: F811
     assert json.loads(Path("results/qwen-sft/results.json").read_text())["tasks"]["easyvqa_gen"]["num_samples"] == 2
     assert cli.main([*score.split(), "--device", "cpu"]) == 0
     assert list(Path("scores").rglob("*.parquet"))
+
+
+def test_boxes_as_the_text_has_them(tmp_path):
+    """The part and its three forms, in an image of 320 x 180 pixels."""
+    section = DOCUMENT.split("\n## Boxes\n")[1].split("\n## ")[0].replace("\\|", "|")
+    part = json.loads(re.search(r"^```json\n(.*?)^```", section, re.MULTILINE | re.DOTALL)[1])
+    question, answer = {"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": [part]}
+    messages = read_conversation({"messages": [question, answer], "images": ["a.png"]}).messages
+    forms = MarkedBoxes(), JsonBoxes(ImageSizes(14, 2, 56 * 56, 14 * 14 * 4 * 1280)), JsonBoxes(None)
+    written = ["".join(part["text"] for part in write_boxes(messages, [Media("image", 320, 180)], form)[1]["content"])
+               for form in forms]  # fmt: skip
+    assert f"`{written[0]}`" in section and f"`{written[1]}`" in section
+    assert written[2] == '[{"bbox_2d": [31, 111, 345, 444], "label": "red car"}]'
+    for reason in ("box_outside", "bad_box", "empty_box", "box_without_image", "boxes_unsupported", "other_shape"):
+        assert f"`{reason}`" in section
 
 
 def test_what_the_text_says(place, capsys):
