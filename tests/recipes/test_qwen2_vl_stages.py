@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from open_qwen2vl import cli
 from open_qwen2vl.data import parse_sources
+from tests.clips import clip, moving_frames
 from tests.fork_server import forked_programs
 from tests.qwen_vl import save_text_model
 from tests.tars import write_caption_tar
@@ -47,6 +49,17 @@ def write_lines(path: Path, *records: dict) -> None:
     path.write_text("\n".join(json.dumps(record) for record in records * 4))
 
 
+def write_videos(folder: Path) -> None:
+    """A clip beside a tar of captioned ones."""
+    folder.mkdir()
+    (folder / "a.mp4").write_bytes(clip(moving_frames(8), 4))
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for number in range(4):
+            (folder / "text").write_text("a square moves")
+            tar.add(folder / "a.mp4", f"{number}.mp4")
+            tar.add(folder / "text", f"{number}.txt")
+
+
 def write_data(folder: Path) -> None:
     """Of each kind that the heads name, a few samples."""
     (folder / "images").mkdir(parents=True)
@@ -61,6 +74,9 @@ def write_data(folder: Path) -> None:
     write_lines(
         folder / "pages.jsonl", {"texts": ["see this", None, "and", None], "images": [None, "a.png", None, "b.png"]}
     )
+    write_videos(folder / "videos")
+    film = turn("user", {"type": "video", "video": "a.mp4"}, "what moves?"), turn("assistant", "a square")
+    write_lines(folder / "clips.jsonl", {"messages": [*film]})
     question = turn("user", {}, "what is shown?"), turn("assistant", "a cat")
     write_lines(folder / "vqa.jsonl", {"images": ["a.png"], "messages": [*question]})
     more = turn("user", "and here?", {}), turn("assistant", "a dog")
@@ -116,7 +132,10 @@ def train(words: list[str], path: str, place: Path) -> None:
 def test_each_stage_goes_on_from_the_one_before(place, tmp_path_factory, monkeypatch, caplog):
     """Packs as the heads plan them; what is frozen stays to the last bit, all matrices of what is trained move."""
     monkeypatch.chdir(place)
-    ends = {"init-vit": ["--clip", save_clip(place / "clip")], "pack": "--max-length 640 --num-workers 1".split()}
+    ends = {
+        "init-vit": ["--clip", save_clip(place / "clip")],
+        "pack": "--max-length 640 --max-video-tokens 64 --max-frames 8 --num-workers 1".split(),
+    }
     before = place / "runs/init"
     with forked_programs(tmp_path_factory.mktemp("bin")) as path:
         for stage, trained in STAGES.items():
