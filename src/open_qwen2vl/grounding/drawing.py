@@ -11,7 +11,7 @@ COLORS = ("#e41a1c", "#377eb8", "#4daf4a", "#984ea3", "#ff7f00", "#a65628", "#f7
 
 
 def draw_boxes(image: Image.Image, boxes: Iterable[Box], color: str | None = None) -> Image.Image:
-    """A copy of an image with boxes and their labels drawn on it.
+    """A copy of an image with boxes and their labels drawn on it, in Pillow's own font, which has Latin letters only.
 
     Args:
         image (`PIL.Image.Image`): upright; any mode.

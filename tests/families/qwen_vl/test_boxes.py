@@ -90,6 +90,20 @@ def test_marks_are_control_tokens_and_a_label_never_is(processors):
     assert "(100,100),(500,500)" in documents.tokenizer.decode(labels[labels >= 0])
 
 
+def test_a_box_between_clips_is_of_its_image(processors):
+    """The numbers of images go past clips, and a box of a clip is of none."""
+    part = {"type": "box", "box": [10, 10, 20, 20]}
+    messages = [{"role": "user", "content": [{"type": kind} for kind in ("video", "image", "video")]},
+                {"role": "assistant", "content": [part, text("and"), {**part, "image": 0}]}]  # fmt: skip
+    record = {"messages": messages, "images": ["a.png"], "videos": ["a.mp4", "b.mp4"]}
+    media = [Media("video", 500, 500, 8, 2.0), Media("image", 100, 50), Media("video", 9, 9, 8, 2.0)]
+    form = document_processor(processors["qwen3_vl"]).boxes
+    (_, answer) = write_boxes(read_conversation(record).messages, media, form)
+    assert [part["text"] for part in answer["content"]] == ['[{"bbox_2d": [100, 200, 200, 400]}]', "and"] + [
+        '[{"bbox_2d": [100, 200, 200, 400]}]'
+    ]
+
+
 sides = st.integers(24, 4000)
 share = st.floats(0, 1)
 
