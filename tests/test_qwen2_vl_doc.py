@@ -21,6 +21,8 @@ from open_qwen2vl.families.interface import Media
 from open_qwen2vl.families.qwen_vl.boxes import JsonBoxes, MarkedBoxes
 from open_qwen2vl.families.qwen_vl.sizes import ImageSizes
 from open_qwen2vl.processing.conversation_records import read_conversation
+from tests.clips import clip, moving_frames
+from tests.data.conftest import write
 from tests.evaluation.conftest import datasets_cache, easyvqa  # noqa: F401 - fixtures
 from tests.qwen_vl import save_text_model
 from tests.tars import write_caption_tar
@@ -47,6 +49,14 @@ def place(tmp_path, qwen_vl_folder, monkeypatch) -> Path:
     for path in ("photo.jpg", "images/cat.png"):
         Image.linear_gradient("L").convert("RGB").resize((90, 60)).save(tmp_path / path)
     write_coco(tmp_path)
+    for folder in ("clips", "videos"):
+        (tmp_path / folder).mkdir()
+    data = clip(moving_frames(20), 10)
+    for path in ("clip.mp4", "videos/a.mp4"):
+        (tmp_path / path).write_bytes(data)
+    write(tmp_path / "clips/0.tar", [("a.mp4", data), ("a.txt", b"it moves")])
+    asked = [{"from": "human", "value": "<video>\nwhat happens?"}, {"from": "gpt", "value": "it moves"}]
+    (tmp_path / "video.json").write_text(json.dumps([{"video": "a.mp4", "conversations": asked}]))
     turns = [{"from": "human", "value": "<image>\nwhat is shown?"}, {"from": "gpt", "value": "a cat on a mat"}]
     records = [{"id": str(number), "image": "cat.png", "conversations": turns} for number in range(6)]
     (tmp_path / "conversations.json").write_text(json.dumps(records))
@@ -87,6 +97,7 @@ def check_loop(scope: dict) -> None:
 def test_all_blocks_in_order(place, easyvqa, monkeypatch, capsys):  # noqa: F811 - the fixture imported above
     ends = {
         "pack": "--max-length 192 --num-workers 1",
+        "extract-frames": "--num-workers 1",
         "init-vit": f"--clip {save_clip(place / 'clip')}",
         "chat": "--max-new-tokens 2",
         "evaluate": f"--tasks easyvqa_gen --include-path {easyvqa} --trust-task-code --limit 2 --device cpu",
