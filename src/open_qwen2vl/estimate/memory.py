@@ -66,8 +66,8 @@ def step_memory(
 ) -> dict[str, float]:
     """Bytes on each GPU at the fullest moment of a step, the end of a forward pass.
 
-    Parts: `weights`, `gradients`, `optimizer`, `gathered` (FSDP2: blocks in use), `buckets` (DDP: gradients on their
-    way), `pixels` (of this micro-batch and the next), `activations`, `loss` and `reserve`. `counts` are those of
+    Parts: `weights`, `gradients` (DDP's buckets are these), `optimizer`, `gathered` (FSDP2: blocks in use), `pixels`
+    (of this micro-batch and the next), `activations`, `loss` and `reserve`. `counts` are those of
     [`parameters_by_part`], where they are known.
     """
     counts = counts or parameters_by_part(config)
@@ -83,7 +83,6 @@ def step_memory(
         "gradients": trained * size / shards,
         "optimizer": trained * optimizer_bytes(training.optim, size) / shards,
         "gathered": _gathered_bytes(config, counts[LANGUAGE_MODEL], trained, training) if sharded else 0,
-        "buckets": trained * size if num_gpus > 1 and not sharded else 0,
         "pixels": 2 * 3 * config.vision_config.patch_size**2 * batch.vision.patches,
         "activations": activation_bytes(config, training, batch, sharded),
         "loss": loss_bytes(config.text_config, batch.labels, compute, "language_model" in training.trained),

@@ -67,6 +67,7 @@ class PackedTraining:
         )
         # Of every family; some of transformers' classes say no, and Trainer would average micro-batches.
         self.model_accepts_loss_kwargs = True
+        sharding.configure_ddp(self.accelerator.ddp_handler)
         sharding.check_fsdp_is_on(self.is_fsdp_enabled)
         if self.is_fsdp_enabled:
             sharding.configure_fsdp(self.accelerator.state.fsdp_plugin, self.model, self._family)

@@ -1,4 +1,4 @@
-"""FSDP as packs need it: really on, version 2, gradients added up in fp32, a frozen tower whole on each rank."""
+"""DDP and FSDP as packs need them: FSDP really on, version 2, gradients added up in fp32, a frozen tower whole."""
 
 import os
 import re
@@ -20,6 +20,13 @@ def check_fsdp_is_on(enabled: bool) -> None:
             "FSDP was asked for, but accelerate starts it on accelerators only and would train with DDP in "
             "silence; choose a config without FSDP for this machine"
         )
+
+
+def configure_ddp(handler: Any) -> None:
+    """Complete accelerate's options of DDP, where it has any."""
+    if handler is not None:
+        # Gradients are the buckets that are sent, and not a copy of them: 5.8 GiB of the 2B model.
+        handler.gradient_as_bucket_view = True
 
 
 def configure_fsdp(plugin: Any, model: nn.Module, family: PackedModel) -> None:
