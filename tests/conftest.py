@@ -28,6 +28,10 @@ from open_qwen2vl.processing.text_formats import prepare_tokenizer
 from tests import qwen_vl
 from tests.qwen_tokenizer import build_qwen_tokenizer
 
+# The first backward starts a thread for each device that torch knows of. Behind a test with fake GPUs those are eight,
+# and no fork of this process could train any more.
+torch.zeros(1, requires_grad=True).sum().backward()
+
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<s>"]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 CHROMIUM_ARGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
