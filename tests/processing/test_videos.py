@@ -61,6 +61,21 @@ def test_an_animation_is_a_clip(format):
     assert np.abs(np.array(levels(data, range(5), 5, 5.0)) - expected).max() <= 2
 
 
+@pytest.mark.parametrize("format", ["GIF", "WEBP"])
+def test_an_animation_that_breaks_off_is_used_as_far_as_it_goes_or_a_reason(format):
+    noise = np.random.default_rng(0).integers(0, 256, (8, 48, 64, 3), dtype=np.uint8)
+    whole = animation(noise, [100] * 8, format)
+    data = whole[: int(0.6 * len(whole))]
+    if format == "WEBP":  # Pillow reads nothing of it
+        with pytest.raises(SampleError) as error:
+            read_video_header(data)
+        assert error.value.reason == "corrupt_video"
+        return
+    header = read_video_header(data)
+    assert header.is_broken and 2 < header.frames < 8
+    assert len(list(video_frames(data, [0, 1, 7], 8, 10.0))) == 3
+
+
 def test_a_picture_is_a_clip_of_one_frame():
     file = io.BytesIO()
     Image.fromarray(moving_frames(1)[0]).save(file, "PNG")

@@ -140,7 +140,7 @@ class DocumentProcessor(Protocol):
     def sampled_frames(self, data: bytes, media: Media) -> tuple[np.ndarray, list[int]]:
         """The frames that are shown of a video, resized, uint8 `(frames, 3, height, width)`, and their numbers."""
 
-    def extract_frames(self, data: bytes, media: Media, lossless: bool) -> bytes:
+    def extract_frames(self, data: bytes, lossless: bool) -> bytes:
         """A file of a video's resized frames, which [`describe_video`] and [`read_media`] take in its place."""
 
     def empty_media(self) -> dict[str, torch.Tensor]:

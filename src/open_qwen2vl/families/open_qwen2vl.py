@@ -72,7 +72,7 @@ class OpenQwen2VLDocuments:
         """Images only."""
         raise SampleError("video_unsupported", _NO_VIDEOS)
 
-    def extract_frames(self, data: bytes, media: Media, lossless: bool) -> bytes:
+    def extract_frames(self, data: bytes, lossless: bool) -> bytes:
         """Images only."""
         raise SampleError("video_unsupported", _NO_VIDEOS)
 

@@ -39,7 +39,7 @@ def make_document(documents: QwenVLDocuments, texts: list[str | tuple[int, ...]]
         else:
             if len(entry) == 3:
                 data = noisy_clip(*entry, seed=100 * seed + number)
-                item, _ = documents.describe_video(data)
+                item, _ = documents.describe_video(lambda limit, data=data: data[:limit])
             else:
                 data, item = picture(*entry, seed=100 * seed + number), Media("image", *entry)
             new = documents.placeholder_ids(item)

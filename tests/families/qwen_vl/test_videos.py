@@ -8,7 +8,6 @@ from transformers.video_utils import VideoMetadata
 from open_qwen2vl import prepare_for_packing
 from open_qwen2vl.families.interface import Media, VisionWork
 from open_qwen2vl.families.qwen_vl.processing import QwenVLDocuments
-from open_qwen2vl.families.qwen_vl.videos import frames_file
 from open_qwen2vl.processing.sample_error import SampleError
 from open_qwen2vl.processing.videos import video_frames
 from tests.clips import animation, clip, moving_frames
@@ -32,10 +31,14 @@ def processor(family, qwen_vl_tokenizer):
     return make_processor(family, qwen_vl_tokenizer, max_tokens=64)
 
 
+def described(layout: QwenVLDocuments, data: bytes) -> tuple[Media, bool]:
+    return layout.describe_video(lambda limit: data[:limit])
+
+
 @pytest.mark.parametrize("name", CLIPS)
 def test_ids_grids_and_pixels_are_the_stock_processors(family, processor, qwen_vl_tokenizer, name):
     layout, data = QwenVLDocuments(processor), clip(*CLIPS[name])
-    media, is_broken = layout.describe_video(data)
+    media, is_broken = described(layout, data)
     assert media.frames == len(CLIPS[name][0]) and media.fps == pytest.approx(CLIPS[name][1]) and not is_broken
     read = layout.read_media(data, media)
     numbers = layout.videos.numbers(media.frames, media.fps)
@@ -72,9 +75,9 @@ def test_work_is_a_segment_for_each_pair_of_frames(processor):
 @pytest.mark.parametrize("lossless", [True, False])
 def test_extracted_frames_stand_for_the_clip(processor, lossless):
     layout, data = QwenVLDocuments(processor), clip(moving_frames(30, 90, 60), 10)
-    media, _ = layout.describe_video(data)
-    file = frames_file(data, media, layout.videos, layout.mode, lossless)
-    assert layout.describe_video(file) == (media, False)
+    media, _ = described(layout, data)
+    file = layout.extract_frames(data, lossless)
+    assert described(layout, file) == (media, False)
     expected, found = layout.read_media(data, media), layout.read_media(file, media)
     assert torch.equal(expected["video_grid_thw"], found["video_grid_thw"])
     difference = (expected["pixel_values_videos"].int() - found["pixel_values_videos"].int()).abs().float()
@@ -83,16 +86,16 @@ def test_extracted_frames_stand_for_the_clip(processor, lossless):
 
 def test_frames_of_other_options_or_of_another_clip_are_refused(processor):
     layout, data = QwenVLDocuments(processor), clip(moving_frames(30), 10)
-    media, _ = layout.describe_video(data)
-    file = frames_file(data, media, layout.videos, layout.mode)
+    media, _ = described(layout, data)
+    file = layout.extract_frames(data, False)
     others = QwenVLDocuments(processor, video_fps=1.0)
     for call, reason in (
-        (lambda: others.describe_video(file), "other_frames"),
+        (lambda: described(others, file), "other_frames"),
         (lambda: layout.read_media(file, media._replace(frames=31)), "video_changed"),
         (lambda: layout.read_media(file[:3000], media), "corrupt_frames"),
-        (lambda: layout.describe_video(file[:560]), "corrupt_frames"),
+        (lambda: described(layout, file[:560]), "corrupt_frames"),
         (lambda: layout.read_media(data, media._replace(width=99)), "video_changed"),
-        (lambda: layout.describe_video(b"no clip"), "corrupt_video"),
+        (lambda: described(layout, b"no clip"), "corrupt_video"),
         (lambda: layout.placeholder_ids(Media("video", 2, 500, 9, 3.0)), "video_aspect"),
     ):
         with pytest.raises(SampleError) as error:
@@ -104,15 +107,21 @@ def test_a_clip_that_breaks_off_is_used_as_far_as_it_goes_or_left_out_by_name(pr
     layout, strict = QwenVLDocuments(processor), QwenVLDocuments(processor, skip_broken_videos=True)
     whole = clip(moving_frames(50), 10, "mkv")
     data = whole[: int(0.8 * len(whole))]
-    media, is_broken = layout.describe_video(data)
+    media, is_broken = described(layout, data)
     assert is_broken and 10 < media.frames < 45
     assert len(layout.read_media(data, media)["pixel_values_videos"])
+    file = layout.extract_frames(data, False)
+    assert described(layout, file) == (media, True)
     # Planned when it was whole.
-    planned, _ = layout.describe_video(whole)
+    planned, _ = described(layout, whole)
     read = layout.read_media(data, planned)
     assert read["video_grid_thw"].tolist() == layout.read_media(whole, planned)["video_grid_thw"].tolist()
     assert "breaks off" in caplog.text
-    for call in (lambda: strict.describe_video(data), lambda: strict.read_media(data, planned)):
+    for call in (
+        lambda: described(strict, data),
+        lambda: described(strict, file),
+        lambda: strict.read_media(data, planned),
+    ):
         with pytest.raises(SampleError) as error:
             call()
         assert error.value.reason == "broken_video"
@@ -122,7 +131,7 @@ def test_an_animation_is_sampled_by_its_time_stamps(processor):
     """Its third frame is shown for most of the time, from 0.2 to 3.2 seconds."""
     frames, durations = moving_frames(6), [100, 100, 3000, 100, 100, 600]
     layout, data = QwenVLDocuments(processor), animation(frames, durations, "WEBP")
-    media, _ = layout.describe_video(data)
+    media, _ = described(layout, data)
     assert (media.frames, media.fps) == (6, pytest.approx(1.5))
     shown = list(video_frames(data, range(6), media.frames, media.fps))
     levels = [int(one[0, 0, 0]) for one in frames]

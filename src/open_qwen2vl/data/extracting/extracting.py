@@ -156,5 +156,4 @@ class _Extractor:
             yield f"{sample.key}.{extension}", content
 
     def _frames(self, data: bytes) -> bytes:
-        media, _ = self._documents.describe_video(lambda limit: data[:limit])
-        return self._documents.extract_frames(data, media, self._lossless)
+        return self._documents.extract_frames(data, self._lossless)

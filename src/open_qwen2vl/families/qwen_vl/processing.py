@@ -196,9 +196,10 @@ class QwenVLDocuments:
         twice = 2 if len(frames) == 1 else 1
         return np.stack(frames * twice), numbers * twice
 
-    def extract_frames(self, data: bytes, media: Media, lossless: bool) -> bytes:
+    def extract_frames(self, data: bytes, lossless: bool) -> bytes:
         """A tar of a clip's resized frames, JPEG or `lossless` PNG; see [`frames_file`]."""
-        return frames_file(data, media, self.videos, self.mode, lossless, self._skip_broken)
+        media, is_broken = self.describe_video(lambda limit: data[:limit])
+        return frames_file(data, media, is_broken, self.videos, self.mode, lossless, self._skip_broken)
 
     def empty_media(self) -> dict[str, torch.Tensor]:
         """The tensors of no image and no video."""

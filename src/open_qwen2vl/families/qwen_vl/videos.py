@@ -27,7 +27,15 @@ from .sizes import VideoSizes
 
 META_NAME = "meta.json"
 JPEG_QUALITY = 95
-_META_FIELDS = {"width": int, "height": int, "frames": int, "fps": float, "size": list, "numbers": list}
+_META_FIELDS = {
+    "width": int,
+    "height": int,
+    "frames": int,
+    "fps": float,
+    "is_broken": bool,
+    "size": list,
+    "numbers": list,
+}
 _MOST_META = 1 << 16
 
 
@@ -45,7 +53,7 @@ def describe_video(read: Callable[[int | None], bytes], sizes: VideoSizes) -> tu
     meta = read_meta(data)
     media = Media("video", meta["width"], meta["height"], meta["frames"], meta["fps"])
     check_frames(meta, media, sizes)
-    return media, False
+    return media, meta["is_broken"]
 
 
 def video_patches(data: bytes, media: Media, sizes: VideoSizes, mode: str, skip_broken: bool = False) -> torch.Tensor:
@@ -85,7 +93,13 @@ def is_frames_file(data: bytes) -> bool:
 
 
 def frames_file(
-    data: bytes, media: Media, sizes: VideoSizes, mode: str, lossless: bool = False, skip_broken: bool = False
+    data: bytes,
+    media: Media,
+    is_broken: bool,
+    sizes: VideoSizes,
+    mode: str,
+    lossless: bool = False,
+    skip_broken: bool = False,
 ) -> bytes:
     """A tar of a clip's `meta.json` and resized frames `000000.jpg` (or `.png`): read in its place, it gives the same
     ids and, with `lossless`, the same pixels.
@@ -93,7 +107,7 @@ def frames_file(
     numbers = sizes.numbers(media.frames, media.fps)
     size = sizes.resized(media.width, media.height, len(numbers))
     meta = {"width": media.width, "height": media.height, "frames": media.frames, "fps": media.fps,
-            "size": list(size), "numbers": numbers.tolist()}  # fmt: skip
+            "is_broken": is_broken, "size": list(size), "numbers": numbers.tolist()}  # fmt: skip
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         _add(tar, META_NAME, json.dumps(meta).encode())
