@@ -4,13 +4,16 @@ One and two blocks run, what autograd would keep of them is added up, and the di
 loaded, nothing is guessed.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 # Makes a model of so many blocks and the call of its forward on so many positions or images.
@@ -71,3 +74,17 @@ def saved_bytes(model: nn.Module, run: Callable[[], object], autocast: bool) -> 
     with hooks, torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         run()
     return sum(storage.nbytes() for storage in kept.values())
+
+
+def once_per_config(count: Callable[..., Any]) -> Callable[..., Any]:
+    """Remember what a counter found, which runs models: its arguments are a config and what else it depends on."""
+    known: dict[tuple, Any] = {}
+
+    @functools.wraps(count)
+    def remembered(config: PreTrainedConfig, *others: Any) -> Any:
+        key = config.to_json_string(), *others
+        if key not in known:
+            known[key] = count(config, *others)
+        return known[key]
+
+    return remembered

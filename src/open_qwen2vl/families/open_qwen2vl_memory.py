@@ -9,9 +9,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModel, PreTrainedConfig, SiglipVisionModel
 
 from ..modeling.modeling_open_qwen2vl import OpenQwen2VLMultiModalProjector
-from .activations import Kept, kept_by_blocks, saved_bytes
+from .activations import Kept, kept_by_blocks, once_per_config, saved_bytes
 
 
+@once_per_config
 def language_model_kept(config: PreTrainedConfig, trained: bool, dtype: torch.dtype, autocast: bool) -> Kept:
     """What is kept of the language model, for each position."""
 
@@ -28,6 +29,7 @@ def language_model_kept(config: PreTrainedConfig, trained: bool, dtype: torch.dt
     return kept_by_blocks(run, 64, config.text_config.num_hidden_layers, entrance, autocast)
 
 
+@once_per_config
 def vision_tower_kept(config: PreTrainedConfig, dtype: torch.dtype, autocast: bool) -> Kept:
     """What is kept of a vision tower that trains, for each image."""
 
@@ -42,6 +44,7 @@ def vision_tower_kept(config: PreTrainedConfig, dtype: torch.dtype, autocast: bo
     return kept_by_blocks(run, 1, config.num_vision_blocks, entrance, autocast)
 
 
+@once_per_config
 def projector_bytes(config: PreTrainedConfig, image_seq_length: int, dtype: torch.dtype, autocast: bool) -> float:
     """Bytes that the projector keeps of an image."""
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig
 
-from ..activations import Kept, kept_by_blocks
+from ..activations import Kept, kept_by_blocks, once_per_config
 from .vision_attention import Segments, packed_vision_attention
 
 
@@ -22,6 +22,7 @@ class _OneSegment(Segments):
         return [self._length]
 
 
+@once_per_config
 def language_model_kept(config: PreTrainedConfig, trained: bool, dtype: torch.dtype, autocast: bool) -> Kept:
     """What is kept of the language model, for each position."""
 
@@ -40,6 +41,7 @@ def language_model_kept(config: PreTrainedConfig, trained: bool, dtype: torch.dt
     return kept_by_blocks(run, 64, config.text_config.num_hidden_layers, entrance, autocast)
 
 
+@once_per_config
 def vision_tower_kept(config: PreTrainedConfig, dtype: torch.dtype, autocast: bool) -> Kept:
     """What is kept of a vision tower that trains, for each patch; the pixels are `rest`."""
     vision = config.vision_config
@@ -63,6 +65,7 @@ def vision_tower_kept(config: PreTrainedConfig, dtype: torch.dtype, autocast: bo
     return kept_by_blocks(run, 64, vision.depth, width * dtype.itemsize, autocast)
 
 
+@once_per_config
 def projector_kept(config: PreTrainedConfig, dtype: torch.dtype, autocast: bool) -> Kept:
     """What is kept of the mergers, for each patch."""
     vision = config.vision_config
