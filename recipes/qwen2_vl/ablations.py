@@ -264,6 +264,8 @@ def run(study: Study, arm: Arm, data: Path, folder: Path, options: argparse.Name
     start = time.process_time()
     trainer.train()
     seconds = time.process_time() - start
+    if trainer.state.global_step < options.steps:  # asked to stop, which ends a training in good order
+        raise SystemExit(f"stopped at step {trainer.state.global_step}; the same command makes this run again")
     trainer.data_collator = PackingCollator()  # asked one by one, whatever was learned
     right, documents = count_right(model, held_out)
     return {
