@@ -174,3 +174,18 @@ def test_the_block_of_the_readme(place, monkeypatch):
     assert all(
         (ROOT / path).exists() for path in re.findall(r"\]\(([^)]+)\)|`sh (\S+)`", section) for path in path if path
     )
+
+
+def test_the_articles_rows_name_commands_options_and_modules_that_there_are():
+    section = DOCUMENT.split("\n## The article, capability by capability\n")[1]
+    assert "\n## " not in section  # the last one, that no later capability goes without a row
+    commands = {command.__name__.rpartition(".")[2].replace("_", "-") for command in cli.COMMANDS}
+    assert set(re.findall(r"`open-qwen2vl ([\w-]+)`", section)) <= commands
+    options = {name.replace("_", "-") for name in PackOptions.__dataclass_fields__}
+    assert set(re.findall(r"--([\w-]+)", section)) <= options
+    rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 25 and all(line.count(" | ") == 1 for line in rows)
+    for path in re.findall(r"`((?:families|modeling|processing)/[\w/.]+|[\w/]+\.(?:yaml|md|py))`", section):
+        assert any(
+            (ROOT / base / path).exists() for base in (".", "src/open_qwen2vl", "src/open_qwen2vl/families/qwen_vl")
+        )

@@ -64,3 +64,11 @@ def test_what_the_scenes_show(ablations):
     # Below the bar that shows the time.
     shown = [frame.crop((0, 5, 48, 48)).getcolors() != [(48 * 43, (255, 255, 255))] for frame in frames]
     assert name == "square" and len(frames) == 16 and 2 <= sum(shown) <= 4
+
+
+def test_a_run_that_is_stopped_is_no_result(ablations, tmp_path, monkeypatch):
+    """The trainer ends in good order when it is asked to stop, after as many steps as it likes."""
+    monkeypatch.setattr(ablations.PackedTrainer, "train", lambda self: None)
+    with pytest.raises(SystemExit, match="stopped at step 0"):
+        ablations.run_study("mrope", Namespace(output=tmp_path, seeds=1, steps=1, pictures=12))
+    assert not (tmp_path / "mrope" / "0" / "0.json").exists()
