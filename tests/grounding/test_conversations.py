@@ -24,7 +24,7 @@ def coco(tmp_path) -> Path:
     """Two cats and a dog, a crowd, a box half out, one nearly out, one without area, one of no category."""
     boxes = [
         (1, [10.5, 20.25, 30.0, 40.0]), (1, [50, 5, 20, 10]), (2, [5, 60, 40, 30]), (3, [90, 0, 20, 50]),
-        (3, [98, 0, 20, 50]), (1, [0, 0, 0, 5]), (9, [1, 1, 5, 5]),
+        (3, [98, 0, 20, 50]), (1, [0, 0, 0, 5]), (1, [7, 7, 0.004, 5]), (9, [1, 1, 5, 5]),
     ]  # fmt: skip
     annotations = [
         {"id": n, "image_id": 7, "category_id": category, "bbox": box, "area": 1, "iscrowd": 0,
@@ -84,7 +84,7 @@ def test_coco_detection(coco, capsys):
     assert (first["images"], second["images"]) == (["000000000007.jpg"], ["000000000009.jpg"])
     report = capsys.readouterr().out
     assert "2 conversations with 2 questions" in report and "clipped_boxes 1, resized_images 1" in report
-    left_out = ("bad_annotation 1", "box_outside 1", "crowd 1", "empty_box 1", "missing_image 1", "other_shape 1",
+    left_out = ("bad_annotation 1", "box_outside 1", "crowd 1", "empty_box 2", "missing_image 1", "other_shape 1",
                 "unknown_image 1")  # fmt: skip
     assert ", ".join(left_out) in report
 

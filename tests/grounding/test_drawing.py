@@ -26,6 +26,13 @@ def test_labels_have_their_colours_and_stay_in_the_image():
     assert (pixels == 255).all(-1).any()  # the text
 
 
+def test_what_is_out_of_the_image_is_drawn_at_its_edge():
+    drawn = np.array(draw_boxes(Image.new("RGB", (100, 80)), [Box("far", (-1e12, 20, 1e12, 1e12))], "#00ff00"))
+    assert (
+        (drawn[79] == (0, 255, 0)).all() and (drawn[30:, [0, 99]] == (0, 255, 0)).all() and not drawn[50, 5:95].any()
+    )
+
+
 def test_no_box_leaves_a_copy():
     image = Image.new("RGB", (4, 4), "blue")
     drawn = draw_boxes(image, [])

@@ -22,6 +22,7 @@ from ..processing.sample_error import SampleError
 
 _LINE = re.compile(r"^boxes in (?:(\d{1,6})x(\d{1,6}) )?pixels: (\[.*\])$", re.MULTILINE)
 TRUE_COLOR = "#1a9850"
+MOST_DRAWN = 100  # of an answer
 ANSWER_COLORS = ("#d73027", "#4575b4", "#e08214", "#762a83")
 
 
@@ -93,4 +94,4 @@ def draw_answers(image: bytes, samples: Mapping[str, Mapping[str, Any]]) -> byte
 def _fitted(name: str, boxes: list[Box], size: tuple[int, int], shown: tuple[int, int]) -> list[Box]:
     """Boxes on a smaller copy of their image, each with the name of who says so."""
     across, down = (after / max(before, 1) for before, after in zip(size, shown, strict=True))
-    return [Box(name, (x1 * across, y1 * down, x2 * across, y2 * down)) for _, (x1, y1, x2, y2) in boxes]
+    return [Box(name, (x1 * across, y1 * down, x2 * across, y2 * down)) for _, (x1, y1, x2, y2) in boxes[:MOST_DRAWN]]

@@ -136,7 +136,10 @@ class _Step:
         if not kept:
             raise SampleError("box_outside", f"{phrase!r} is at {box} of an image of {size[0]}x{size[1]} pixels")
         self.changed["clipped_boxes"] += any(abs(a - b) > SLACK for a, b in zip(kept[0].box, scaled.box, strict=True))
-        return Box(phrase, tuple(round(at, 2) for at in kept[0].box))
+        x1, y1, x2, y2 = rounded = tuple(round(at, 2) for at in kept[0].box)
+        if x2 <= x1 or y2 <= y1:  # pack would leave the whole conversation out
+            raise SampleError("empty_box", f"{phrase!r} has the box {box}")
+        return Box(phrase, rounded)
 
     def _skip(self, error: SampleError, key: str) -> None:
         if error.reason not in self.skipped:

@@ -15,7 +15,8 @@ def draw_boxes(image: Image.Image, boxes: Iterable[Box], color: str | None = Non
 
     Args:
         image (`PIL.Image.Image`): upright; any mode.
-        boxes (`Iterable[Box]`): `(label, (left, top, right, bottom))` in pixels of it, as [`parse_boxes`] gives them.
+        boxes (`Iterable[Box]`): `(label, (left, top, right, bottom))` in pixels of it, as [`parse_boxes`] gives them;
+            what is out of the image is drawn at its edge.
         color (`str`, *optional*): of all boxes, as Pillow knows colours; one for each label where not given.
 
     Returns:
@@ -26,7 +27,9 @@ def draw_boxes(image: Image.Image, boxes: Iterable[Box], color: str | None = Non
     pen, width = ImageDraw.Draw(drawn), max(2, round(max(drawn.size) / 250))
     font = ImageFont.load_default(max(10, round(max(drawn.size) / 45)))
     colors: dict[str | None, str] = {}
-    for label, corners in boxes:
+    for label, (x1, y1, x2, y2) in boxes:
+        edges = ((x1, drawn.width), (y1, drawn.height), (x2, drawn.width), (y2, drawn.height))
+        corners = [min(max(at, 0), side - 1) for at, side in edges]
         own = color or colors.setdefault(label, COLORS[len(colors) % len(COLORS)])
         pen.rectangle(corners, outline=own, width=width)
         if label:
