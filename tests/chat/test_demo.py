@@ -14,8 +14,9 @@ from playwright.sync_api import expect
 
 from open_qwen2vl.chat.demo import Demo
 from open_qwen2vl.chat.demo_page import find_examples, start
-from open_qwen2vl.chat.terminal import Conversation, generation_options
+from open_qwen2vl.chat.terminal import Conversation, generation_options, load_model
 from open_qwen2vl.cli import main
+from tests.clips import clip, moving_frames
 
 NAME = "<b>tiny</b> model"
 expect.set_options(timeout=60_000)
@@ -250,6 +251,20 @@ def test_conversations_keep_small_images_and_are_few(demo, images, monkeypatch):
     demo._talks["c"].used -= 4000
     ask(demo, "d", "two dogs")
     assert list(demo._talks) == ["d", "e"]
+
+
+def test_a_video_is_shown_by_a_family_of_videos_and_refused_by_others(demo, qwen_vl_folder, tmp_path):
+    (tmp_path / "a.mp4").write_bytes(clip(moving_frames(20), 10))
+    (tmp_path / "b.mp4").write_bytes(b"none")
+    said = demo.take({"text": "what?", "files": [str(tmp_path / "a.mp4")]}, Request("a"))[2].value
+    assert "a.mp4 cannot be shown as a video: Open-Qwen2VL takes images; Qwen2-VL, 2.5 and 3 take videos" in said
+    other = Demo(*load_model(str(qwen_vl_folder("qwen2_vl"))), NAME)
+    other.build(None, 2, [])
+    ask(other, "a", "what?", tmp_path / "a.mp4")
+    (shown,) = [part["video"] for part in other._talks["a"].conversation.messages[0]["content"] if "video" in part]
+    assert len(shown.frames) == 4 and other._talks["a"].shown[-1]["role"] == "assistant"
+    said = other.take({"text": "and?", "files": [str(tmp_path / "b.mp4")]}, Request("a"))[2].value
+    assert "b.mp4 cannot be shown as a video: cannot identify" in said and str(tmp_path) not in said
 
 
 def test_few_questions_wait(demo, monkeypatch):

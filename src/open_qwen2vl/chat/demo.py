@@ -19,6 +19,8 @@ from typing import Any
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
+from ..data.storage.tars import VIDEO_EXTENSIONS
+from ..evaluation.clips import Clip, read_clip
 from ..processing.images import decode_image
 from ..processing.sample_error import SampleError
 from .demo_page import chat_area, conversation, find_examples, gr, notice, picture, start, text_box
@@ -154,7 +156,7 @@ class Demo:
                 raise ValueError("Write a question to go with the image." if files else "Write a question.")
             if sum(other.stop is not None for other in list(self._talks.values())) >= MOST_WAITING:
                 raise ValueError("Too many questions wait for their answers: send it again in a while.")
-            talk.conversation.waiting = [_read_image(file) for file in files]
+            talk.conversation.waiting = [self._read(file) for file in files]
         except ValueError as error:
             return gr.skip(), gr.skip(), notice(str(error))
         talk.message, talk.stop = {"text": text, "files": files}, Event()
@@ -222,6 +224,16 @@ class Demo:
         """End the answer that a page waits for and forget its conversation."""
         self.stop(request)
         self._talks.pop(request.session_hash, None)
+
+    def _read(self, file: str) -> Image.Image | Clip:
+        """An upload, which its name says is a video or not."""
+        if Path(file).suffix[1:].lower() not in VIDEO_EXTENSIONS:
+            return _read_image(file)
+        try:
+            return read_clip(self.processor, file)
+        except (ValueError, OSError) as error:
+            # Its cause, which does not name the folder of the uploads.
+            raise ValueError(f"{Path(file).name} cannot be shown as a video: {error.__cause__ or error}") from error
 
     def clear(self, request: gr.Request) -> tuple[Any, Any, Any]:
         """Begin a new conversation: text box, no messages, no notice."""

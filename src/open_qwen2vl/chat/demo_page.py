@@ -93,7 +93,7 @@ def chat_area(
     )
     trouble = gr.Markdown(visible=False, elem_id="notice", elem_classes="notice")
     message = gr.MultimodalTextbox(
-        file_types=["image"],
+        file_types=["image", "video"],
         file_count="multiple",
         placeholder="Ask something",
         show_label=False,

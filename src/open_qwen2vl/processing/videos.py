@@ -58,7 +58,7 @@ def read_video_header(data: bytes) -> VideoHeader:
             elif packet.size:
                 claimed -= 1
                 if first is None:
-                    first = next((frame for frame in _decoded(packet) if frame is not None), None)
+                    first = next(_decoded(packet), None)
                 stamp = packet.dts if packet.pts is None else packet.pts
                 if not packet.is_discard and stamp is not None:
                     starts.append(float(stamp * packet.time_base))
