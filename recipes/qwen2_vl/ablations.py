@@ -319,8 +319,8 @@ def main() -> None:
     parser.add_argument("--study", choices=STUDIES, nargs="+", required=True)
     parser.add_argument("--output", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm")
-    parser.add_argument("--steps", type=int, default=60, help="of training, of a pack each")
-    parser.add_argument("--pictures", type=int, default=600, help="to train on")
+    parser.add_argument("--steps", type=int, default=200, help="of training, of a pack each")
+    parser.add_argument("--pictures", type=int, default=2000, help="to train on")
     options = parser.parse_args()
     for name in options.study:
         print(f"\n{name}: {options.steps} steps\n\n{table(run_study(name, options))}", flush=True)
