@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from itertools import groupby
 from typing import Any
 
+from PIL import Image
 from transformers import ProcessorMixin
 
 from ..families import document_processor
@@ -36,13 +37,17 @@ def prompt_messages(messages: list[dict[str, Any]], processor: ProcessorMixin) -
 
     Raises:
         SampleError: for a box that is none, is out of its image or has none, and a family without a form for boxes.
+        ValueError: for images that are not opened, whose sizes nobody knows.
     """
     contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
     if not any(part["type"] == "box" for content in contents for part in content):
         return messages
     turns = [{**message, "content": _read(message["content"])} for message in messages]
     place_boxes(turns)
-    images = [part["image"] for turn in turns for part in turn["content"] if part["type"] == "image"]
+    images = [part.get("image") for turn in turns for part in turn["content"] if part["type"] == "image"]
+    for image in images:
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"messages with boxes have opened images (PIL.Image.Image), not {type(image).__name__}")
     turns = write_boxes(turns, [Media("image", *image.size) for image in images], box_form(processor))
     return [{**turn, "content": [_shown(part) for part in turn["content"]]} for turn in turns]
 

@@ -65,6 +65,13 @@ def test_every_door_gives_what_was_trained(family, qwen_vl_folder, tmp_path):
         assert torch.equal(inputs["image_grid_thw"], item["image_grid_thw"]), name
 
 
+def test_images_are_to_be_opened(qwen_vl_folder):
+    processor = AutoProcessor.from_pretrained(qwen_vl_folder("qwen2_vl"))
+    for image in ({"type": "image", "url": "a.png"}, {"type": "image", "image": "a.png"}):
+        with pytest.raises(ValueError, match="opened images"):
+            prompt_messages(messages(image), processor)
+
+
 def test_a_family_without_boxes_refuses_them(processor):
     with pytest.raises(SampleError, match="no form for boxes"):
         prompt_messages(messages({"type": "image", "image": IMAGE}), processor)
