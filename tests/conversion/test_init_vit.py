@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
@@ -142,6 +142,7 @@ def test_another_language_model_and_no_pictures(clip, qwen_vl_folder, tmp_path, 
     """MODEL then needs no weights; what leaving `ln_pre` out means is said."""
     source = qwen_vl_folder("qwen2_vl")
     shutil.copytree(source, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    GenerationConfig(eos_token_id=[3, 4]).save_pretrained(tmp_path / "bare")
     text = save_text_model(tmp_path / "text", source)
     arguments = ("--clip", clip, "--language-model", tmp_path / "text")
     assert init_vit(tmp_path / "bare", tmp_path / "model", *arguments) == 0
@@ -152,6 +153,7 @@ def test_another_language_model_and_no_pictures(clip, qwen_vl_folder, tmp_path, 
     expected = text.model.state_dict()
     assert all(torch.equal(one, expected[name]) for name, one in loaded.model.language_model.state_dict().items())
     assert torch.equal(loaded.lm_head.weight, text.lm_head.weight)
+    assert loaded.generation_config.eos_token_id == [3, 4]
 
     text.config.rms_norm_eps, text.config.tie_word_embeddings = 0.5, False
     text.config.save_pretrained(tmp_path / "text")

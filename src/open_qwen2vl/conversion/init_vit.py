@@ -6,6 +6,7 @@ MODEL: config, processor, language model   +   perhaps another language model   
 a temporary folder beside OUTPUT: the model, its processor, init_vit.json  ─ rename ─▶  OUTPUT
 """
 
+import contextlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
@@ -203,6 +205,9 @@ def _load_model(model: str | Path, config: PreTrainedConfig, language_model: str
     whole = AutoModelForImageTextToText.from_config(config, dtype=text.dtype, trust_remote_code=False)
     whole.model.language_model.load_state_dict(text.model.state_dict())
     whole.lm_head.load_state_dict(text.lm_head.state_dict())
+    with contextlib.suppress(OSError):  # none there: the config's ids stay
+        # What ends an answer is MODEL's, as its processor is.
+        whole.generation_config = GenerationConfig.from_pretrained(model_folder(model))
     return whole
 
 
