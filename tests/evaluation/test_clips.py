@@ -15,6 +15,7 @@ from PIL import Image
 from open_qwen2vl import cli, prepare_for_packing
 from open_qwen2vl.evaluation.clips import read_clip
 from open_qwen2vl.evaluation.generation import load_model
+from open_qwen2vl.evaluation.likelihood import continuation_losses
 from open_qwen2vl.evaluation.prompts import PromptBuilder, user_turn
 from open_qwen2vl.families import document_processor
 from tests.clips import animation, clip, moving_frames
@@ -68,6 +69,23 @@ def test_a_prompts_clips_are_those_of_training(loaded, clips):
     for prompt, answer in zip(prompts, together, strict=True):
         alone = builder.encode([prompt])
         assert model.generate(**alone, **ASKED)[0, alone["input_ids"].shape[1] :].tolist() == answer.tolist()
+
+
+def test_losses_of_given_answers_about_a_clip(loaded, clips):
+    model, processor = loaded
+    builder = PromptBuilder(processor)
+    inputs = builder.encode([builder.build(user_turn([clips["moving.mp4"]], "which?"))])
+    ids = [
+        builder.continuation_ids(builder.build(user_turn([], "which?")), answer) for answer in ("yes", "it moves on")
+    ]
+    for own, (loss, _) in zip(ids, continuation_losses(model, inputs, ids, 2), strict=True):
+        whole = torch.cat([inputs["input_ids"], torch.tensor([own])], 1)
+        kinds = torch.cat([inputs["mm_token_type_ids"], torch.zeros(1, len(own), dtype=torch.long)], 1)
+        given = {"input_ids": whole, "attention_mask": torch.ones_like(whole), "mm_token_type_ids": kinds}
+        with torch.no_grad():
+            logits = model(**{**inputs, **given}).logits[0, -len(own) - 1 : -1]
+        expected = torch.nn.functional.cross_entropy(logits, torch.tensor(own), reduction="sum").item()
+        assert loss == pytest.approx(expected, rel=1e-4)
 
 
 def test_what_is_no_clip_or_no_family_of_clips_is_an_error(loaded, clips, processor, tmp_path):
