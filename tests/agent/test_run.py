@@ -199,7 +199,10 @@ def test_a_model_reads_what_it_is_trained_on_and_its_transcript_is_trained_on(
         assert ids[: len(prompt)] == prompt
     answers = processor.tokenizer.decode(labels[labels >= 0])
     assert "made up" not in answers and wrong not in answers and answers.endswith(f"{done}<|im_end|>\n")
-    assert json.loads(lines.read_text())["messages"][0]["content"][1]["image"] == "images/000000-000.png"
+    seen = json.loads(lines.read_text())["messages"][0]["content"][1]["image"]
+    assert Image.open(tmp_path / "transcripts" / seen).size == (60, 60)
+    # Nothing moved by the call that was not made: the third observation is the second.
+    assert len(list((tmp_path / "transcripts/images").iterdir())) == 2
 
 
 def test_a_folder_acts_and_its_context_is_bounded(qwen_vl_folder, monkeypatch):

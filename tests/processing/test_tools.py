@@ -201,7 +201,13 @@ def test_what_is_no_call_says_why(form, arguments, says):
 
 
 def test_what_cannot_be_found_to_be_a_call_says_how_one_is_written():
-    for form, text in (("tool_call", '{"name": "f", "arguments": {}}</tool_call>'), ("function", "*ARGS*: {}")):
+    for form, text in (
+        ("tool_call", '{"name": "f", "arguments": {}}</tool_call>'),
+        ("tool_call", "these are my <tools>"),
+        ("function", "*ARGS*: {}"),
+        ("function", "I call *FUNCTION*: f\n*ARGS*: {}\n*RESULT*:"),
+        ("function", "*RETURN*: it said *RESULT*: 1"),
+    ):
         with pytest.raises(ValueError, match="it is written as"):
             parse_calls(text, form)
     with pytest.raises(ValueError, match="name of a function"):

@@ -1,5 +1,7 @@
 """What an agent saw, said and did, as a conversation to be trained on."""
 
+import hashlib
+import io
 import json
 from collections import Counter
 from collections.abc import Iterable
@@ -52,24 +54,25 @@ def save_transcripts(transcripts: Iterable[Transcript], folder: str | Path) -> N
         (partial / "images").mkdir()
         with open(partial / "transcripts.jsonl", "w", encoding="utf-8") as file:
             for number, transcript in enumerate(transcripts):
-                images: list[Image.Image] = []
-                messages = [_with_names(message, number, images) for message in transcript.messages]
-                for index, image in enumerate(images):
-                    image.save(partial / _name(number, index))
+                messages = [_with_files(message, partial) for message in transcript.messages]
                 record = {"id": f"{number:06d}", "tools": transcript.tools, "messages": messages}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def _with_names(message: dict[str, Any], number: int, images: list[Image.Image]) -> dict[str, Any]:
-    """A message that names its images, which are appended."""
-    parts = []
-    for part in message["content"]:
-        if part["type"] == "image":
-            images.append(part["image"])
-            part = {"type": "image", "image": _name(number, len(images) - 1)}
-        parts.append(part)
+def _with_files(message: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A message that names its images, which are written."""
+    parts = [
+        {"type": "image", "image": _write(part["image"], folder)} if part["type"] == "image" else part
+        for part in message["content"]
+    ]
     return {**message, "content": parts}
 
 
-def _name(number: int, index: int) -> str:
-    return f"images/{number:06d}-{index:03d}.png"
+def _write(image: Image.Image, folder: Path) -> str:
+    """Write an image under a name of its content, so that a screen that stays as it is takes room once."""
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    name = f"images/{hashlib.sha256(file.getvalue()).hexdigest()[:32]}.png"
+    if not (folder / name).exists():
+        (folder / name).write_bytes(file.getvalue())
+    return name

@@ -110,9 +110,10 @@ def parse_calls(text: str, form: ToolForm) -> tuple[str, list[Call]]:
         closing = STOPS[form].strip()
         if not text[end:].lstrip().startswith(closing):
             raise ValueError(f"{closing} does not follow the JSON object of the call")
-    if _SIGNS[form].search(text if not calls else text[end:].lstrip().removeprefix(STOPS[form].strip())):
-        raise ValueError(f"no call can be read in it; it is written as {_example(form)!r}")
     prose = (text if prose is None else prose).strip()
+    rest = text[end:].lstrip().removeprefix(STOPS[form].strip()) if calls else text
+    if _SIGNS[form].search(rest) or any(marker in prose for marker in _MARKERS[form]):
+        raise ValueError(f"no call can be read in it; it is written as {_example(form)!r}")
     return (prose.removeprefix(_RETURN).strip() if form == "function" else prose), calls
 
 
