@@ -22,6 +22,7 @@ def test_whole_chain(tmp_path, tmp_path_factory):
     assert done.returncode == 0, done.stderr[-3000:]
     folder = tmp_path / "runs/qwen2_vl/agent"
     assert json.loads((folder / "packs/plan.json").read_text())["tool_form"] == "function"
+    assert json.loads((folder / "captions/train_results.json").read_text())["steps"] == 2
     metrics = json.loads((folder / "metrics.json").read_text())
     assert [row["boards"] for row in metrics.values()] == [2] * 4
     assert [line.split(" | ")[0] for line in done.stdout.splitlines() if line.startswith("| ")] == [

@@ -1,10 +1,12 @@
 """Step 1: transcripts of a search over many boards, and a small random Qwen2-VL whose tokenizer knows their words.
 
-world.py ── open_qwen2vl.agent.run, a script in the model's place ─► data/transcripts.jsonl, data/images/
-                                                                     init/  model and processor
+world.py ─┬─ open_qwen2vl.agent.run, a script in the model's place ─► data/transcripts.jsonl, data/images/
+          └─ single squares and what is on them                     ─► captions.tar
+                                                                       init/  model and processor
 """
 
 import argparse
+import io
 import sys
 from pathlib import Path
 
@@ -12,13 +14,13 @@ import torch
 
 from open_qwen2vl import agent
 from open_qwen2vl.families.qwen_vl.processing import training_template
-from open_qwen2vl.files import new_folder
+from open_qwen2vl.files import new_folder, renamed_when_whole
 from open_qwen2vl.processing.tool_forms import plain_messages
 from open_qwen2vl.processing.tool_records import read_calls
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from build_model import build_model, build_processor  # noqa: E402
-from world import FORM, MAX_STEPS, Board, World, boards, search  # noqa: E402
+from world import FORM, MAX_STEPS, Board, Picture, World, boards, search, write_tar  # noqa: E402
 
 TRAINING_SEED, HELD_OUT_SEED = 0, 1
 
@@ -45,12 +47,25 @@ def words(transcripts: list[agent.Transcript]) -> list[str]:
     return found
 
 
+def write_captions(path: Path, number: int) -> None:
+    """Squares of as many boards, each with what the search says of it."""
+    pictures = []
+    for key, board in enumerate(boards(number, TRAINING_SEED)):
+        world, png = World(board, seed=key), io.BytesIO()
+        world.observe().save(png, format="PNG")
+        pictures.append(Picture(f"{key:06d}", world.description, png.getvalue()))
+    with renamed_when_whole(path) as partial:
+        write_tar(partial, pictures)
+
+
 def build(output: Path, number: int) -> None:
-    """Write `data/` and `init/`; what is there already is left as it is."""
+    """Write `data/`, `captions.tar` and `init/`; what is there already is left as it is."""
     data, init = output / "data", output / "init"
     if not data.exists():
         planned = boards(number, TRAINING_SEED)
         agent.save_transcripts((transcript(*one) for one in enumerate(planned)), data)
+    if not (output / "captions.tar").exists():
+        write_captions(output / "captions.tar", number)
     if not init.exists():
         torch.manual_seed(0)
         examples = [transcript(*one) for one in enumerate(boards(100, TRAINING_SEED))]

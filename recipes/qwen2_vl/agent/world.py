@@ -19,7 +19,7 @@ from open_qwen2vl.processing.images import decode_image
 from open_qwen2vl.processing.tool_forms import written_calls
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "quickstart"))
-from build_data import Picture, render  # noqa: E402
+from build_data import Picture, render, write_tar  # noqa: E402, F401
 
 NAMES = {
     "cat": "1F431",
@@ -85,6 +85,11 @@ class World:
         return [name for name in STEPS if self._next(name) is None]
 
     @property
+    def description(self) -> str:
+        """What is to be seen, in words."""
+        return ", ".join([self.here, *(f"wall {name}" for name in self.walls)])
+
+    @property
     def is_solved(self) -> bool:
         """Whether the agent stands where it was sent."""
         return self.here == self.board.target
@@ -141,11 +146,10 @@ def search(world: World) -> Any:
     last: list[str | None] = [None]
 
     def act(messages: list[dict[str, Any]]) -> str:
-        seen = ", ".join([world.here, *(f"wall {name}" for name in world.walls)])
         if world.is_solved:
-            return f"*RETURN*: {seen}: found"
+            return f"*RETURN*: {world.description}: found"
         last[0] = search_step(world.walls, last[0])
-        return f"{seen}\n{call(last[0])}"
+        return f"{world.description}\n{call(last[0])}"
 
     return act
 
