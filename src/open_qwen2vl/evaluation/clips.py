@@ -28,7 +28,8 @@ class Clip(NamedTuple):
 
 
 def read_clip(processor: ProcessorMixin, file: str | Path) -> Clip:
-    """Sample and decode a clip with the family's defaults: 2 frames a second, at most 768, and 16,384 positions.
+    """Sample and decode a clip as in the training that the processor comes from; else 2 frames a second, at most 768,
+    within 16,384 positions.
 
     Raises:
         ValueError: for a family without videos, or a file that is no clip.

@@ -137,6 +137,9 @@ class DocumentProcessor(Protocol):
             SampleError: if it is broken, or not what the plan says it is.
         """
 
+    def keep_options(self) -> None:
+        """Write into the processor, which is saved with a model, how videos are shown: prompts then show them so."""
+
     def sampled_frames(self, data: bytes, media: Media) -> tuple[np.ndarray, list[int]]:
         """The frames that are shown of a video, resized, uint8 `(frames, 3, height, width)`, and their numbers."""
 

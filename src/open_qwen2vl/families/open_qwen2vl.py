@@ -68,6 +68,9 @@ class OpenQwen2VLDocuments:
         """`pixel_values` uint8 `(1, 3, H, W)`; the model normalises them."""
         return {"pixel_values": self.processor.read_image(data)}
 
+    def keep_options(self) -> None:
+        """Images only."""
+
     def sampled_frames(self, data: bytes, media: Media) -> tuple[np.ndarray, list[int]]:
         """Images only."""
         raise SampleError("video_unsupported", _NO_VIDEOS)

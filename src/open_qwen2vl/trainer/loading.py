@@ -11,6 +11,8 @@ from transformers import TrainingArguments
 
 from ..data.packing.mixture import PackMixture
 from ..data.packing.pack_order import PackOrder
+from ..data.packing.packed_dataset import PackedDataset
+from ..families import document_processor
 from ..processing.collator import PackingCollator
 
 # Of a patch of 16 x 16 pixels, the largest of the known families; what else a pack holds is small beside its pixels.
@@ -73,3 +75,10 @@ def no_label_on_any_rank(batches: list[dict[str, Any]], labels_of_all_ranks: tor
     """
     own = sum(row["labels"] for batch in batches for row in batch["packing_stats"]["rows"])
     return not own and not (labels_of_all_ranks is not None and int(labels_of_all_ranks))
+
+
+def keep_video_options(processor: Any, dataset: Any) -> None:
+    """Give the processor that is saved with the model the videos of its plan; of a mixture those of the last one."""
+    for packs in getattr(dataset, "datasets", [dataset]) if processor is not None else ():
+        if isinstance(packs, PackedDataset) and packs.plan["totals"].get("videos"):
+            document_processor(processor, packs.plan["vision"], packs.plan.get("chat_template_name")).keep_options()

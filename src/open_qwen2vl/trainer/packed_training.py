@@ -1,8 +1,7 @@
 """What the trainers on packs share: a mixin in front of transformers' Trainer or of TRL's SFTTrainer.
 
 Everything of the stock trainers stays: accelerate, FSDP2, schedulers, reporting. All that is overridden of them stands
-here, private methods included, and is short: the work is done by parts that know no trainer and get what they need as
-arguments. A test knows the signatures of what is overridden.
+here, private methods included, and is short: parts that know no trainer do the work. A test knows the signatures.
 """
 
 import functools
@@ -71,6 +70,7 @@ class PackedTraining:
         sharding.check_fsdp_is_on(self.is_fsdp_enabled)
         if self.is_fsdp_enabled:
             sharding.configure_fsdp(self.accelerator.state.fsdp_plugin, self.model, self._family)
+        loading.keep_video_options(self.processing_class, kwargs.get("train_dataset"))
         self._tasks = TaskEvaluation(args, self.processing_class, self.is_fsdp_enabled or self.is_deepspeed_enabled)
         self._add_own_callbacks()
         self._model_class = type(self.model)

@@ -11,7 +11,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from open_qwen2vl import PackedDataset, PackingCollator, cli, prepare_for_packing
 from open_qwen2vl.data.packing.unpacked_dataset import UnpackedConversations
-from open_qwen2vl.trainer import newest_complete_checkpoint
+from open_qwen2vl.evaluation.clips import read_clip
+from open_qwen2vl.families import document_processor
+from open_qwen2vl.trainer import newest_complete_checkpoint, save_final_model
 from tests.clips import animation, clip, moving_frames
 from tests.data.conftest import write
 from tests.families.qwen_vl.packs import SIZES, picture
@@ -228,6 +230,24 @@ def test_a_family_without_videos_leaves_them_out_by_name(files, tmp_path, proces
 def pack_ours(tar: Path, output: Path, model: Path) -> int:
     options = ["--max-length", "400", "--num-workers", "1"]
     return cli.main(["pack", str(tar), "--output", str(output), "--processor", str(model), *options])
+
+
+def test_a_trained_model_shows_clips_as_its_training_did(model, planned, files, tmp_path):
+    """A prompt with other frames would be about another clip than the model has learned to see."""
+    packs = PackedDataset(planned / "captions", AutoProcessor.from_pretrained(model))
+    trainer = make_trainer(model, packs, tmp_path / "run", max_steps=1, gradient_accumulation_steps=1)
+    trainer.train()
+    save_final_model(trainer, tmp_path / "model")
+    processor = AutoProcessor.from_pretrained(tmp_path / "model")
+    shown = {"video_fps": 2.0, "max_frames": 8, "max_video_tokens": 64}
+    assert processor.video_processor.shown_videos == shown
+    clip = read_clip(processor, files / "e.mov")
+    assert len(clip.frames) <= 8 and clip.frames[0, 0].size * len(clip.frames) <= 64 * 2 * 32**2
+    assert {name: document_processor(processor).fingerprint()[name] for name in shown} == shown
+    # A plan's own options count before it.
+    assert document_processor(processor, max_frames=4).videos.max_frames == 4
+    stock = AutoProcessor.from_pretrained(model)
+    assert document_processor(stock).fingerprint()["max_video_tokens"] == 16_384
 
 
 def test_a_killed_run_resumes_with_the_very_same_losses(model, planned, tmp_path):

@@ -28,7 +28,8 @@ from .positions import AfterVideo, VideoRule, mrope_positions
 from .sizes import ImageSizes, VideoSizes
 from .videos import describe_video, frames_file, resized_frames, video_patches
 
-VIDEO_FPS, MAX_FRAMES, MAX_VIDEO_TOKENS = 2.0, 768, 16_384  # the article's
+VIDEO_DEFAULTS = {"video_fps": 2.0, "max_frames": 768, "max_video_tokens": 16_384}  # the article's
+KEPT = "shown_videos"  # the attribute of a video processor that has those of a training instead
 TOKENS_PER_SECOND = 2.0  # of the released Qwen2.5-VL
 # Conversations in which one template cannot look like another: with and without a system turn, images, several turns.
 _TURN = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}, {"type": "image"}]}
@@ -45,7 +46,8 @@ class QwenVLDocuments:
 
     Images are brought between `min_pixels` and `max_pixels` (the image processor's own where not given), or all to a
     square of side `fixed_resolution`, for ablations. Of a video `video_fps` frames a second are shown, at most
-    `max_frames`, each so large that all take at most `max_video_tokens` positions. Text behind it counts on from its
+    `max_frames`, each so large that all take at most `max_video_tokens` positions: where not given as in the training
+    that the processor comes from, or as in the article. Text behind it counts on from its
     rows and columns as in transformers 5 (`text_after_video="space"`), or from its frames too, as in the article
     (`"time"`). `tokens_per_second` is that of Qwen2.5-VL's config.
     """
@@ -63,9 +65,9 @@ class QwenVLDocuments:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         fixed_resolution: int | None = None,
-        video_fps: float = VIDEO_FPS,
-        max_frames: int = MAX_FRAMES,
-        max_video_tokens: int = MAX_VIDEO_TOKENS,
+        video_fps: float | None = None,
+        max_frames: int | None = None,
+        max_video_tokens: int | None = None,
         skip_broken_videos: bool = False,
         text_after_video: AfterVideo = "space",
         tokens_per_second: float | None = None,
@@ -90,9 +92,12 @@ class QwenVLDocuments:
         self.boxes = box_form(processor, self.sizes)
         video, is_2_5 = processor.video_processor, isinstance(processor, Qwen2_5_VLProcessor)
         self._frames_apart = isinstance(processor, Qwen3VLProcessor)
+        shown = {**VIDEO_DEFAULTS, **(getattr(video, KEPT, None) or {})}
+        given = {"video_fps": video_fps, "max_frames": max_frames, "max_video_tokens": max_video_tokens}
+        shown |= {name: value for name, value in given.items() if value is not None}
         self.videos = VideoSizes(
-            video.patch_size, video.merge_size, video.size["shortest_edge"], video.size["longest_edge"], video_fps,
-            video.min_frames, max_frames, max_video_tokens, self._frames_apart
+            video.patch_size, video.merge_size, video.size["shortest_edge"], video.size["longest_edge"],
+            shown["video_fps"], video.min_frames, shown["max_frames"], shown["max_video_tokens"], self._frames_apart
         )  # fmt: skip
         self._skip_broken = skip_broken_videos
         if tokens_per_second is not None and not is_2_5:
@@ -188,6 +193,11 @@ class QwenVLDocuments:
             "video_grid_thw": torch.tensor([self.videos.grid(*media[1:])]),
             **seconds,
         }
+
+    def keep_options(self) -> None:
+        """See [`DocumentProcessor`]."""
+        own = self.fingerprint()
+        setattr(self.processor.video_processor, KEPT, {name: own[name] for name in VIDEO_DEFAULTS})
 
     def sampled_frames(self, data: bytes, media: Media) -> tuple[np.ndarray, list[int]]:
         """See [`DocumentProcessor`]; a clip of one frame has it twice."""
