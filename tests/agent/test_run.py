@@ -50,6 +50,11 @@ def run(model, world: World, max_steps: int = 8, **options) -> agent.Transcript:
     return agent.run(model, [world.move], world.observe, max_steps, task="go right", **options)
 
 
+def test_the_observation_may_say_the_task():
+    transcript = agent.run(script("there"), [World().move], lambda: "go right", 1)
+    assert [texts(message) for message in transcript.messages] == ["go right", "there"]
+
+
 def texts(message: dict) -> str:
     return "".join(part.get("text", "*") for part in message["content"])
 

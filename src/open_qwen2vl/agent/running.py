@@ -40,7 +40,7 @@ def run(
     observe: Callable[[], Observation],
     max_steps: int,
     *,
-    task: str,
+    task: str | None = None,
     processor: ProcessorMixin | None = None,
     tool_form: ToolForm = "tool_call",
     system: str | None = None,
@@ -62,7 +62,8 @@ def run(
             None, or anything that JSON can say.
         observe (`Callable[[], str | PIL.Image.Image | list | None]`): what is to be seen now; called before each step.
         max_steps (`int`): how often the model may act, its answer included.
-        task (`str`): what the user asks for, behind the first observation.
+        task (`str`, *optional*): what the user asks for, behind the first observation; nothing where the observation
+            says it.
         processor (`ProcessorMixin`, *optional*): that of a loaded model.
         tool_form (`str`, *optional*, defaults to `"tool_call"`): how calls are written, as in training; `"function"`
             is that of Qwen2-VL's article.
