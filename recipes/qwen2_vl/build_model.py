@@ -96,7 +96,10 @@ def build_processor(
 
 
 def build_model(
-    processor: Qwen2VLProcessor, vision: dict | None = None, text: dict | None = None
+    processor: Qwen2VLProcessor,
+    vision: dict | None = None,
+    text: dict | None = None,
+    rope_theta: float = ROPE_THETA,
 ) -> Qwen2VLForConditionalGeneration:
     """A random model with the ids of the tokenizer; `vision` and `text` replace entries of `VISION` and `TEXT`."""
     vision, text = VISION | (vision or {}), TEXT | (text or {})
@@ -115,7 +118,7 @@ def build_model(
         "vocab_size": -(-len(tokenizer) // 64) * 64,  # a multiple of 64, as matrix kernels like it
         "max_position_embeddings": 4096,
         "initializer_range": INITIALIZER_RANGE,
-        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA, "mrope_section": [head // 6] * 3},
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta, "mrope_section": [head // 6] * 3},
         "bos_token_id": None,
         "eos_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
         "pad_token_id": tokenizer.pad_token_id,
@@ -146,6 +149,7 @@ def build(
     patch_size: int = PATCH,
     vision: dict | None = None,
     text: dict | None = None,
+    rope_theta: float = ROPE_THETA,
 ) -> dict:
     """Save the model and its processor; a folder that is there already is left as it is.
 
@@ -156,6 +160,7 @@ def build(
         patch_size (`int`, *optional*, defaults to 16): pixels of a patch's side.
         vision (`dict`, *optional*): entries that replace those of `VISION`.
         text (`dict`, *optional*): entries that replace those of `TEXT`.
+        rope_theta (`float`, *optional*, defaults to 20): base of M-RoPE's frequencies.
 
     Returns:
         `dict`: sizes, also in `init.json`.
@@ -170,7 +175,7 @@ def build(
     with new_folder(output) as folder:
         torch.manual_seed(seed)
         processor = build_processor(texts, special_tokens, patch_size)
-        model = build_model(processor, vision, text)
+        model = build_model(processor, vision, text, rope_theta)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         tower = sum(parameter.numel() for parameter in model.model.visual.parameters())
@@ -192,10 +197,12 @@ def main() -> None:
     for part, size in (("vision", VISION), ("text", TEXT)):
         help_text = f"entries of the config that replace {size}"
         parser.add_argument(f"--{part}", type=entry, nargs="+", default=[], metavar="NAME=VALUE", help=help_text)
+    parser.add_argument("--rope-theta", type=float, default=ROPE_THETA, help="base of M-RoPE's frequencies")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
     args = parser.parse_args()
     try:
-        summary = build(args.data, args.output, args.seed, args.patch_size, dict(args.vision), dict(args.text))
+        sizes = {"vision": dict(args.vision), "text": dict(args.text), "rope_theta": args.rope_theta}
+        summary = build(args.data, args.output, args.seed, args.patch_size, **sizes)
     except ValueError as error:
         parser.error(str(error))
     print(
