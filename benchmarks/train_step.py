@@ -38,6 +38,7 @@ VARIANTS = {
     "deep_every_second": "the same, activation checkpointing of every second block",
     "deep_every": "the same, activation checkpointing of every block",
     "qwen2_vl": "Qwen2-VL, images of nine sizes: packed, loss at labelled positions",
+    "qwen2_vl_convolution": "the same with the stock processor's pixels, through the stock convolution",
     "qwen2_vl_stock": "Qwen2-VL, the same captions: stock forward, a caption a row, padded, full logits",
 }
 CHECKPOINTED = {"deep_every_second": 2, "deep_every": 1}
@@ -45,7 +46,7 @@ CHECKPOINTED = {"deep_every_second": 2, "deep_every": 1}
 
 def make_model(variant: str) -> PreTrainedModel:
     if variant.startswith("qwen2_vl"):
-        return qwen_vl_step.make_model(packed=variant == "qwen2_vl")
+        return qwen_vl_step.make_model(packed=variant != "qwen2_vl_stock")
     vision = SiglipVisionConfig(
         hidden_size=192,
         intermediate_size=768,
@@ -98,7 +99,11 @@ def make_item(lengths: list[int], config: OpenQwen2VLConfig) -> dict:
 def make_batch(variant: str, config: OpenQwen2VLConfig) -> dict:
     if variant.startswith("qwen2_vl"):
         documents = qwen_vl_step.make_documents(TEXT_LENGTHS)
-        return (qwen_vl_step.packed_batch if variant == "qwen2_vl" else qwen_vl_step.padded_batch)(documents)
+        padded = qwen_vl_step.padded_batch(documents)
+        if variant == "qwen2_vl_stock":
+            return padded
+        pixels = {} if variant == "qwen2_vl" else {"pixel_values": padded["pixel_values"]}
+        return qwen_vl_step.packed_batch(documents) | pixels
     torch.manual_seed(1)
     if variant == "padded":
         batch = PackingCollator(cross_document_attention=True)([make_item([n], config) for n in TEXT_LENGTHS])

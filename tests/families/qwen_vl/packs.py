@@ -5,8 +5,10 @@ import io
 import numpy as np
 import torch
 from PIL import Image
+from transformers import ProcessorMixin
 
 from open_qwen2vl.families.interface import Media
+from open_qwen2vl.families.qwen_vl.patch_embedding import normalised
 from open_qwen2vl.families.qwen_vl.processing import QwenVLDocuments
 from tests.clips import clip
 
@@ -25,6 +27,13 @@ def noisy_clip(width: int, height: int, frames: int, seed: int = 0) -> bytes:
     """A clip of random colours in large blocks, so that no frame is like another."""
     blocks = np.random.default_rng(seed).integers(0, 256, (frames, -(-height // 8), -(-width // 8), 3), dtype=np.uint8)
     return clip(blocks.repeat(8, 1).repeat(8, 2)[:, :height, :width], 10)
+
+
+def stock_pixels(patches: torch.Tensor, processor: ProcessorMixin) -> torch.Tensor:
+    """uint8 patches of images as the stock image processor gives them: normalised in fp32, the frame doubled."""
+    image = processor.image_processor
+    statistics = [(255 * torch.tensor(values)).tolist() for values in (image.image_mean, image.image_std)]
+    return normalised(patches, *statistics).unflatten(1, (3, 1, -1)).expand(-1, -1, 2, -1).flatten(1)
 
 
 def make_document(documents: QwenVLDocuments, texts: list[str | tuple[int, ...]], seed: int = 0) -> dict:

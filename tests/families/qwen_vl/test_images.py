@@ -6,12 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-from open_qwen2vl import prepare_for_packing
 from open_qwen2vl.families.interface import Media
 from open_qwen2vl.families.qwen_vl.processing import QwenVLDocuments
 from open_qwen2vl.processing.sample_error import SampleError
-from tests.families.qwen_vl.packs import SIZES, picture
-from tests.qwen_vl import FAMILIES, make_model, make_processor
+from tests.families.qwen_vl.packs import SIZES, picture, stock_pixels
+from tests.qwen_vl import FAMILIES, make_processor
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -20,8 +19,7 @@ def processor(request, qwen_vl_tokenizer):
 
 
 @pytest.mark.parametrize("size", [*SIZES, (640, 480), (1, 150), (28, 28)])
-def test_patches_are_the_stock_processors(request, processor, qwen_vl_tokenizer, size):
-    family = request.node.callspec.params["processor"]
+def test_patches_are_the_stock_processors(processor, size):
     layout = QwenVLDocuments(processor)
     data = picture(*size, seed=size[0])
     read = layout.read_media(data, Media("image", *size))
@@ -29,9 +27,8 @@ def test_patches_are_the_stock_processors(request, processor, qwen_vl_tokenizer,
     assert torch.equal(read["image_grid_thw"], stock["image_grid_thw"])
     assert read["pixel_values"].dtype == torch.uint8
     assert read["pixel_values"].nbytes * 8 == stock["pixel_values"].nbytes
-    model = prepare_for_packing(make_model(family, qwen_vl_tokenizer), processor)
     # Both resize with torch's integer kernel and normalise in fp32 in one order: not a bit differs.
-    assert torch.equal(model._normalised(read["pixel_values"]), stock["pixel_values"])
+    assert torch.equal(stock_pixels(read["pixel_values"], processor), stock["pixel_values"])
 
 
 def test_the_pillow_backend_differs_by_what_its_resizing_differs(qwen_vl_tokenizer):
@@ -40,14 +37,13 @@ def test_the_pillow_backend_differs_by_what_its_resizing_differs(qwen_vl_tokeniz
 
     processor = make_processor("qwen2_vl", qwen_vl_tokenizer)
     layout = QwenVLDocuments(processor)
-    model = prepare_for_packing(make_model("qwen2_vl", qwen_vl_tokenizer), processor)
     pillow = Qwen2VLImageProcessorPil(size=processor.image_processor.size)
     grey_level = 1 / (255 * min(pillow.image_std))
     for size, levels in (((112, 84), 1e-3), ((160, 120), 4)):
         smooth = Image.open(io.BytesIO(picture(8, 6))).resize(size, Image.Resampling.BICUBIC)
         file = io.BytesIO()
         smooth.save(file, "PNG")
-        ours = model._normalised(layout.read_media(file.getvalue(), Media("image", *size))["pixel_values"])
+        ours = stock_pixels(layout.read_media(file.getvalue(), Media("image", *size))["pixel_values"], processor)
         theirs = torch.as_tensor(pillow(smooth, return_tensors="pt")["pixel_values"])
         assert (ours - theirs).abs().max() <= levels * grey_level
 

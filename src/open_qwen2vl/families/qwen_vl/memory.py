@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedConfig
 
 from ..activations import Kept, kept_by_blocks, once_per_config
+from .patch_embedding import packed_patch_embedding
 from .vision_attention import Segments, packed_vision_attention
 
 
@@ -49,7 +50,7 @@ def vision_tower_kept(config: PreTrainedConfig, dtype: torch.dtype, autocast: bo
 
     def run(blocks: int, patches: int) -> tuple[nn.Module, Callable[[], object]]:
         tower = _tower(config, blocks, dtype)
-        pixels = torch.empty(patches, 3 * vision.temporal_patch_size * vision.patch_size**2, dtype=dtype)
+        pixels = torch.empty(patches, 3 * vision.patch_size**2, dtype=dtype)
         boundaries = torch.empty(2, dtype=torch.int32)
         angles = torch.empty(patches, width // vision.num_heads)
         options = {"position_embeddings": (angles, angles), "segments": _OneSegment(patches)}
@@ -87,4 +88,5 @@ def _tower(config: PreTrainedConfig, blocks: int, dtype: torch.dtype) -> nn.Modu
     tower = AutoModel.from_config(config, attn_implementation="sdpa", dtype=dtype).visual
     for block in tower.blocks:
         block.attn.__class__ = packed_vision_attention(type(block.attn))
+    tower.patch_embed.__class__ = packed_patch_embedding(type(tower.patch_embed))
     return tower

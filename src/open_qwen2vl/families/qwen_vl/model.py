@@ -1,8 +1,8 @@
 """The model side of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: their parts, their cost, and the packed forward.
 
-It rests on three private facts of transformers' models, and `QwenVL.prepare` says so by name when one is gone:
-`model.visual.blocks[i].attn` with `qkv`, `proj`, `num_heads` and `scaling`; `apply_rotary_pos_emb_vision` in the
-model's module; `model.model(...)` returning `last_hidden_state`.
+It rests on four private facts of transformers' models, and `QwenVL.prepare` says so by name when one is gone:
+`model.visual.blocks[i].attn` with `qkv`, `proj`, `num_heads` and `scaling`; `model.visual.patch_embed` with `proj`,
+a convolution; `apply_rotary_pos_emb_vision` in the model's module; `model.model(...)` returning `last_hidden_state`.
 """
 
 import sys
@@ -16,6 +16,7 @@ from ...modeling.attention import PACKED_VARLEN
 from ..interface import StepWork, VisionWork
 from ..packed_forward import PackedForward, packed_class
 from .memory import language_model_kept, projector_kept, vision_tower_kept
+from .patch_embedding import normalised, packed_patch_embedding
 from .vision_attention import Segments, packed_vision_attention
 
 # Of the released checkpoints, where no processor says it.
@@ -32,8 +33,13 @@ class QwenVLPackedForward(PackedForward):
     pixel_statistics: dict[str, tuple[list[float], list[float]]]
 
     def _as_stock_pixels(self, media: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        # An image keeps its one frame, by which the patch embedding tells it.
         ours = {name: media[name] for name in self.pixel_statistics if name in media and media[name] is not None}
-        ours = {name: self._normalised(p, name) for name, p in ours.items() if p.dtype == torch.uint8}
+        ours = {
+            name: normalised(pixels, *self.pixel_statistics[name])
+            for name, pixels in ours.items()
+            if pixels.dtype == torch.uint8
+        }
         return {**media, **ours}
 
     def _packed_options(self) -> dict[str, Any]:
@@ -47,16 +53,6 @@ class QwenVLPackedForward(PackedForward):
                 f"positions of videos were planned with tokens_per_second {tokens_per_second}, the model's config has "
                 f"{own}: plan with --tokens-per-second {own}"
             )
-
-    def _normalised(self, patches: torch.Tensor, name: str = "pixel_values") -> torch.Tensor:
-        """uint8 `(patches, 3 * P * P)`, or of T frames, as the stock processor's floats `(patches, 3 * T * P * P)`."""
-        # In place from here: pixels are the largest input, and a broadcast would hold them twice.
-        channels = patches.unflatten(1, (3, -1)).float()
-        for channel, (mean, std) in enumerate(zip(*self.pixel_statistics[name], strict=True)):
-            channels[:, channel].sub_(mean).div_(std)
-        if name == "pixel_values_videos":
-            return channels.flatten(1)
-        return channels[:, :, None].expand(-1, -1, self.config.vision_config.temporal_patch_size, -1).flatten(1)
 
     def _blank_media(self) -> torch.Tensor:
         vision = self.config.vision_config
@@ -129,6 +125,8 @@ class QwenVL:
             model.__class__ = packed_class(type(model), QwenVLPackedForward)
             for block in model.model.visual.blocks:
                 block.attn.__class__ = packed_vision_attention(type(block.attn))
+            embedding = model.model.visual.patch_embed
+            embedding.__class__ = packed_patch_embedding(type(embedding))
             if model.model.language_model.config._attn_implementation == "sdpa":
                 # The default; an attention that was asked for stays.
                 model.model.language_model.set_attn_implementation(PACKED_VARLEN)
@@ -246,6 +244,8 @@ def _check_private_facts(model: PreTrainedModel) -> None:
     try:
         attention = model.model.visual.blocks[0].attn
         missing += [f"attn.{name}" for name in ("qkv", "proj", "num_heads", "scaling") if not hasattr(attention, name)]
+        if not hasattr(model.model.visual.patch_embed, "proj"):
+            missing.append("patch_embed.proj")
         if not hasattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb_vision"):
             missing.append("apply_rotary_pos_emb_vision")
         if not hasattr(model.model.language_model, "set_attn_implementation"):
