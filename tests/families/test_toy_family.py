@@ -82,7 +82,8 @@ def test_items_and_batches_have_the_familys_tensors_and_positions(tar, toy, tmp_
     assert int((batch["position_ids"][0] == 0).sum()) == len(batch["cu_seq_lens_q"]) - 1
     assert torch.equal(batch["patches"], items[0]["patches"]) and torch.equal(batch["grids"], items[0]["grids"])
     stats = batch["packing_stats"]
-    assert (stats["patches"], stats["vision_squared"], stats["vision_tokens"]) == items[0]["vision_work"]
+    names = ("patches", "vision_squared", "vision_tokens", "vision_windowed")
+    assert tuple(stats[name] for name in names) == items[0]["vision_work"]
     with pytest.raises(ValueError, match="one row of positions"):
         PackingCollator(cross_document_attention=True)(items[:1])
 

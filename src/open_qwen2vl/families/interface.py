@@ -41,11 +41,13 @@ class VisionWork(NamedTuple):
         patches (`int`): patches of the vision tower, the unit of visual load.
         squared (`int`): sum over attention segments of the tower of their length squared.
         tokens (`int`): positions of the language model that show the media, marks not counted.
+        windowed (`int`): as `squared`, over the windows of a tower whose blocks attend in windows; else 0.
     """
 
     patches: int = 0
     squared: int = 0
     tokens: int = 0
+    windowed: int = 0
 
 
 class Box(NamedTuple):

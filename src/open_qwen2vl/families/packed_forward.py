@@ -55,6 +55,10 @@ class PackedForward:
     def _check_plan(self, media: dict[str, Any], **options: Any) -> None:
         """Refuse what a plan says of the model by `plan_names` and the model's config does not."""
 
+    def _blank_passes(self, media: dict[str, torch.Tensor | None]) -> int:
+        """How often the tower runs on blank media in a batch that has these."""
+        return int(not _is_any(media))
+
     def _blank_media(self) -> torch.Tensor:
         """A scalar 0 computed by the whole vision tower."""
         raise NotImplementedError
@@ -74,17 +78,20 @@ class PackedForward:
     ) -> PackedOutput:
         media = {name: kwargs.pop(name, None) for name in self.media_names}
         self._check_plan(media, **{name: kwargs.pop(name, None) for name in self.plan_names})
-        if any(tensor is not None and len(tensor) for tensor in media.values()):
+        # A batch without images has the same gradients and collectives as others.
+        blank = sum(self._blank_media() for _ in range(self._blank_passes(media)))
+        if _is_any(media):
             inputs = {"input_ids": input_ids, **media, **self._packed_options()}
         else:
-            # A batch without images has the same gradients and collectives as others.
             embeds = self.get_input_embeddings()(input_ids)
-            inputs = {"inputs_embeds": embeds + self._blank_media().to(embeds.device, embeds.dtype)}
+            inputs, blank = {"inputs_embeds": embeds + blank.to(embeds.device, embeds.dtype)}, 0
         attention = self.model.language_model.config._attn_implementation
         # Row 0 is for masks by position, of which packed_varlen has none: with it S x S would be built in vain.
         rows = position_ids[1:] if packs_without_mask(attention) else position_ids
         outputs = self.model(**inputs, position_ids=rows, use_cache=False, **kwargs)
         hidden = outputs.last_hidden_state
+        if isinstance(blank, torch.Tensor):
+            hidden = hidden + blank.to(hidden.device, hidden.dtype)
         loss = row_losses = logits = None
         if labels is not None:
             loss, row_losses = selected_position_loss(
@@ -128,6 +135,10 @@ def packed_class(stock: type[PreTrainedModel], mixin: type[PackedForward]) -> ty
     forward.__signature__ = signature.replace(parameters=[*parameters[:-1], *own, parameters[-1]])
     namespace = {"forward": forward, "__module__": stock.__module__, "__qualname__": stock.__qualname__}
     return type(stock.__name__, (mixin, stock), namespace)
+
+
+def _is_any(media: dict[str, torch.Tensor | None]) -> bool:
+    return any(tensor is not None and len(tensor) for tensor in media.values())
 
 
 # Checked, then dropped: they say nothing in a packed batch, or are computed from all of it as if it were one document.

@@ -13,6 +13,7 @@ Row 0 of the positions tells documents apart: it starts at 0 in each.
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from .text_formats import IGNORE_INDEX
 TEXT = ("input_ids", "labels", "position_ids")
 # Of an item; what else it has goes to the forward.
 ACCOUNTS = ("placeholders", "media", "vision_work", "dropped", "dropped_places", "source", "pack")
+
+_WORK = ("patches", "vision_squared", "vision_tokens", "vision_windowed")
 
 
 @dataclass
@@ -50,16 +53,16 @@ class PackingCollator:
             items (`list[dict]`): each with int64 `input_ids` and `labels` of shape `(S,)` and `position_ids` of shape
                 `(S,)` or `(rows, S)`. Other tensors are media, joined along their first dimension; other values are
                 arguments of the forward, the same in all items, but for `placeholders` (int64 positions in the item,
-                by the name of a forward's argument), `media` (their number), `vision_work` (patches, squared, tokens),
-                `dropped`, `source` and `pack`.
+                by the name of a forward's argument), `media` (their number), `vision_work` (patches, squared, tokens,
+                windowed, or the first of them), `dropped`, `source` and `pack`.
 
         Returns:
             `dict`: the tensors named at the head of this file, media only where there are any, and `packing_stats`
             with the int counts `tokens` (no padding), `positions` (with it), `documents`, `images` and `media` (both
             the number of images and videos), `squared_lengths` (sum over documents of length squared), `patches`,
-            `vision_squared` and `vision_tokens` (the sums of `vision_work`), the dict `dropped` (documents lost at
-            reading, by reason), and for each row a dict in `rows`: `tokens`, `labels`, and `source` and `pack`, the
-            numbers that the item has (0 and -1 where it has none).
+            `vision_squared`, `vision_tokens` and `vision_windowed` (the sums of `vision_work`), the dict `dropped`
+            (documents lost at reading, by reason), and for each row a dict in `rows`: `tokens`, `labels`, and `source`
+            and `pack`, the numbers that the item has (0 and -1 where it has none).
 
         Raises:
             ValueError: if the arguments of the forward differ, as where packs were planned for different numbers of
@@ -94,7 +97,7 @@ class PackingCollator:
         items: list[dict[str, Any]], lengths: torch.Tensor, positions: int, labels: list[int]
     ) -> dict[str, Any]:
         media = sum(item["media"] if "media" in item else _first_length(item) for item in items)
-        work = zip(*(item.get("vision_work", (0, 0, 0)) for item in items), strict=True)
+        work = map(sum, zip_longest(*(item.get("vision_work", ()) for item in items), fillvalue=0))
         return {
             "tokens": int(lengths.sum()),
             "positions": positions,
@@ -102,7 +105,7 @@ class PackingCollator:
             "images": media,
             "media": media,
             "squared_lengths": int(lengths.square().sum()),
-            **dict(zip(("patches", "vision_squared", "vision_tokens"), map(sum, work), strict=True)),
+            **dict(zip_longest(_WORK, work, fillvalue=0)),
             "dropped": dict(sum((Counter(item.get("dropped", {})) for item in items), Counter())),
             "dropped_places": dict(place for item in items for place in item.get("dropped_places", {}).items()),
             "rows": [

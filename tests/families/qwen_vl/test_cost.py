@@ -11,6 +11,7 @@ from open_qwen2vl.families.activations import saved_bytes
 from open_qwen2vl.families.interface import Media, StepWork
 from open_qwen2vl.families.qwen_vl.model import QwenVL
 from open_qwen2vl.families.qwen_vl.processing import QwenVLDocuments
+from open_qwen2vl.families.qwen_vl.sizes import WINDOW_SIZE
 from tests.families.qwen_vl.packs import make_document
 from tests.qwen_vl import FAMILIES, make_config, make_model, make_processor
 
@@ -32,21 +33,20 @@ def model(family, qwen_vl_tokenizer):
     return make_model(family, qwen_vl_tokenizer, "eager", tie_word_embeddings=False)
 
 
-def step(family: str, tokenizer) -> tuple[dict, StepWork]:
-    """The stock arguments of one document with an image, and its work."""
-    side = SIDE[family]
-    layout = QwenVLDocuments(make_processor(family, tokenizer))
-    document = make_document(layout, [(side, side), "a few words"])
+def step(family: str, tokenizer, *sides: int) -> tuple[dict, StepWork]:
+    """The stock arguments of one document with an image, and its work; a square of 64 patches by default."""
+    sides = sides or (SIDE[family], SIDE[family])
+    layout = QwenVLDocuments(make_processor(family, tokenizer, max_tokens=64))
+    document = make_document(layout, [sides, "a few words"])
+    work = layout.vision_work(Media("image", *sides))
     ids = document["input_ids"][None]
     inputs = {
         "input_ids": ids,
         "image_grid_thw": document["image_grid_thw"],
-        "pixel_values": torch.randn(64, 6 * layout.sizes.patch_size**2),
+        "pixel_values": torch.randn(work.patches, 6 * layout.sizes.patch_size**2),
         "mm_token_type_ids": (ids == layout.image_token_id).int(),
         "use_cache": False,
     }
-    work = layout.vision_work(Media("image", side, side))
-    assert work.patches == 64
     return inputs, StepWork(ids.shape[1], ids.shape[1] ** 2, 1, work)
 
 
@@ -70,6 +70,23 @@ def test_a_forward_costs_what_torch_counts(model, family, qwen_vl_tokenizer):
     text = model.config.text_config
     above = 2 * text.num_hidden_layers * text.hidden_size * work.squared_lengths
     assert QwenVL().step_flops(model.config, work, {}) + above == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("sides", [(140, 196), (224, 112), (84, 252), (364, 84)])
+def test_windows_are_counted_as_they_are(qwen_vl_tokenizer, sides):
+    """5 x 7 tokens in windows of 4 x 4: of 16, 12, 4 and 3; and so on. An estimate knows squares alone."""
+    config = make_config("qwen2_5_vl", qwen_vl_tokenizer, tie_word_embeddings=False)
+    config.vision_config.window_size = WINDOW_SIZE
+    model = make_model("qwen2_5_vl", qwen_vl_tokenizer, "eager", config=config)
+    inputs, work = step("qwen2_5_vl", qwen_vl_tokenizer, *sides)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs)
+    text = config.text_config
+    above = 2 * text.num_hidden_layers * text.hidden_size * work.squared_lengths
+    assert QwenVL().step_flops(config, work, {}) + above == counter.get_total_flops()
+    layout = QwenVLDocuments(make_processor("qwen2_5_vl", qwen_vl_tokenizer, max_tokens=64))
+    square = layout.vision_work(Media("image", 140, 140))
+    assert QwenVL().vision_work(config, 3, 75) == tuple(3 * value for value in square)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -17,6 +18,7 @@ from ..interface import StepWork, VisionWork
 from ..packed_forward import PackedForward, packed_class
 from .memory import language_model_kept, projector_kept, vision_tower_kept
 from .patch_embedding import normalised, packed_patch_embedding
+from .sizes import WINDOW_SIZE, squared_in_windows
 from .vision_attention import Segments, packed_vision_attention
 
 # Of the released checkpoints, where no processor says it.
@@ -53,6 +55,12 @@ class QwenVLPackedForward(PackedForward):
                 f"positions of videos were planned with tokens_per_second {tokens_per_second}, the model's config has "
                 f"{own}: plan with --tokens-per-second {own}"
             )
+
+    def _blank_passes(self, media: dict[str, torch.Tensor | None]) -> int:
+        # Images and videos are a pass each, and ranks that share a sharded tower must meet each of its collectives.
+        passes = sum(media[name] is not None for name in ("pixel_values", "pixel_values_videos"))
+        wanted = 2 if isinstance(self.model.visual.blocks[0], FSDPModule) else 1
+        return max(0, wanted - passes)
 
     def _blank_media(self) -> torch.Tensor:
         vision = self.config.vision_config
@@ -144,7 +152,7 @@ class QwenVL:
 
         A forward is 2 FLOPs a parameter and position (patch, token), gradients of activations 2 more where something
         before them trains, gradients of weights 2 more where they train. The head counts at every real position, as is
-        usual. Attention is causal within documents and full within images; windows of Qwen2.5-VL count as full ones.
+        usual. Attention is causal within documents and full within images, or windows of them in Qwen2.5-VL.
         """
         text = config.text_config
         towers = trained.get("vision_tower", 0) + trained.get("projector", 0)
@@ -167,7 +175,11 @@ class QwenVL:
     def vision_work(self, config: PreTrainedConfig, images: float, tokens: float) -> VisionWork:
         """What encoding so many images costs, which take so many positions together and are of one size."""
         patches = tokens * config.vision_config.spatial_merge_size**2
-        return VisionWork(patches, patches**2 / images if images else 0, tokens)
+        if not images:
+            return VisionWork(patches, 0, tokens)
+        side, window = (patches / images) ** 0.5, _window(config.vision_config)
+        windowed = images * squared_in_windows((side, side), window) if window else 0
+        return VisionWork(patches, patches**2 / images, tokens, windowed)
 
     def activation_bytes(
         self,
@@ -227,11 +239,18 @@ def vision_width(vision: PreTrainedConfig) -> int:
 
 def _vision_attention(vision: PreTrainedConfig, work: StepWork) -> int:
     """Forward FLOPs of scores and values over the tower's segments."""
-    full, in_windows = vision.depth, 0
-    if hasattr(vision, "fullatt_block_indexes"):
+    full, in_windows, window = vision.depth, 0, _window(vision)
+    if window:
         full = len(vision.fullatt_block_indexes)
-        in_windows = (vision.depth - full) * work.vision.patches * (vision.window_size // vision.patch_size) ** 2
+        # Documents are laid out without the config, for windows of the released size; others count as whole ones.
+        released = window == WINDOW_SIZE // vision.patch_size
+        in_windows = (vision.depth - full) * (work.vision.windowed if released else work.vision.patches * window**2)
     return 4 * vision_width(vision) * (full * work.vision.squared + in_windows)
+
+
+def _window(vision: PreTrainedConfig) -> int:
+    """Patches of a window's side; 0 where no block attends in windows."""
+    return vision.window_size // vision.patch_size if hasattr(vision, "fullatt_block_indexes") else 0
 
 
 def _head_dim(text: PreTrainedConfig) -> int:

@@ -25,7 +25,7 @@ from ..interface import Media, TextFormat, VisionWork
 from .boxes import box_form
 from .images import image_patches
 from .positions import AfterVideo, VideoRule, mrope_positions
-from .sizes import ImageSizes, VideoSizes
+from .sizes import WINDOW_SIZE, ImageSizes, VideoSizes, squared_in_windows
 from .videos import describe_video, frames_file, resized_frames, video_patches
 
 VIDEO_DEFAULTS = {"video_fps": 2.0, "max_frames": 768, "max_video_tokens": 16_384}  # the article's
@@ -91,6 +91,7 @@ class QwenVLDocuments:
         self._start, self.image_token_id, self._end, end_of_text, self.video_token_id = ids
         self.boxes = box_form(processor, self.sizes)
         video, is_2_5 = processor.video_processor, isinstance(processor, Qwen2_5_VLProcessor)
+        self._window = WINDOW_SIZE // self.sizes.patch_size if is_2_5 else 0  # patches
         self._frames_apart = isinstance(processor, Qwen3VLProcessor)
         shown = {**VIDEO_DEFAULTS, **(getattr(video, KEPT, None) or {})}
         given = {"video_fps": video_fps, "max_frames": max_frames, "max_video_tokens": max_video_tokens}
@@ -232,13 +233,14 @@ class QwenVLDocuments:
         )  # fmt: skip
 
     def vision_work(self, media: Media) -> VisionWork:
-        """An image, or a pair of frames, is one segment; Qwen2.5-VL's windows are counted by [`QwenVL.step_flops`]."""
+        """An image, or a pair of frames, is one segment; in some blocks of Qwen2.5-VL each of its windows."""
         is_video = media.kind == "video"
         pairs, rows, columns = (
             self.videos.grid(*media[1:]) if is_video else (1, *self.sizes.grid(media.width, media.height))
         )
         patches = pairs * rows * columns
-        return VisionWork(patches, patches * rows * columns, patches // self.sizes.merge_size**2)
+        windowed = pairs * squared_in_windows((rows, columns), self._window) if self._window else 0
+        return VisionWork(patches, patches * rows * columns, patches // self.sizes.merge_size**2, windowed)
 
     def forward_options(self) -> dict[str, Any]:
         """What Qwen2.5-VL's config must say, too."""

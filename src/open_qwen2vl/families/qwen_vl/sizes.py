@@ -11,6 +11,14 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize 
 
 from ...processing.sample_error import SampleError
 
+WINDOW_SIZE = 112  # pixels of a window's side in the released Qwen2.5-VL
+
+
+def squared_in_windows(sides: tuple[float, float], window: int) -> float:
+    """Sum over the windows of a frame of their patches squared; sides in patches, the last windows are smaller."""
+    rows, columns = (side // window * window**2 + (side % window) ** 2 for side in sides)
+    return rows * columns
+
 
 @dataclass(frozen=True)
 class ImageSizes:

@@ -7,5 +7,6 @@ from ...families.interface import StepWork, VisionWork
 
 def step_work(stats: dict[str, Any]) -> StepWork:
     """Of `packing_stats`."""
-    vision = VisionWork(stats["patches"], stats["vision_squared"], stats["vision_tokens"])
+    names = ("patches", "vision_squared", "vision_tokens", "vision_windowed")
+    vision = VisionWork(*(stats[name] for name in names))
     return StepWork(stats["tokens"], stats["squared_lengths"], stats["media"], vision)
