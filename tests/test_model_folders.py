@@ -56,6 +56,14 @@ def test_a_path_that_does_not_exist_is_no_id_of_the_hub(name):
         model_folder(name)
 
 
+def test_a_name_below_a_folder_that_is_here_is_no_id_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert model_folder("runs/x") == "runs/x"
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(ValueError, match="^runs/x: there is no such folder$"):
+        model_folder("runs/x")
+
+
 def test_a_folder_without_a_model_is_named(tmp_path):
     with pytest.raises(ValueError, match="no model .* in it, in .*model or in a checkpoint$"):
         model_folder(tmp_path)

@@ -39,8 +39,10 @@ def model_folder(name: str | os.PathLike) -> str:
         ValueError: for a folder without a model, naming where it was looked for.
     """
     folder = Path(name)
-    if not folder.exists() and (folder.is_absolute() or str(name).startswith(".") or len(folder.parts) > 2):
-        raise ValueError(f"{name}: there is no such folder")  # no id of the Hub either
+    is_path = folder.is_absolute() or str(name).startswith(".") or len(folder.parts) > 2
+    # `runs/x` might be an id of the Hub, but not to somebody who has a folder `runs`.
+    if not folder.exists() and (is_path or len(folder.parts) == 2 and folder.parent.is_dir()):
+        raise ValueError(f"{name}: there is no such folder")
     if not folder.is_dir() or _has_any(folder, _MODEL + _TOKENIZER):
         return str(name)
     if _has_any(folder / "model", _MODEL):

@@ -38,6 +38,10 @@ def only_writer(
     """
     output = Path(output)
     path = output.with_name(f".{output.name}{LOCK_NAME}") if is_file else output / LOCK_NAME
+    if blocking := next((folder for folder in (path.parent, *path.parent.parents) if folder.is_file()), None):
+        raise ValueError(f"{output}: {blocking} is a file, not a folder")
+    if is_file and output.is_dir():
+        raise ValueError(f"{output} is a folder; a file is to be written")
     made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     # Bytes of the file stand for ranks; one process alone takes all that there could be.

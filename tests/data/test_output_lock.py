@@ -49,6 +49,16 @@ def test_a_folder_that_nothing_was_written_to_is_gone(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_where_a_folder_is_to_be_and_the_other_way_round_are_named(tmp_path):
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file" / "packs"):
+        with pytest.raises(ValueError, match=f"^{output}: .*file is a file, not a folder$"), only_writer(output):
+            pass
+    with pytest.raises(ValueError, match=f"^{tmp_path} is a folder; a file"), only_writer(tmp_path, is_file=True):
+        pass
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
 def test_ranks_work_side_by_side_but_not_beside_another_run(tmp_path):
     with holder(tmp_path, rank=1, ranks=4):
         with only_writer(tmp_path, patience=0, rank=0, ranks=4), only_writer(tmp_path, patience=0, rank=2, ranks=4):

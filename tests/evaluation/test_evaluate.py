@@ -15,7 +15,7 @@ from PIL import Image
 from open_qwen2vl import cli
 from open_qwen2vl.evaluation import harness
 from open_qwen2vl.evaluation.benchmarks import BENCHMARKS
-from open_qwen2vl.evaluation.evaluate import evaluate_loaded, run_targets
+from open_qwen2vl.evaluation.evaluate import evaluate, evaluate_loaded, run_targets
 from open_qwen2vl.evaluation.intervals import wilson
 from open_qwen2vl.evaluation.report.folders import load_evaluations
 from open_qwen2vl.evaluation.report.scores import build_rows
@@ -137,6 +137,22 @@ def test_a_task_that_fails_leaves_the_others_results(model_folder, easyvqa, tmp_
     assert "1 of 2 tasks failed: broken: AssertionError" in error and f"others are in {output}" in error
     assert list(json.loads((output / "results.json").read_text())["tasks"]) == ["easyvqa_gen"]
     assert len(read_samples(output, "easyvqa_gen")) == 2
+
+
+def test_a_target_that_is_no_column_is_an_error(tiny_model, processor, tmp_path):
+    """lmms-eval would take its name for the answer of every sample."""
+    folder = write_tasks(tmp_path / "tasks", 2, doc_to_target="answr")
+    with pytest.raises(ValueError, match="doc_to_target 'answr' is no column of the data, which has question, answer"):
+        evaluate_loaded(tiny_model, processor, ["easyvqa_gen"], include_path=[folder])
+
+
+def test_another_number_of_tokens_replaces_no_results(model_folder, easyvqa, tmp_path):
+    options = {"limit": 1, "device": "cpu", "include_path": [easyvqa]}
+    evaluate(str(model_folder), ["easyvqa_gen"], tmp_path, **options)
+    before = (tmp_path / "results.json").read_bytes()
+    with pytest.raises(ValueError, match="has results of image_seq_length 4, now 16: give another --output"):
+        evaluate(str(model_folder), ["easyvqa_gen"], tmp_path, image_seq_length=16, **options)
+    assert (tmp_path / "results.json").read_bytes() == before
 
 
 def test_the_command_prints_the_table(model_folder, easyvqa, tmp_path, capsys):

@@ -13,6 +13,7 @@ from open_qwen2vl.processing import conversations
 from open_qwen2vl.processing.conversation_records import read_conversation
 from open_qwen2vl.processing.conversations import ConversationFormat, training_chat_template
 from open_qwen2vl.processing.sample_error import SampleError
+from open_qwen2vl.processing.text_formats import has_words
 from tests.documents import conversation_document
 
 ORIGINAL = json.loads((Path(__file__).parents[1] / "assets/original/conversations.json").read_text("utf8"))
@@ -136,7 +137,8 @@ def test_neighbouring_parts_do_not_make_a_control_token(processor):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.text(max_size=20), st.text(max_size=20)), min_size=1, max_size=3))
 def test_any_text_comes_back_and_has_the_processors_ids(processor, turns):
-    turns = [(question, answer.lstrip() or "yes") for question, answer in turns]  # see the head of conversations.py
+    # See the head of conversations.py.
+    turns = [(question, answer.lstrip() if has_words(answer) else "yes") for question, answer in turns]
     record = llava(*(turn for q, a in turns for turn in (("human", q.replace("<image>", "")), ("gpt", a))))
     if any("\U000f0000" <= c <= "\U000f0002" for turn in record["conversations"] for c in turn["value"]):
         return  # the marks of transformers and ours
@@ -163,6 +165,7 @@ BAD = {
     "roles_out_of_order": llava(("gpt", "a cat"), ("human", "what?")),
     "no_assistant_turn": llava(("human", "what?")),
     "empty_answer": llava(*TURN, ("human", "and?"), ("gpt", " \n")),
+    "empty_answer, zero width": llava(*TURN, ("human", "and?"), ("gpt", "\u200b\u2060")),
     "bad_image": llava(("human", "<image>"), ("gpt", "a cat"), image=[{"path": 5, "bytes": None}]),
     "too_many_placeholders": llava(("human", "<image><image>"), ("gpt", "a cat"), image="a.jpg"),
     "too_few_placeholders": llava(*TURN, image="a.jpg"),
@@ -186,7 +189,7 @@ BAD = {
 def test_bad_records_have_a_reason(reason):
     with pytest.raises(SampleError) as caught:
         read_conversation(BAD[reason])
-    assert caught.value.reason == reason
+    assert caught.value.reason == reason.split(",")[0]
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,9 @@ def test_a_checkpoint_trains_on(launched, tmp_path, config, monkeypatch, backbon
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--train_packs", "nowhere"], "nowhere has no plan.json"),
+        (["--train_packs", "nowhere"], "nowhere does not exist; a folder that `open-qwen2vl pack"),
+        (["--train_packs", "{config}"], "config.yaml is a file; a folder that `open-qwen2vl pack"),
+        (["--dataset_name", "pairs.csv"], "unknown option '--dataset_name': data are planned first"),
         (["--image_seq_length", "16"], "was planned for 4"),
         (["--model_name_or_path", "x"], "either vision_model and text_model, or model_name_or_path"),
         (["--eval_strategy", "no"], "eval_packs and eval_strategy"),

@@ -50,7 +50,8 @@ def test_training_does_not_notice(make_trainer, processor, tasks_folder, tmp_pat
     plain = make_trainer(**options)
     plain.train()
     assert "eval_tasks" not in plain.summary()
-    trainer = make_trainer(**options, eval_tasks="easyvqa_gen", eval_tasks_steps=2, eval_tasks_path=str(tasks_folder))
+    tasks = {"eval_tasks_path": str(tasks_folder), "trust_task_code": True}
+    trainer = make_trainer(**options, eval_tasks="easyvqa_gen", eval_tasks_steps=2, **tasks)
     trainer.train()
     assert_same_training(trainer, plain)
     assert list(scores(trainer)) == [2, 3], "every two steps, and at the end"
@@ -68,7 +69,13 @@ def test_training_does_not_notice(make_trainer, processor, tasks_folder, tmp_pat
 
 def test_the_schedule_of_evaluation_and_a_task_that_fails(make_trainer, tasks_folder, packs, caplog):
     options = {"eval_strategy": "steps", "eval_steps": 2, "eval_tasks": "broken, easyvqa_gen", "eval_tasks_limit": 2}
-    options |= {"eval_tasks_shots": 0, "eval_tasks_path": str(tasks_folder), "save_strategy": "steps", "save_steps": 2}
+    options |= {
+        "eval_tasks_shots": 0,
+        "eval_tasks_path": str(tasks_folder),
+        "trust_task_code": True,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
     trainer = make_trainer(eval_dataset=packs[:2], **options)
     with caplog.at_level(logging.WARNING, "open_qwen2vl.trainer.task_evaluation"):
         trainer.train()
@@ -117,7 +124,12 @@ def test_an_adapter_answers_too(backbones, processor, packs, tasks_folder, tmp_p
         return trainer
 
     plain = train("plain")
-    tasks = {"eval_tasks": "easyvqa_gen", "eval_tasks_steps": 1, "eval_tasks_path": str(tasks_folder)}
+    tasks = {
+        "eval_tasks": "easyvqa_gen",
+        "eval_tasks_steps": 1,
+        "eval_tasks_path": str(tasks_folder),
+        "trust_task_code": True,
+    }
     trainer = train("tasks", **tasks)
     assert_same_training(trainer, plain)
     assert list(scores(trainer)) == [1, 2, 3]
@@ -139,6 +151,8 @@ def test_what_cannot_run_is_told_before_training(make_trainer, tasks_folder):
     with pytest.raises(ValueError, match="eval_tasks_steps must be at least 1, got 0"):
         make_trainer(eval_tasks="easyvqa_gen", eval_tasks_steps=0)
     with pytest.raises(ValueError, match="--include-path nowhere: no such folder"):
-        make_trainer(eval_tasks="easyvqa_gen", eval_tasks_path="nowhere")
+        make_trainer(eval_tasks="easyvqa_gen", eval_tasks_path="nowhere", trust_task_code=True)
+    with pytest.raises(ValueError, match="eval_tasks_path .* may run any code; trust_task_code allows it"):
+        make_trainer(eval_tasks="easyvqa_gen", eval_tasks_path=str(tasks_folder))
     with pytest.raises(ValueError, match="eval_tasks_limit must be at least 1"):
-        make_trainer(eval_tasks="easyvqa_gen", eval_tasks_limit=0, eval_tasks_path=str(tasks_folder))
+        make_trainer(eval_tasks="easyvqa_gen", eval_tasks_limit=0)

@@ -7,6 +7,7 @@ soon as they are there: the same command resumes after a kill.
 """
 
 import contextlib
+import json
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -74,18 +75,17 @@ def evaluate(
     # Taken before the model is loaded: a folder that cannot be written is told at once.
     with only_writer(output, "evaluating to", rank=state.process_index, ranks=state.num_processes):
         loaded, processor = load_model(model, device)
+        options = {"batch_size": batch_size, "limit": limit, "max_new_tokens": max_new_tokens, "judge": judge}
+        options |= _model_options(loaded, processor, image_seq_length)
+        _refuse_other_budget(Path(output), options["image_seq_length"])
         lm = _make_lmms(loaded, processor, rules, few_shot, batch_size, image_seq_length, max_new_tokens)
         lm.fingerprint = model_fingerprint(loaded, processor)
         lm.journal = Journal(Path(output) / "journal", state.process_index)
         # No rank writes before all have read.
         state.wait_for_everyone()
         identity = _identity(model, loaded, lm.fingerprint)
-        options = {"batch_size": batch_size, "limit": limit, "max_new_tokens": max_new_tokens, "judge": judge}
-        options |= _model_options(loaded, processor, image_seq_length)
-        try:
+        with contextlib.closing(lm.journal):
             return run_targets(lm, targets, Path(output), manager, identity, options, rules=rules, few_shot=few_shot)
-        finally:
-            lm.journal.close()
 
 
 def evaluate_loaded(
@@ -203,6 +203,14 @@ def _model_options(model: PreTrainedModel, processor: ProcessorMixin, image_seq_
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
     }
+
+
+def _refuse_other_budget(output: Path, budget: int | None) -> None:
+    """Results with another number of tokens an image are others, and would be replaced."""
+    path = output / "results.json"
+    before = json.loads(path.read_text(encoding="utf-8"))["options"]["image_seq_length"] if path.exists() else budget
+    if before != budget:
+        raise ValueError(f"{output} has results of image_seq_length {before}, now {budget}: give another --output")
 
 
 @contextlib.contextmanager

@@ -100,10 +100,21 @@ def load_tasks(manager: Any, name: str) -> list:
     if any(task.OUTPUT_TYPE in ("loglikelihood", "multiple_choice") for task in tasks):
         tasks = _leaves(manager.load_task_or_group([name], "simple"))
     for task in tasks:
+        _check_target(task)
         if len(task.aggregation()) > 1:
             # Files for a benchmark's server; MMBench's ends the task on an answer that Excel cannot hold.
             task.aggregation().pop("submission", None)
     return tasks
+
+
+def _check_target(task: Any) -> None:
+    """lmms-eval takes a `doc_to_target` that is no column for the answer itself, and every sample would be wrong."""
+    named, columns = task.config.doc_to_target, getattr(task, "features", [])
+    # A template has braces; a number is a choice; functions that score may look elsewhere.
+    if not isinstance(named, str) or "{" in named or named.isdigit() or callable(task.config.process_results):
+        return
+    if columns and named not in columns:
+        raise ValueError(f"doc_to_target {named!r} is no column of the data, which has {', '.join(columns)}")
 
 
 def _leaves(loaded: dict) -> list:

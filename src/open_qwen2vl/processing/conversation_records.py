@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from .box_parts import place_boxes, read_box
 from .media_records import MARK, OTHER_MEDIA, media_part, read_media_part, take_media
 from .sample_error import SampleError
+from .text_formats import has_words
 from .tool_records import read_calls, read_tools
 
 ROLES = {
@@ -89,7 +90,7 @@ def read_conversation(record: Any) -> Conversation:
     refuse_long(_texts(messages, tools))
     for message in messages:
         message["content"] = join_texts(message["content"])
-        says = any(part.get("text", "x").strip() for part in message["content"])
+        says = any(has_words(part.get("text", "x")) for part in message["content"])
         if message["role"] == "assistant" and not says and "tool_calls" not in message:
             raise SampleError("empty_answer", "an answer without text")
     return Conversation(messages, images, tools)

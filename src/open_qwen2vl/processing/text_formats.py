@@ -11,6 +11,7 @@ blocks, told by their place, and the first. Text from data never becomes a contr
 """
 
 import hashlib
+import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ IMAGE_TOKEN = "<|image_pad|>"
 IGNORE_INDEX = -100
 SYSTEM_PROMPT = "You are a helpful assistant."
 MAX_INTERLEAVED_IMAGES = 9
+_BLANKS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs without ink
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,12 @@ class TextFormat:
     after_media: str = ""  # text behind each image or video, tokenised with the text that follows it
     text_end: tuple[int, ...] = ()  # ids behind each text of a document with two or more media
     renames: tuple[tuple[str, str], ...] = ()  # literal strings of data's texts and what they become
+
+
+def has_words(text: str) -> bool:
+    """Whether anything in a text is to be seen: white space, controls, marks and zero-width characters are not."""
+    # A letter comes first in nearly every text, which ends the search.
+    return any(unicodedata.category(character)[0] not in "CZM" and character not in _BLANKS for character in text)
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

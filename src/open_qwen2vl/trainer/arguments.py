@@ -53,7 +53,9 @@ class PackedArguments:
         eval_tasks_batch_size (`int`, *optional*, defaults to 8):
             Prompts that run at a time on each device.
         eval_tasks_path (`str`, *optional*):
-            Folder with YAML files of more tasks.
+            Folder with YAML files of more tasks, whose Python code runs.
+        trust_task_code (`bool`, *optional*, defaults to `False`):
+            Run the Python code and templates of `eval_tasks_path`, which is refused without it.
         profile (`bool`, *optional*, defaults to `False`):
             Record a few steps with torch's profiler into `output_dir/profile`.
         per_device_train_batch_size (`int`, *optional*, defaults to 1):
@@ -116,7 +118,10 @@ class PackedArguments:
         default=8, metadata={"help": "Prompts of eval_tasks that run at a time on each device."}
     )
     eval_tasks_path: str | None = field(
-        default=None, metadata={"help": "Folder with YAML files of more tasks for eval_tasks."}
+        default=None, metadata={"help": "Folder with YAML files of more tasks for eval_tasks, whose Python code runs."}
+    )
+    trust_task_code: bool = field(
+        default=False, metadata={"help": "Run the Python code and templates of eval_tasks_path's folder."}
     )
     profile: bool = field(
         default=False, metadata={"help": "Record a few steps with torch's profiler into output_dir/profile."}

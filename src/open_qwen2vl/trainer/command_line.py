@@ -13,6 +13,9 @@ from .yaml_options import YamlOptionsError, plain_value, read_options
 
 NESTED = ("train_packs", "eval_packs")  # a folder, or in a YAML file a list of sources
 
+# What other trainers call their data.
+_DATA = ("dataset_name", "dataset", "dataset_path", "data_path", "data_files", "train_file", "train_data")
+
 
 class _Parser(HfArgumentParser):
     def __init__(self, dataclasses: Sequence[type], **kwargs):
@@ -35,6 +38,11 @@ class _Parser(HfArgumentParser):
     def unknown(self, option: str, where: str = "") -> None:
         """End with the option's name and the nearest known one."""
         name = option.lstrip("-").split("=")[0].replace("-", "_")
+        if name in _DATA and "train_packs" in self.destinations():
+            self.error(
+                f"{where}unknown option {option!r}: data are planned first, `open-qwen2vl pack DATA --output PACKS`; "
+                "then give --train_packs PACKS"
+            )
         near = difflib.get_close_matches(name, self.destinations(), n=1)
         self.error(f"{where}unknown option {option!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
 

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -97,9 +98,18 @@ def add_lora(model: PreTrainedModel, config: LoraConfig | None = None) -> PeftMo
         ValueError: if the adapter would change no module of the language model, one of the vision tower, or if a
             module that it shall train in full does not exist.
     """
-    adapted = get_peft_model(model, lora_config() if config is None else config)
+    with _without_alias_warning():
+        adapted = get_peft_model(model, lora_config() if config is None else config)
     check_targets(adapted)
     return adapted
+
+
+@contextlib.contextmanager
+def _without_alias_warning() -> Iterator[None]:
+    """PEFT asks for `is_gradient_checkpointing`, which transformers calls otherwise by now."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def check_targets(model: PeftModel) -> None:
@@ -132,7 +142,7 @@ def load_lora(model: PreTrainedModel, adapter: str | os.PathLike, **kwargs) -> P
             its weights leave the model as it is.
     """
     try:
-        with warnings.catch_warnings():
+        with _without_alias_warning():
             # PEFT goes on with fresh weights where it finds none.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             adapted = PeftModel.from_pretrained(model, adapter, **kwargs)

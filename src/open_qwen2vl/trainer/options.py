@@ -151,6 +151,10 @@ def refuse_unsupported(args: Any) -> None:
     for name in _EVALUATED:
         if getattr(args, name) not in (None, False) and args.eval_strategy in ("no", False):
             raise ValueError(f"{name} has no effect without eval_strategy (steps or epoch)")
+    if args.eval_tasks_path and not args.trust_task_code:
+        raise ValueError(
+            f"eval_tasks_path {args.eval_tasks_path}: the tasks there may run any code; trust_task_code allows it"
+        )
     if args.optim_args and str(getattr(args.optim, "value", args.optim)) in _NO_OPTIM_ARGS:
         raise ValueError("optim_args has no effect on this optim: give adam_beta1, adam_epsilon, ... by their names")
     if args.optim_target_modules and not any(kind in str(args.optim).lower() for kind in ("galore", "apollo")):

@@ -80,7 +80,8 @@ def test_top_fraction_draws_the_ties_by_uid(write_score_file, choose):
     other = sorted(uid for uid, score in scores.items() if score > 50 or is_drawn(uid, "mlm", (60, 300), seed=7))
     assert choose("top(mlm, 0.4)", seed=7)[0] == other != expected
     assert len(choose("top(mlm, 0.25)")[0]) == 100 and len(choose("top(mlm, 1)")[0]) == 400
-    assert choose("top(mlm, 0.001)")[0] == []
+    with pytest.raises(ValueError, match="no pair is left"):
+        choose("top(mlm, 0.001)")
 
 
 def test_top_fraction_is_of_the_pairs_with_the_score_and_exact(write_score_file, choose):
@@ -165,6 +166,13 @@ def test_mistake_is_one_error(write_score_file, choose, tmp_path, monkeypatch, k
     with pytest.raises((ValueError, OSError), match=message.replace("(", r"\(")):
         choose(keep, **options)
     assert not list(tmp_path.glob("subset.npy*"))
+
+
+def test_nothing_left_is_an_error_after_the_report(write_score_file, choose, decisions):
+    write_score_file("clip", {UIDS[0]: 1.0})
+    with pytest.raises(ValueError, match=r"^--keep clip > 2: no pair is left; .*html says why$"):
+        choose("clip > 2")
+    assert decisions()[UIDS[0]] == (False, "clip > 2: 1")
 
 
 def test_names_that_duckdb_takes_for_patterns_are_files(write_score_file, tmp_path):

@@ -13,20 +13,19 @@ texts [text, or None where an image stands], images in that order
 
 import base64
 import binascii
-import unicodedata
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ...processing.conversation_records import BYTE_ORDER_MARK, refuse_long
 from ...processing.media_records import Video, image_path, refuse_url
 from ...processing.sample_error import SampleError
+from ...processing.text_formats import has_words
 from ..storage.tars import VIDEO_EXTENSIONS
 
 IMAGE_FIELD, VIDEO_FIELD = "image", "video"
 # Other names of a path beside a caption; `path` beside a plain text may be that of the text.
 PATH_FIELDS = ("image_path", "img_path", "file_name", "filename", "file_path", "filepath", "path", "img")
 CAPTION_FIELDS = ("caption", "text")  # where none is named, the first that a record or a table has
-_BLANKS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs without ink
 
 
 class Texts(NamedTuple):
@@ -96,12 +95,6 @@ def decode_caption(data: bytes) -> str:
     if not has_words(caption):
         raise SampleError("empty_caption", "the caption is empty")
     return caption
-
-
-def has_words(text: str) -> bool:
-    """Whether anything in a text is to be seen: white space, controls, marks and zero-width characters are not."""
-    # A letter comes first in nearly every text, which ends the search.
-    return any(unicodedata.category(character)[0] not in "CZM" and character not in _BLANKS for character in text)
 
 
 def is_interleaved(names: Any) -> bool:

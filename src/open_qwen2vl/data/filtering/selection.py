@@ -54,7 +54,8 @@ def select_pairs(options: FilterOptions) -> SelectionReport:
         [`SelectionReport`]: counts of pairs kept and dropped.
 
     Raises:
-        ValueError: for an expression or a file of another form, or a score that no file has.
+        ValueError: for an expression or a file of another form, a score that no file has, or, after the report is
+            written, if no pair is left.
         OSError: if a file cannot be read or written.
     """
     output, folder = Path(options.output), options.report_folder
@@ -92,6 +93,8 @@ def _select(
         write_page(folder / PAGE_NAME, page)
         _advance(bar, "filtered")
     write_uids(output, uids)
+    if not figures.kept:
+        raise ValueError(f"--keep {options.keep}: no pair is left; {folder / PAGE_NAME} says why")
     return figures
 
 

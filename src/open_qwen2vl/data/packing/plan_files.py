@@ -100,6 +100,9 @@ def write_plan(folder: Path, plan: dict[str, Any]) -> None:
 
 def read_plan(folder: Path) -> dict[str, Any]:
     """The content of `plan.json`; a `ValueError` if it is not there or of a version that this code does not know."""
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise ValueError(f"{folder} {what}; a folder that `open-qwen2vl pack DATA --output FOLDER` wrote is needed")
     try:
         plan = json.loads((folder / PLAN_NAME).read_text(encoding="utf8"))
     except FileNotFoundError:

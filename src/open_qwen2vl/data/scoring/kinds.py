@@ -150,7 +150,7 @@ def _check_finished(tasks: Sequence[ShardTask], recipe: dict[str, Any]) -> None:
             if before.get(option) != now.get(option):
                 changed.append(f"{flag(option)} {_named(before.get(option))}, now {_named(now.get(option))}")
         if changed:
-            advice = f"delete {task.output.parent} or choose another --output or --name"
+            advice = f"choose another --output or --name, or delete {task.output.parent}"
             raise ValueError(f"{task.output}: made with {'; '.join(changed)}; {advice}")
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel, TrainerState
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
 from ...files import publish_folder
 from .completeness import STATE_NAME
-from .folders import STAGING_NAME, CheckpointError, newest_complete_checkpoint, prune
+from .folders import PUSH_NAME, STAGING_NAME, CheckpointError, newest_complete_checkpoint, prune
 from .run_record import write_run_record
 
 
@@ -61,6 +61,28 @@ class Staging:
                 f"cannot save {final}: {' '.join(str(error).split())}; "
                 + (f"the same command resumes from {newest}" if newest else "there is no checkpoint yet")
             ) from error
+
+
+@contextlib.contextmanager
+def pushed_apart(args: TrainingArguments) -> Iterator[None]:
+    """Give the trainer a folder of its own to push from: it uploads all of `output_dir`, whatever lies there."""
+    run_folder, args.output_dir = args.output_dir, os.path.join(args.output_dir, PUSH_NAME)
+    try:
+        os.makedirs(args.output_dir, exist_ok=True)
+        yield
+    finally:
+        args.output_dir = run_folder
+
+
+def pushing_apart(push: Callable) -> Callable:
+    """A trainer's method that pushes, from a folder of its own."""
+
+    @functools.wraps(push)
+    def push_apart(self, *args, **kwargs):
+        with pushed_apart(self.args):
+            return push(self, *args, **kwargs)
+
+    return push_apart
 
 
 def finish_checkpoint(
