@@ -65,7 +65,7 @@ def test_items_and_batches_have_the_familys_tensors_and_positions(tar, toy, tmp_
     items = [dataset[i] for i in range(len(dataset))]
     assert all(item["position_ids"].shape == (2, len(item["input_ids"])) for item in items)
     total = VisionWork(*map(sum, zip(*(item["vision_work"] for item in items), strict=True)))
-    assert total == (34, 1 + 4 + 36 + 625, 34) and sum(item["media"] for item in items) == 4
+    assert total == (34, 1 + 4 + 36 + 625, 34, 0) and sum(item["media"] for item in items) == 4
     assert sorted(np.concatenate([item["grids"].numpy() for item in items]).tolist()) == [
         [1, 1],
         [1, 2],
