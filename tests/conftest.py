@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-# Before torch is imported, and whatever the environment says: the suite runs on several worker processes, and trainings
-# here are compared, bit by bit or nearly, with those in forks, which have one thread.
+# Before torch is imported, and whatever the environment says: the suite runs on several worker processes, and
+# trainings of this one are compared, bit by bit or nearly, with those of forks, which have one thread.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
