@@ -334,7 +334,7 @@ class PackedTraining:
                 self.create_model_card()
                 super()._push_from_checkpoint(checkpoint_folder)
 
-    push_to_hub = saving.pushing_apart(Trainer.push_to_hub)
+    push_to_hub = saving.push_to_hub
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as a folder that `from_pretrained` reads, under FSDP too; every rank must call it."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
 
 from ...files import publish_folder
 from .completeness import STATE_NAME
@@ -74,15 +74,10 @@ def pushed_apart(args: TrainingArguments) -> Iterator[None]:
         args.output_dir = run_folder
 
 
-def pushing_apart(push: Callable) -> Callable:
-    """A trainer's method that pushes, from a folder of its own."""
-
-    @functools.wraps(push)
-    def push_apart(self, *args, **kwargs):
-        with pushed_apart(self.args):
-            return push(self, *args, **kwargs)
-
-    return push_apart
+def push_to_hub(trainer: Trainer, *args, **kwargs) -> Any:
+    """Push model, processor and card as `Trainer.push_to_hub` does, and nothing else of `output_dir`."""
+    with pushed_apart(trainer.args):
+        return Trainer.push_to_hub(trainer, *args, **kwargs)
 
 
 def finish_checkpoint(
