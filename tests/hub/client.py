@@ -62,7 +62,7 @@ def train(folder: str, packs: str, repo: str) -> dict:
     )
     data = PackMixture(parse_sources(packs), processor)
     trainer = PackedTrainer(model=model, args=args, train_dataset=data, processing_class=processor)
-    Path("run").mkdir()
+    Path("run").mkdir(exist_ok=True)
     Path("run/notes.txt").write_text("whatever else lies there")
     trainer.train()
     trainer._finish_current_push()
