@@ -91,7 +91,6 @@ class QwenVLDocuments:
         self._start, self.image_token_id, self._end, end_of_text, self.video_token_id = ids
         self.boxes = box_form(processor, self.sizes)
         video, is_2_5 = processor.video_processor, isinstance(processor, Qwen2_5_VLProcessor)
-        self._window = WINDOW_SIZE // self.sizes.patch_size if is_2_5 else 0  # patches
         self._frames_apart = isinstance(processor, Qwen3VLProcessor)
         shown = {**VIDEO_DEFAULTS, **(getattr(video, KEPT, None) or {})}
         given = {"video_fps": video_fps, "max_frames": max_frames, "max_video_tokens": max_video_tokens}
@@ -239,7 +238,9 @@ class QwenVLDocuments:
             self.videos.grid(*media[1:]) if is_video else (1, *self.sizes.grid(media.width, media.height))
         )
         patches = pairs * rows * columns
-        windowed = pairs * squared_in_windows((rows, columns), self._window) if self._window else 0
+        windowed = 0
+        if self._rule.tokens_per_second is not None:  # Qwen2.5-VL
+            windowed = pairs * squared_in_windows((rows, columns), WINDOW_SIZE // self.sizes.patch_size)
         return VisionWork(patches, patches * rows * columns, patches // self.sizes.merge_size**2, windowed)
 
     def forward_options(self) -> dict[str, Any]:
