@@ -126,8 +126,9 @@ def test_all_blocks_in_order(place, easyvqa, monkeypatch, capsys):  # noqa: F811
             elif program == "open-qwen2vl" and words[0] != "demo":
                 longer = ["--max-length", "2048"] if "packs/agent" in words else []
                 assert cli.main([*words, *ends.get(words[0], "").split(), *longer]) == 0
-            else:  # tests/recipes/test_qwen2_vl.py and tests/evaluation/test_families.py have these
-                assert command in ("sh recipes/qwen2_vl/run.sh", "open-qwen2vl demo runs/qwen-sft")
+            else:  # tests/recipes/ and tests/evaluation/test_families.py have these
+                recipes = ("sh recipes/qwen2_vl/run.sh", "sh recipes/qwen2_vl/capabilities/run.sh")
+                assert command in (*recipes, "open-qwen2vl demo runs/qwen-sft")
     for name in ("qwen", "qwen-sft"):
         assert (place / "runs" / name / "model" / "model.safetensors").exists()
     assert json.loads(Path("results/qwen-sft/results.json").read_text())["tasks"]["easyvqa_gen"]["num_samples"] == 2
