@@ -62,10 +62,12 @@ def train(folder: str, packs: str, repo: str) -> dict:
     )
     data = PackMixture(parse_sources(packs), processor)
     trainer = PackedTrainer(model=model, args=args, train_dataset=data, processing_class=processor)
+    Path("run").mkdir(exist_ok=True)
+    Path("run/notes.txt").write_text("whatever else lies there")
     trainer.train()
     trainer._finish_current_push()
     during = ModelCard.load(repo).content
-    Path("run/README.md").unlink()
+    Path("run/.pushed/README.md").unlink()
     trainer.push_to_hub(license="mit")
     return {"during": during, "after": ModelCard.load(repo).content}
 

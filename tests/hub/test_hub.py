@@ -146,6 +146,9 @@ def test_a_training_pushes_our_card(hub, folder, qwen_vl_folder, tmp_path):
         assert text.count("# run\n") == 1 and "| Steps | 2 |" in text and "| Samples read | 8 |" in text
         assert 'from_pretrained("tester/run", trust_remote_code=True)' in text
         assert yaml.safe_load(text.split("---")[1])["pipeline_tag"] == "image-text-to-text"
+    files = hub.repos["models", "tester/run"].files
+    assert {"config.json", "model.safetensors", "README.md"} <= set(files) and "notes.txt" not in files
+    assert not [name for name in files if name.startswith(("checkpoint", "packs", "model/"))]
     assert "license: mit" in cards["after"] and "license" not in cards["during"].split("---")[1]
 
     stocks = found["stock"]

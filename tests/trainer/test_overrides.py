@@ -39,6 +39,8 @@ STOCK = {
     "_get_output_dir": "trial",
     "_save_checkpoint": "model, trial",
     "_push_from_checkpoint": "checkpoint_folder",
+    "push_to_hub": "commit_message='End of training', blocking=True, token=None, revision=None, private=None, "
+    "**kwargs",
     "save_model": "output_dir=None, _internal_call=False",
     "_save": "output_dir=None, state_dict=None",
 }

@@ -54,9 +54,7 @@ class PackedTraining:
         self._gives_row_losses = "return_row_losses" in inspect.signature(base.forward).parameters
         self._parts_of_groups: list[str] = []
         self.part_rates: dict[str, float] = {}
-        self.stop_request = StopRequest()
-        self.interrupted = False
-        self._staging = saving.Staging()
+        self.stop_request, self.interrupted = StopRequest(), False
         super().__init__(
             model=model,
             args=args,
@@ -78,10 +76,9 @@ class PackedTraining:
         self._weights_record = weights_record(self.model, self._family.parts)
         self._order: PackOrder | None = None
         self._meter = StepMeter(args.device, args.world_size, len(self.source_names))
-        self._evaluated = Evaluated([])
+        self._evaluated, self._staging = Evaluated([]), saving.Staging()
         self._row_losses: torch.Tensor | None = None
-        self._grad_norm: torch.Tensor | float = 0.0
-        self._micro_batch_flops, self._step_is_empty, self._labels_are_planned = 0, False, False
+        self._grad_norm, self._micro_batch_flops, self._step_is_empty, self._labels_are_planned = 0.0, 0, False, False
 
     def _add_own_callbacks(self) -> None:
         self.add_callback(StepEnd(self._end_step))
@@ -328,13 +325,16 @@ class PackedTraining:
             finish = functools.partial(saving.finish_checkpoint, final, self.state, self.run_record(), limit)
             self._staging.write(final, save, finish, self.accelerator.wait_for_everyone, self.args.should_save)
         if self.args.push_to_hub:
-            self.create_model_card()
-            super()._push_from_checkpoint(str(final))
+            self._push_from_checkpoint(str(final))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer would upload in the background from a folder that is about to be renamed.
         if not self._staging.active:
-            super()._push_from_checkpoint(checkpoint_folder)
+            with saving.pushed_apart(self.args):
+                self.create_model_card()
+                super()._push_from_checkpoint(checkpoint_folder)
+
+    push_to_hub = saving.push_to_hub
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as a folder that `from_pretrained` reads, under FSDP too; every rank must call it."""

@@ -22,6 +22,7 @@ from .completeness import missing_part
 logger = logging.getLogger(__name__)
 
 STAGING_NAME = ".saving"
+PUSH_NAME = ".pushed"  # what went to the Hub during the training
 
 
 class CheckpointError(OSError):
@@ -106,3 +107,4 @@ def _push(trainer: Trainer, folder: Path) -> None:
         revision=trainer.args.hub_revision,
         delete_patterns=["training_args.bin"],  # of pushes during training
     )
+    shutil.rmtree(Path(trainer.args.output_dir) / PUSH_NAME, ignore_errors=True)

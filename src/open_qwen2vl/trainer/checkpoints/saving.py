@@ -10,11 +10,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
 
 from ...files import publish_folder
 from .completeness import STATE_NAME
-from .folders import STAGING_NAME, CheckpointError, newest_complete_checkpoint, prune
+from .folders import PUSH_NAME, STAGING_NAME, CheckpointError, newest_complete_checkpoint, prune
 from .run_record import write_run_record
 
 
@@ -61,6 +61,23 @@ class Staging:
                 f"cannot save {final}: {' '.join(str(error).split())}; "
                 + (f"the same command resumes from {newest}" if newest else "there is no checkpoint yet")
             ) from error
+
+
+@contextlib.contextmanager
+def pushed_apart(args: TrainingArguments) -> Iterator[None]:
+    """Give the trainer a folder of its own to push from: it uploads all of `output_dir`, whatever lies there."""
+    run_folder, args.output_dir = args.output_dir, os.path.join(args.output_dir, PUSH_NAME)
+    try:
+        os.makedirs(args.output_dir, exist_ok=True)
+        yield
+    finally:
+        args.output_dir = run_folder
+
+
+def push_to_hub(trainer: Trainer, *args, **kwargs) -> Any:
+    """Push model, processor and card as `Trainer.push_to_hub` does, and nothing else of `output_dir`."""
+    with pushed_apart(trainer.args):
+        return Trainer.push_to_hub(trainer, *args, **kwargs)
 
 
 def finish_checkpoint(
