@@ -71,7 +71,8 @@ def test_dpo_comes_to_prefer_the_chosen_answer(model, processor, tmp_path, adapt
     before = copies(trainer.model)
     trainer.train()
     margins = [log["rewards/margins"] for log in trainer.state.log_history if "rewards/margins" in log]
-    assert margins[0] == 0 and margins[-1] > 0.1, "the policy starts as its reference, and leaves it"
+    # Some processors round a pass with gradients otherwise than one without.
+    assert abs(margins[0]) < 1e-5 and margins[-1] > 0.1, "the policy starts as its reference, and leaves it"
     assert trained_parts(trainer, before) == {"multi_modal_projector", "language_model"}
 
 

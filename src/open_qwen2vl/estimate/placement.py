@@ -69,7 +69,7 @@ def best_placement(
                 if used <= ROOM * capacity:
                     reason = "; ".join(too_large.values())
                     return Placement(layout, packs, planned.accumulation, every, used, reason)
-            title = f"{_TITLES[layout]}{_EVERY[every].replace(', ', ' with ')}"
+            title = f"{_TITLES[layout]}{_EVERY[every].replace(', ', ' with ') or ' without activation checkpointing'}"
             too_large[layout] = f"{title} takes {used / GIB:,.1f} GiB"
     return None
 

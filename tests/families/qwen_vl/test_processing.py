@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import Qwen2_5_VLProcessor
 
 from open_qwen2vl.families.interface import Media
 from open_qwen2vl.families.qwen_vl.processing import QwenVLDocuments
@@ -53,7 +54,9 @@ def test_what_the_interface_asks(processor):
     joined = {name: torch.cat([empty[name], read[name]]) for name in read}
     assert all(torch.equal(joined[name], read[name]) and joined[name].dtype == read[name].dtype for name in read)
     assert layout.position_ids(np.arange(5), empty).tolist() == [list(range(5))] * 4
-    assert layout.forward_options() == {} and layout.rope_rows == 4 and layout.needs_sizes
+    # Which the packed forward compares with its config's.
+    seconds = {"tokens_per_second": 2.0} if isinstance(processor, Qwen2_5_VLProcessor) else {}
+    assert layout.forward_options() == seconds and layout.rope_rows == 4 and layout.needs_sizes
     end = processor.tokenizer.convert_tokens_to_ids("<|endoftext|>")
     assert layout.text_format.document_start == () and layout.text_format.document_end == (end,)
 
