@@ -102,6 +102,35 @@ def test_a_call_that_cannot_be_made_tells_the_model_why(form, arguments, name, r
     assert trained == [False, True, True]
 
 
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        ("tool_call", write("tool_call", '{"direction": "right", "far": 1e999}')),
+        ("tool_call", write("tool_call", '{"direction": "\\ud800"}')),
+        ("tool_call", write("tool_call", name='mo\\"ve')),
+        ("tool_call", write("tool_call", name=" ")),
+        ("tool_call", "among <tools>\n" + write("tool_call")),
+        ("function", write("function", name='mo"ve')),
+        ("function", "so *RESULT*: is\n" + write("function")),
+    ],
+)
+def test_what_could_not_be_shown_again_is_no_call(qwen_vl_folder, monkeypatch, tmp_path, form, text):
+    """A model reads its own calls in the next step: none may break the conversation, or its training."""
+    said = iter([text, "done"])
+    folder = qwen_vl_folder("qwen2_vl")
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+
+    def generate(input_ids, **others):
+        new = processor.tokenizer(next(said), add_special_tokens=False, return_tensors="pt")["input_ids"]
+        return torch.cat([input_ids, new], dim=1)
+
+    monkeypatch.setattr(model, "generate", generate)
+    transcript = run(model, World(), processor=processor, tool_form=form)
+    assert (dict(transcript.errors), transcript.answer) == ({"unreadable_call": 1}, "done")
+    agent.save_transcripts([transcript], tmp_path / "saved")
+
+
 def test_calls_at_once_are_made_in_order():
     world = World()
     transcript = run(script("\n".join([write("tool_call")] * 2), "there"), world)

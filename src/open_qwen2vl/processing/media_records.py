@@ -14,7 +14,10 @@ from .sample_error import SampleError
 MARK = re.compile("<(image|video)>")  # in the text of a turn
 OTHER_MEDIA = ("audio", "audios")
 # Of a part of type video: what would show another part of it.
-_VIDEO_OPTIONS = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end", "sample_fps")
+_VIDEO_OPTIONS = (
+    *("fps", "video_fps", "sample_fps", "nframes", "num_frames", "min_frames", "max_frames"),
+    *("video_start", "video_end", "start_time", "end_time", "start", "end"),
+)
 _ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from .sample_error import SampleError
+from .tool_records import read_calls
 
 Message = dict[str, Any]
 ToolForm = Literal["tool_call", "function"]
@@ -143,6 +144,7 @@ def _checked(call: Any) -> Call:
     name, arguments = (call.get("name"), call.get("arguments")) if isinstance(call, dict) else (None, None)
     if not isinstance(name, str) or not name or not isinstance(arguments, dict):
         raise ValueError("a call needs the name of a function and a JSON object of arguments")
+    read_calls([{"name": name, "arguments": arguments}])  # 1e999 and "\ud800" are read by json, and not written again
     return Call(name, arguments)
 
 

@@ -34,6 +34,8 @@ def reason(read, *args):
         ({"value": "other"}, {}, "ambiguous_conversation"),
         ({"from": "gpt"}, {}, "ambiguous_conversation"),
         ({"content": [{"type": "image", "image": "a.png", "text": "seen?"}]}, {}, "unknown_content"),
+        ({"content": [{"type": "video", "video": "a.mp4", "start_time": 3}]}, {}, "unknown_content"),
+        ({"content": [{"type": "video", "video": "a.mp4", "num_frames": 8}]}, {}, "unknown_content"),
         ({}, {"thought": "hm"}, "unread_text"),
         ({}, {"trainable": False}, "no_trained_turn"),
         ({}, {"train_on_turn": False}, "no_trained_turn"),
@@ -132,6 +134,13 @@ def test_fields_that_are_not_read_are_named(tmp_path, processor, caplog, suffix)
     with caplog.at_level(logging.WARNING):
         plan_packs([path], tmp_path / "packs", processor, image_seq_length=4, num_workers=1)
     assert f"{path}: these fields are not read: context, mood of a turn" in caplog.text
+
+
+def test_fields_of_parts_that_are_not_read_are_named(tmp_path, processor, caplog):
+    rows = [{"messages": [{"role": "user", "content": [{"type": "text", "text": "q", "tone": "dry"}]}, ANSWER]}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    plan_packs([tmp_path / "a.json"], tmp_path / "packs", processor, image_seq_length=4, num_workers=1)
+    assert "these fields are not read: tone of a part" in caplog.text
 
 
 def invalid(values: list[bytes]) -> pa.StringArray:

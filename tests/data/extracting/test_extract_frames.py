@@ -103,6 +103,39 @@ def test_gifs_are_clips_on_request(model, pool, tmp_path):
     assert totals(tmp_path / "packs")["videos"] == 3
 
 
+def test_of_several_clips_of_a_sample_the_one_that_counts_becomes_frames(model, tmp_path, caplog):
+    members = [
+        ("a.webm", CLIPS["b.webm"]),
+        ("a.mp4", CLIPS["a.mp4"]),
+        ("a.png", picture(90, 60)),
+        ("a.txt", b"a clip"),
+    ]
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in/0.tar", [*members, ("b.gif", animation(moving_frames(6), [200] * 6)), ("b.txt", b"a gif")])
+    assert extract(tmp_path / "in", tmp_path / "out", model, "--animations", "--lossless") == 0
+    with tarfile.open(tmp_path / "out/0.tar") as tar:
+        assert tar.getnames() == ["a.frames", "a.png", "a.txt", "b.frames", "b.txt"]
+    assert "a.webm is left out, for a.mp4 counts" in caplog.text
+    for name in ("in", "out"):
+        assert pack([tmp_path / name], tmp_path / f"packs-{name}", model, "--animations") == 0
+    check_same(tmp_path / "packs-in", tmp_path / "packs-out", model, lossless=True)
+
+
+def test_frames_of_a_clip_that_has_changed_are_refused(model, pool, tmp_path, capsys):
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips/a.mp4").write_bytes(CLIPS["a.mp4"])
+    (tmp_path / "clips/c.mp4").write_bytes(b"none")
+    for _ in range(2):
+        assert extract(tmp_path / "clips", tmp_path / "frames", model) == 0
+    (tmp_path / "clips/c.mp4").write_bytes(CLIPS["a.mp4"])  # repaired, and another one is new
+    (tmp_path / "clips/d.webm").write_bytes(CLIPS["b.webm"])
+    assert extract(tmp_path / "clips", tmp_path / "frames", model) == 0
+    assert {path.name for path in (tmp_path / "frames").glob("*.frames")} == {"a.frames", "c.frames", "d.frames"}
+    (tmp_path / "clips/a.mp4").write_bytes(clip(moving_frames(8)))
+    assert extract(tmp_path / "clips", tmp_path / "frames", model) == 2
+    assert "a.mp4 has changed since its frames were extracted" in capsys.readouterr().err
+
+
 def test_a_rerun_makes_what_is_missing_and_other_options_are_refused(model, pool, tmp_path, capsys):
     assert extract(pool, tmp_path / "frames", model) == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "frames").glob("*.tar")}

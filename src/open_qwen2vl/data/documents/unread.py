@@ -22,24 +22,26 @@ _READ = {
 }
 _TURNS = ("messages", "conversations", TURNS)
 _NAMES = ("tool_calls", "tool_call_id", "name")  # the latter two name the call that a result is of
+_READ_OF_PARTS = ("type", "text", "image", "image_url", "video", "video_url", "path", "url", "label", "box")
 _READ_OF_TURNS = ("role", "from", "content", "value", "user", "assistant", "system", *_NAMES, *FLAGS, *UNREAD)
 
 
 def warn_of_unread_fields(path: str | Path, kind: SourceKind) -> None:
-    """Name the fields of a file's records, and of their turns, that are not read."""
-    fields, turns = _fields(str(path), kind)
+    """Name the fields of a file's records, of their turns, and in json of parts of content, that are not read."""
+    fields, turns, parts = _fields(str(path), kind)
     own = (kind.caption_column, image_field(fields, kind.text_format == "caption"))
     read = _READ.get(kind.text_format, ("id", "uid", *own))
     found = [name for name in fields if name not in read]
     if kind.text_format == "conversation":
         found += [f"{name} of a turn" for name in turns if name not in _READ_OF_TURNS]
+        found += [f"{name} of a part" for name in parts if name not in _READ_OF_PARTS]
     if found:
         logger.warning("%s: these fields are not read: %s", path, ", ".join(found))
 
 
-def _fields(path: str, kind: SourceKind) -> tuple[dict[str, None], dict[str, None]]:
-    """Names of a file's first records, and of the turns in them."""
-    fields, turns = {}, {}
+def _fields(path: str, kind: SourceKind) -> tuple[dict[str, None], dict[str, None], dict[str, None]]:
+    """Names of a file's first records, of the turns in them, and of the parts of their content."""
+    fields, turns, parts = {}, {}, {}
     if kind.suffixes == TABLES:
         types = column_types(path)
         fields = dict.fromkeys(types)
@@ -52,7 +54,8 @@ def _fields(path: str, kind: SourceKind) -> tuple[dict[str, None], dict[str, Non
             if isinstance(record, Mapping):
                 fields |= dict.fromkeys(name for name, value in record.items() if value not in (None, "", []))
                 turns |= dict.fromkeys(_keys_of_turns(record))
-    return fields, turns
+                parts |= dict.fromkeys(_keys_of_parts(record))
+    return fields, turns, parts
 
 
 def _keys_of_turns(record: Mapping) -> Iterator[str]:
@@ -60,3 +63,12 @@ def _keys_of_turns(record: Mapping) -> Iterator[str]:
         for turn in record[name] if isinstance(record.get(name), list) else ():
             if isinstance(turn, Mapping):
                 yield from (key for key, value in turn.items() if value not in (None, "", []))
+
+
+def _keys_of_parts(record: Mapping) -> Iterator[str]:
+    for name in _TURNS:
+        for turn in record[name] if isinstance(record.get(name), list) else ():
+            content = turn.get("content") if isinstance(turn, Mapping) else None
+            for part in content if isinstance(content, list) else ():
+                if isinstance(part, Mapping):
+                    yield from (key for key, value in part.items() if value not in (None, "", []))

@@ -10,6 +10,7 @@ it, with the same options, wherever it would take the clip, under the clip's nam
 import functools
 import io
 import json
+import logging
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 from ...families import document_processor
 from ...families.interface import DocumentProcessor
-from ...files import describe_shard, remove_temporaries, renamed_when_whole, write_json
+from ...files import describe_shard, remove_temporaries, renamed_when_whole, shard_path, write_json
 from ...output_lock import only_writer
 from ...processing.sample_error import SampleError
 from ..engine.engine import Outcome, ShardTask, StepReport, run_tasks
@@ -31,6 +32,8 @@ from ..storage.tars import (
     read_member,
 )
 from .options import ExtractOptions
+
+logger = logging.getLogger(__name__)
 
 RECIPE_NAME = "extract-frames.json"
 _FAMILY_OPTIONS = ("video_fps", "max_frames", "max_video_tokens", "skip_broken_videos")
@@ -47,7 +50,8 @@ def extract_frames(options: ExtractOptions, processor: Any) -> StepReport:
         [`StepReport`]: of this run.
 
     Raises:
-        ValueError: for a family without videos, an input without clips, or a folder with frames of other options.
+        ValueError: for a family without videos, an input without clips, or a folder with frames of other options, or
+            of a clip that has changed.
         OSError: if a file cannot be read or written.
     """
     chosen = {name: getattr(options, name) or None for name in _FAMILY_OPTIONS}
@@ -58,9 +62,10 @@ def extract_frames(options: ExtractOptions, processor: Any) -> StepReport:
     tasks = list(_tasks(options, folder))
     extensions = (*VIDEO_EXTENSIONS[:-1], *(ANIMATIONS if options.animations else ()))
     tars = [describe_shard(task.source, folder) for task in tasks if task.source.suffix == ".tar"]
+    clips = [task for task in tasks if task.source.suffix != ".tar"]
     recipe = {"vision": documents.fingerprint(), "lossless": options.lossless, "extensions": list(extensions)}
     with only_writer(folder):
-        _claim(folder, {**recipe, "tars": tars})
+        _claim(folder, {**recipe, "tars": tars}, clips)
         make = functools.partial(_Extractor, documents, options.lossless, extensions)
         return run_tasks(tasks, make, num_workers=options.num_workers, description="extracting")
 
@@ -85,16 +90,17 @@ def _tasks(options: ExtractOptions, folder: Path) -> Iterator[ShardTask]:
             yield ShardTask(source, output)
 
 
-def _claim(folder: Path, recipe: dict[str, Any]) -> None:
-    """Make the folder this recipe's, or make sure that it is."""
+def _claim(folder: Path, recipe: dict[str, Any], clips: list[ShardTask]) -> None:
+    """Make the folder this recipe's, or make sure that it is; more clips of a folder may come to it."""
     path = folder / RECIPE_NAME
+    described = {str(task.output.relative_to(folder)): describe_shard(task.source, folder) for task in clips}
     if not path.exists():
         if any(folder.glob("*.tar")) or any(folder.rglob("*.frames")):
             raise ValueError(
                 f"{folder}: there are files in it that extract-frames has not made; choose another output"
             )
         remove_temporaries([path])
-        write_json(path, recipe, sort_keys=True)
+        write_json(path, {**recipe, "clips": described}, sort_keys=True)
         return
     try:
         made = dict(json.loads(path.read_text(encoding="utf8")))
@@ -104,6 +110,13 @@ def _claim(folder: Path, recipe: dict[str, Any]) -> None:
         if made.get(name) != value:
             what = "other or changed tars" if name == "tars" else f"another {name}"
             raise ValueError(f"{folder}: made with {what}; delete it or choose another output")
+    known = made.get("clips", {})
+    for name, clip in described.items():
+        if known.get(name, clip) != clip and (folder / name).exists():
+            source = shard_path(folder, clip)
+            raise ValueError(f"{source} has changed since its frames were extracted: delete {folder / name}")
+    if known | described != known:
+        write_json(path, {**recipe, "clips": known | described}, sort_keys=True)
 
 
 class _Extractor:
@@ -147,12 +160,17 @@ class _Extractor:
         return Outcome.of(len(index.samples) + len(index.skipped), skipped)
 
     def _members(self, source: int, sample: Sample) -> Iterator[tuple[str, bytes]]:
-        """A sample as it is, but with frames for its clips."""
+        """A sample as it is, but with frames for its clips; of several of one name for the one that counts."""
         for extension, place in sample.members.items():
+            stem, dot, last = extension.rpartition(".")
+            counts = next((one for one in self._extensions if f"{stem}{dot}{one}" in sample.members), None)
+            if counts not in (None, last) and last in VIDEO_EXTENSIONS:  # it would be read for the frames, or for both
+                left_out, other = f"{sample.key}.{extension}", f"{sample.key}.{stem}{dot}{counts}"
+                logger.warning("%s is left out, for %s counts", left_out, other)
+                continue
             content = read_member(source, f"{sample.key}.{extension}", *place)
-            stem, _, last = extension.rpartition(".")
-            if last in self._extensions:
-                content, extension = self._frames(content), f"{stem}.frames" if stem else "frames"
+            if last == counts:
+                content, extension = self._frames(content), f"{stem}{dot}frames"
             yield f"{sample.key}.{extension}", content
 
     def _frames(self, data: bytes) -> bytes:
