@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import PIL
 import pytest
 import torch
@@ -170,6 +171,7 @@ def packed_item(tokenizer, pixel_values: torch.Tensor) -> dict:
             "position_ids": torch.arange(len(input_ids)),
             "pixel_values": pixel_values[:0],
             "image_seq_length": 16,
+            "placeholders": {"image_positions": torch.from_numpy(np.flatnonzero(input_ids == image[0]))},
         }
         for input_ids, labels in (documents[name] for name in golden["order"])
     ]

@@ -35,10 +35,11 @@ def read_clip(processor: ProcessorMixin, file: str | Path) -> Clip:
         ValueError: for a family without videos, or a file that is no clip.
         OSError: if it cannot be read.
     """
-    family, data = document_processor(processor), Path(file).expanduser().read_bytes()
+    family, path = document_processor(processor), Path(file).expanduser()
     try:
-        media, _ = family.describe_video(lambda limit: data[:limit])
-        return Clip(*family.sampled_frames(data, media), media.frames, media.fps)
+        # Opened by a family that has videos.
+        media, _ = family.describe_video(lambda limit: path.read_bytes()[:limit])
+        return Clip(*family.sampled_frames(path.read_bytes(), media), media.frames, media.fps)
     except SampleError as error:
         raise ValueError(f"{file}: {error}") from error
 
