@@ -99,6 +99,13 @@ def test_an_empty_struct_is_no_image():
     assert read_caption({"image": image, "caption": "x"}, "caption", False).texts == ["x"]
 
 
+def test_a_caption_is_of_one_image_or_video():
+    both = {"image": "a.jpg", "video": "a.mp4", "caption": "x"}
+    assert reason(read_caption, both, "caption", True) == "ambiguous_media"
+    for name in ("image", "video"):
+        assert len(read_caption({**both, name: None}, "caption", True).images) == 1
+
+
 @pytest.mark.parametrize(
     "text", ["\ufeff", "\ufeff\ufeff", "\u3164", "\u2800\u2800", "\u115f\u1160\uffa0", "\0\u200b"]
 )

@@ -56,7 +56,7 @@ def read_caption(
     """A caption, or a text where there is no image and none is needed, in the normal form.
 
     What `video` names is a video, and a path that ends in one of `videos`. Raises `missing_caption`, `bad_caption`,
-    `empty_caption`, `bad_encoding`, `missing_image`, `bad_image` or `bad_video`.
+    `empty_caption`, `bad_encoding`, `ambiguous_media`, `missing_image`, `bad_image` or `bad_video`.
     """
     if not isinstance(record, Mapping):
         raise SampleError("not_an_object", f"the record is a {type(record).__name__}")
@@ -71,10 +71,12 @@ def read_caption(
     if not has_words(caption):
         raise SampleError("empty_caption", "the caption is empty")
     video = _reference(record.get(VIDEO_FIELD), "video")
-    if video is not None:
-        return Texts([None, caption], [Video(video)])
     image = record.get(image_field([name for name in record if name != VIDEO_FIELD], is_caption))
     reference = _reference(image)
+    if video is not None and reference is not None:
+        raise SampleError("ambiguous_media", "it has both an image and a video, and its caption is of one of them")
+    if video is not None:
+        return Texts([None, caption], [Video(video)])
     if reference is not None:
         path = reference.get("path") if isinstance(reference, Mapping) else reference
         is_video = isinstance(path, str) and path.rpartition(".")[2].lower() in videos
