@@ -198,7 +198,7 @@ def test_the_recipes_can_be_estimated(path):
         ({}, ["--num-gpus", "0"], "--num-gpus must be at least 1"),
         ({}, ["--pairs", "1e6", "--tokens-per-pair", "4"], "--tokens-per-pair 4 leaves no room for text"),
         ({"train_packs": None}, [], "packs must be a folder or a list"),
-        ({"train_packs": "nowhere"}, [], "nowhere has no plan.json"),
+        ({"train_packs": "nowhere"}, [], "nowhere does not exist; a folder that `open-qwen2vl pack"),
         ({"vision_model": None}, [], "the recipe names no model"),
         ({"text_model": "nowhere/model"}, [], "text_model nowhere/model: "),
         ({"text_model": "runs/a/model"}, [], "text_model runs/a/model: runs/a/model: there is no such folder"),

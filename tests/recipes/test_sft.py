@@ -221,7 +221,7 @@ def test_unpacked(config, rows, model_folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--train_packs", "nowhere"], "nowhere has no plan.json"),
+        (["--train_packs", "nowhere"], "nowhere does not exist; a folder that `open-qwen2vl pack"),
         (["--image_seq_length", "4"], "was planned for 16"),
         (["--model_name_or_path", "/nowhere"], "/nowhere"),
         (["--eval_strategy", "steps"], "eval_packs and eval_strategy"),

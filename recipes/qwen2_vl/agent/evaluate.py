@@ -29,7 +29,7 @@ def at_random(chance: random.Random, world: World | None = None) -> Callable[[li
 
     def act(messages: list) -> str:
         ends = chance.randrange(len(STEPS) + 1) == 0 if world is None else world.is_solved
-        return "*RETURN*: found" if ends else call(chance.choice(list(STEPS)))
+        return "found" if ends else call(chance.choice(list(STEPS)))
 
     return act
 

@@ -9,7 +9,7 @@ folder=runs/qwen2_vl/agent
 
 python recipes/qwen2_vl/agent/build_transcripts.py ${BOARDS:+--boards "$BOARDS"}
 open-qwen2vl pack $folder/data/transcripts.jsonl --images $folder/data --output $folder/packs --processor $folder/init \
-    --max-length 2048 --tool-form function
+    --max-length 2048
 open-qwen2vl pack $folder/captions.tar --output $folder/captions/packs --processor $folder/init --max-length 1024
 python recipes/pretrain.py recipes/qwen2_vl/agent/captions.yaml "$@"
 python recipes/sft.py recipes/qwen2_vl/agent/agent.yaml "$@"

@@ -34,7 +34,7 @@ NAMES = {
 SIDE, CELL, DRAWN, BAR = 3, 64, 44, 6  # squares of the board; pixels of a square, its emoji and the board's end
 STEPS = {"up": (0, -1), "down": (0, 1), "left": (-1, 0), "right": (1, 0)}
 MAX_STEPS = 14  # the search takes at most 4 moves to the corner, 8 over the board, and the answer
-FORM = "function"
+FORM = "tool_call"
 Direction = Literal["up", "down", "left", "right"]
 
 
@@ -146,10 +146,12 @@ def search(world: World) -> Any:
     last: list[str | None] = [None]
 
     def act(messages: list[dict[str, Any]]) -> str:
+        # Both names side by side, before anything is decided by whether they are the same.
+        said = f"{world.description}, looking for {world.board.target}"
         if world.is_solved:
-            return f"*RETURN*: {world.description}: found"
+            return f"{said}: found"
         last[0] = search_step(world.walls, last[0])
-        return f"{world.description}\n{call(last[0])}"
+        return f"{said}\n{call(last[0])}"
 
     return act
 
