@@ -21,7 +21,8 @@ def test_whole_chain(tmp_path, tmp_path_factory):
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     folder = tmp_path / "runs/qwen2_vl/agent"
-    assert json.loads((folder / "packs/plan.json").read_text())["tool_form"] == "function"
+    plan = json.loads((folder / "packs/plan.json").read_text())
+    assert plan["totals"]["documents"] == 30 and not plan["totals"]["skipped"]
     assert json.loads((folder / "captions/train_results.json").read_text())["steps"] == 2
     metrics = json.loads((folder / "metrics.json").read_text())
     assert [row["boards"] for row in metrics.values()] == [2] * 4

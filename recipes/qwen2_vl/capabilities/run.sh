@@ -9,7 +9,7 @@ run=runs/qwen2_vl/capabilities
 
 python recipes/qwen2_vl/capabilities/build_clips.py \
     ${FILES:+--canvases "$FILES" --clips "$FILES" --held-out "$FILES"}
-python recipes/qwen2_vl/build_model.py --data $run/data --output $run/init --patch-size 8 --rope-theta 10 \
+python recipes/qwen2_vl/build_model.py --data $run/data --output $run/init --patch-size 8 --rope-theta 4 \
     --vision embed_dim=64 depth=3 --text hidden_size=96 intermediate_size=256 num_hidden_layers=3
 open-qwen2vl pack $run/data/train.json --images $run/data/files --output $run/packs --processor $run/init \
     --max-length 768
