@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import transformers
 from build_clips import ANSWERS, QUESTIONS
-from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from open_qwen2vl.files import write_json
@@ -126,8 +125,8 @@ def mean_box(split: Path) -> np.ndarray:
     for record in json.loads(split.read_text()):
         parts = [part for message in record["messages"] for part in message["content"]]
         for box in (part["box"] for part in parts if part["type"] == "box"):
-            with Image.open(split.parent / "files" / record["images"][0]) as image:
-                shares.append(np.divide(box, image.size * 2))
+            image = decode_image((split.parent / "files" / record["images"][0]).read_bytes())
+            shares.append(np.divide(box, image.size * 2))
     return np.mean(shares, axis=0)
 
 
