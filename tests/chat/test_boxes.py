@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2VLForConditionalGeneration
 
 from open_qwen2vl import cli
+from open_qwen2vl.chat.demo import Demo
 from open_qwen2vl.chat.terminal import Conversation
 from open_qwen2vl.families.qwen_vl.boxes import MARKS
 
@@ -65,10 +66,9 @@ def test_marks_stay_control_tokens_in_the_next_turn(folder, seen):
 
 
 def test_the_demo_shows_the_drawn_image(folder, seen, tmp_path):
-    demo_page = pytest.importorskip("open_qwen2vl.chat.demo")
     Image.new("RGB", (100, 50)).save(tmp_path / "a.png")
     loaded = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-    demo, request = demo_page.Demo(*loaded, "name"), SimpleNamespace(session_hash="a")
+    demo, request = Demo(*loaded, "name"), SimpleNamespace(session_hash="a")
     demo.build(None, 2)
     for text, files, shown in (("where?", [str(tmp_path / "a.png")], 4), ("and now?", [], 6)):
         demo.take({"text": text, "files": files}, request)

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -127,7 +127,12 @@ def is_packed(kwargs: dict) -> bool:
     return kwargs.get("cu_seq_lens_q") is not None and kwargs.get("cache") is None
 
 
-def check_packed_arguments(position_ids, attention_mask, past_key_values, use_cache: bool) -> None:
+def check_packed_arguments(
+    position_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | dict | None,
+    past_key_values: Cache | None,
+    use_cache: bool,
+) -> None:
     """Refuse what would join the documents of a packed batch, or does not say where they begin."""
     if position_ids is None:
         raise ValueError("a packed batch (cu_seq_lens_q) needs position_ids that restart at 0 for each document")

@@ -7,6 +7,7 @@ precision runs `torch.nn.attention.varlen` once a block; elsewhere segments of e
 import functools
 import sys
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,7 +33,15 @@ def packed_vision_attention(stock: type[nn.Module]) -> type[nn.Module]:
     """A subclass of a stock vision attention, under its name, that takes `segments`."""
     rotate = sys.modules[stock.__module__].apply_rotary_pos_emb_vision
 
-    def forward(self, hidden_states, cu_seqlens, position_embeddings=None, max_seqlen=None, segments=None, **kwargs):
+    def forward(
+        self: nn.Module,
+        hidden_states: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        max_seqlen: int | None = None,
+        segments: Segments | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         if segments is None:
             return stock.forward(self, hidden_states, cu_seqlens, position_embeddings, max_seqlen, **kwargs)
         # (patches, 3 * width) -> three of (patches, heads, head_dim)
