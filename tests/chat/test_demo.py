@@ -162,6 +162,22 @@ def test_clear_while_an_answer_is_written_stays_clear(opened, steps):
     page.locator("#message .submit-button").wait_for()
 
 
+def test_an_answer_that_was_cleared_ends_with_what_the_page_shows_now(demo):
+    """An update that is under way reaches the page after the clearing: the last one must not be that."""
+    demo.take({"text": "two dogs", "files": []}, Request("a"))
+    updates = demo.answer(None, 200, 0.0, Request("a"))
+    assert next(updates)[1][-1]["role"] == "assistant"
+    demo.clear(Request("a"))
+    assert [chat.value for _, chat, _ in updates] == [[]]
+    demo.take({"text": "two dogs", "files": []}, Request("a"))
+    updates = demo.answer(None, 200, 0.0, Request("a"))
+    next(updates)
+    demo.clear(Request("a"))
+    demo.take({"text": "and now?", "files": []}, Request("a"))
+    (last,) = [chat.value for _, chat, _ in updates]
+    assert [message["content"][0]["text"] for message in last] == ["and now?"]
+
+
 def test_it_listens_to_this_machine_only_and_forbids_what_is_remote(served):
     response = httpx.get(served.local_url)
     assert response.status_code == 200 and "default-src 'self'" in response.headers["content-security-policy"]

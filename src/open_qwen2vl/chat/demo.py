@@ -180,9 +180,8 @@ class Demo:
             limit = min(int(max_new_tokens), self._longest)
             talk.conversation.set_options(image_seq_length, generation_options(limit, temperature))
             for piece in talk.conversation.ask(talk.message["text"], talk.stop):
-                if self._talks.get(request.session_hash) is not talk:  # cleared: the page shows something else now
-                    yield gr.skip(), gr.skip(), gr.skip()
-                    return
+                if self._talks.get(request.session_hash) is not talk:
+                    break
                 text += piece
                 # Each update sends and draws all messages: one for every token would keep a browser from its buttons.
                 if time.monotonic() - shown_at >= SECONDS_BETWEEN_UPDATES:
@@ -196,7 +195,10 @@ class Demo:
             return
         finally:
             talk.stop, talk.used = None, time.monotonic()
-        if self._talks.get(request.session_hash) is talk:
+        current = self._talks.get(request.session_hash)
+        if current is not talk:  # cleared, and an earlier update may have come to the page after the clearing
+            yield gr.skip(), conversation(current.shown if current else []), gr.skip()
+        else:
             drawn = talk.conversation.drawn  # the image with the boxes of the answer, where it has any
             contents = [text or "(no answer)", *([picture(drawn)] if drawn else [])]
             talk.shown = [*talk.shown, *({"role": "assistant", "content": content} for content in contents)]
