@@ -220,6 +220,16 @@ def test_what_cannot_be_found_to_be_a_call_says_how_one_is_written():
 ANSWER = {"role": "assistant", "content": "done"}
 CALL = {"role": "assistant", "content": None, "tool_calls": [call("move", {})]}
 RESULT = {"role": "tool", "content": "moved"}
+
+
+def called(*ids: str) -> dict:
+    return {**CALL, "tool_calls": [{**call("move", {}), "id": one} for one in ids]}
+
+
+def result(name: str, content: str = "moved") -> dict:
+    return {**RESULT, "tool_call_id": name, "content": content}
+
+
 BAD = [
     (record(ANSWER, tools=5), "bad_tools"),
     (record(ANSWER, tools=[{"type": "function"}]), "bad_tools"),
@@ -232,6 +242,9 @@ BAD = [
     (record({**CALL, "tool_calls": [call("f", "[1]")]}), "bad_tool_calls"),
     (record({**CALL, "tool_calls": [call("f", '{"x": Infinity}')]}), "bad_tool_calls"),
     (record({**CALL, "tool_calls": ["f()"]}), "bad_tool_calls"),
+    (record(called("a"), result("b"), ANSWER), "bad_tool_results"),
+    (record(called("a", "b"), result("a"), result("a"), ANSWER), "bad_tool_results"),
+    (record(called("a", "b"), result("a"), RESULT, ANSWER), "bad_tool_results"),
     (record({**RESULT, "role": "user", "tool_calls": CALL["tool_calls"]}), "bad_tool_calls"),
     (record(RESULT, ANSWER), "roles_out_of_order"),
     (record(CALL, RESULT, {"role": "user", "content": "and?"}), "roles_out_of_order"),
@@ -246,6 +259,18 @@ def test_tools_that_cannot_be_read_have_a_reason(bad, reason):
     with pytest.raises(SampleError) as caught:
         read_conversation(bad)
     assert caught.value.reason == reason
+
+
+def test_results_come_in_the_order_of_their_calls():
+    """With their images: a template shows which result is of which call by the order alone."""
+    a, b = (result(name, f"<image> of {name}") for name in "ab")
+    mixed = record(called("a", "b"), b, a, ANSWER, images=["b.png", "a.png"])
+    ordered = record(called("a", "b"), a, b, ANSWER, images=["a.png", "b.png"])
+    bare = record(
+        called("a", "b"), *({**one, "tool_call_id": None} for one in (a, b)), ANSWER, images=ordered["images"]
+    )
+    assert read_conversation(mixed) == read_conversation(ordered) == read_conversation(bare)
+    assert read_conversation(mixed).images == ["a.png", "a.png", "b.png"]
 
 
 def test_what_a_form_cannot_show_has_a_reason(formats):

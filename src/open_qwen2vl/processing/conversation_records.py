@@ -17,7 +17,7 @@ from .box_parts import place_boxes, read_box
 from .media_records import MARK, OTHER_MEDIA, media_part, read_media_part, take_media
 from .sample_error import SampleError
 from .text_formats import has_words
-from .tool_records import read_calls, read_tools
+from .tool_records import order_results, read_calls, read_tools
 
 ROLES = {
     "human": "user",
@@ -67,7 +67,7 @@ def read_conversation(record: Any) -> Conversation:
         SampleError: `not_an_object`, `no_conversation`, `ambiguous_conversation` (`messages` that are not its
             `conversations`, or two system prompts), `bad_turn` (a turn without text or speaker), `bad_text`,
             `unknown_role`, `unknown_content`, `unread_text` (reasoning), `bad_tools`, `bad_tool_calls`,
-            `unsupported_media`,
+            `bad_tool_results` (of calls that were not made), `unsupported_media`,
             `unsupported_weight` (neither 0 nor 1), `bad_encoding` (half a surrogate pair), `roles_out_of_order`,
             `no_assistant_turn`, `no_trained_turn`, `empty_answer`, `bad_image` (neither path nor bytes),
             `image_is_url`, `ambiguous_images` (`image` and `images`), the same of videos, `too_many_placeholders`,
@@ -84,7 +84,7 @@ def read_conversation(record: Any) -> Conversation:
     _set_aside(messages, turns, record)
     _add_system(messages, record)
     _check_roles([message["role"] for message in messages])
-    images = take_media(messages, turns, record)
+    images = order_results(messages, take_media(messages, turns, record))
     place_boxes(messages)
     tools = read_tools(record.get("tools"))
     refuse_long(_texts(messages, tools))
@@ -138,7 +138,9 @@ def _read_turn(turn: Any) -> dict[str, Any]:
     calls = read_calls(turn.get("tool_calls"))
     if calls and ROLES[speaker] != "assistant":
         raise SampleError("bad_tool_calls", f"a turn of {speaker} has tool_calls")
-    called = {"tool_calls": calls} if calls else {}
+    called: dict[str, Any] = {"tool_calls": calls} if calls else {}
+    if ROLES[speaker] == "tool" and turn.get("tool_call_id"):
+        called["tool_call_id"] = str(turn["tool_call_id"])
     content = "" if calls and content is None else content
     if not isinstance(content, str | list | tuple):
         raise SampleError("bad_turn", f"what {speaker} says is a {type(content).__name__}")

@@ -7,7 +7,8 @@ or the functions alone. Each of them, its entries and the arguments may be JSON 
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from .sample_error import SampleError
@@ -23,15 +24,41 @@ def read_tools(tools: Any) -> list[dict[str, Any]]:
 
 
 def read_calls(calls: Any) -> list[dict[str, str]]:
-    """The calls of a turn as `name` and `arguments`, the text of a JSON object; else `bad_tool_calls`."""
+    """The calls of a turn as `name`, `arguments`, the text of a JSON object, and perhaps `id`; or `bad_tool_calls`."""
     found = []
-    for function in map(_function, _entries(calls, "tool_calls")):
+    for entry in _entries(calls, "tool_calls"):
+        function = _function(entry)
         arguments = function.get("arguments")
         written = arguments if isinstance(arguments, str) else _dump(arguments or {}, "tool_calls")
         if not isinstance(parse_json(written, "tool_calls"), dict):
             raise SampleError("bad_tool_calls", f"the arguments of {function.get('name')!r} are no JSON object")
-        found.append({"name": checked_name(function, "tool_calls"), "arguments": written})
+        own_id = {"id": str(entry["id"])} if entry.get("id") else {}
+        found.append({"name": checked_name(function, "tool_calls"), "arguments": written, **own_id})
     return found
+
+
+def order_results(messages: list[dict[str, Any]], media: Sequence[Any]) -> list[Any]:
+    """Put results that name their calls (`tool_call_id`) in the order of these, in which they are written and shown.
+
+    Returns the media of all messages, which are those of the order before, in the new one.
+    """
+    rest = iter(media)
+    own = {id(one): [next(rest) for part in one["content"] if part["type"] in ("image", "video")] for one in messages}
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant":
+            ids = [call.pop("id", None) for call in message.get("tool_calls", ())]
+            results = list(takewhile(lambda one: one["role"] == "tool", messages[number + 1 :]))
+            messages[number + 1 : number + 1 + len(results)] = _ordered(results, ids)
+    return [one for message in messages for one in own[id(message)]]
+
+
+def _ordered(results: list[dict[str, Any]], ids: list[str | None]) -> list[dict[str, Any]]:
+    named = [result.pop("tool_call_id", None) for result in results]
+    if not any(named) or not any(ids):
+        return results
+    if len(set(named)) < len(named) or not set(named) <= set(ids):
+        raise SampleError("bad_tool_results", f"results of the calls {named}, where {ids} were made")
+    return [results[named.index(one)] for one in ids if one in named]
 
 
 def checked_name(function: Mapping[str, Any], what: str) -> str:

@@ -116,6 +116,7 @@ def test_what_cannot_be_planned_is_one_clear_error(caption_tars, encode, tmp_pat
         "other": {"image": image, "alt": "a"},
         "path": {"image": "a.png", "text": "a"},
         "photo": {"photo": "a.png", "caption": "a"},
+        "listed": {"videos": ["a.mp4"], "text": "a"},
     }.items():
         datasets.Dataset.from_list([row]).to_parquet(tmp_path / f"{name}.parquet")
     for sources, options, message in (
@@ -126,6 +127,11 @@ def test_what_cannot_be_planned_is_one_clear_error(caption_tars, encode, tmp_pat
             r"other.parquet: no column messages or conversations among image, alt, nor .*--caption-column",
         ),
         (["photo"], {}, r"captions without a column image among photo, caption: .*--caption-column caption"),
+        (
+            ["listed"],
+            {},
+            r"listed.parquet: texts with videos, of which nobody knows the places: .*--caption-column text",
+        ),
         (["lists"], {}, "none of 1 samples can be packed: {'bad_caption': 1}"),
         (["path"], {}, "none of 1 samples can be packed: {'missing_image': 1}"),  # looked up beside the table
         (["text"], {"rules": "original"}, "rules original are for interleaved documents, not for captions"),

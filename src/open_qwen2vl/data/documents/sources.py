@@ -23,7 +23,7 @@ from ..storage.tables import TEXT_COLUMNS, column_names, column_types, cut_rows,
 from ..storage.tars import find_shards, list_files, read_member, split_member_name
 from .forms import TURNS, columns_of, is_turns
 from .records import CSV, JSON, MAX_DOCUMENT_BYTES, TABLES, TAR
-from .texts import CAPTION_FIELDS, IMAGE_FIELD, caption_field, image_field, is_interleaved
+from .texts import CAPTION_FIELDS, IMAGE_FIELD, VIDEO_FIELD, caption_field, image_field, is_interleaved
 
 LOOKED_AT = 64  # members of a tar, or records of a file, among which one tells what the file is
 CONTAINERS = (TAR, JSON, CSV, TABLES)
@@ -159,6 +159,11 @@ def _with_caption_column(
     if text_format == "text" and column == CAPTION_FIELDS[0] and wanted is None:
         raise ValueError(f"{path}: captions without a column {IMAGE_FIELD} among {', '.join(names)}: give the images' "
                          f"column that name, or plan the captions as texts (--caption-column {column})")  # fmt: skip
+    lists = [name for name in ("images", "videos") if name in names]
+    if text_format == "text" and lists and wanted is None:
+        raise ValueError(f"{path}: texts with {' and '.join(lists)}, of which nobody knows the places: name the one "
+                         f"of a caption ({IMAGE_FIELD} or {VIDEO_FIELD}), give conversations, or plan the texts alone "
+                         f"(--caption-column {column})")  # fmt: skip
     return SourceKind(container, text_format, column)
 
 
