@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow browser style precommit bench clean
+.PHONY: quickstart test test-slow browser style precommit bench gpu-check clean
 
 # Installed again whenever the dependencies change.
 .venv/.installed: pyproject.toml constraints.txt
@@ -44,6 +44,11 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/mlm_filter.py
 	$(BIN)/python benchmarks/filter.py
 	$(BIN)/python benchmarks/evaluate.py
+
+# Ten minutes on a GPU: right or wrong, waits, the step, each lever; writes benchmarks/results/gpu.md and goes on from there.
+# With packages of your own: PYTHONPATH=benchmarks python -m gpu_check
+gpu-check: .venv/.installed
+	PYTHONPATH=benchmarks $(BIN)/python -m gpu_check
 
 clean:
 	rm -rf runs build dist .pytest_cache .ruff_cache .hypothesis

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mfu import SIZES, make_config
+from gpu_check.models import SIZES, make_config
 from photo_packs import make_packs, make_processor, photograph
 from qwen_vl_step import image_rows
 from report import describe_machine, write_result

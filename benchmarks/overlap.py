@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from mfu import make_config, size_processor
+from gpu_check.models import make_config, size_processor
 from photo_packs import make_packs
 from report import describe_machine, write_result
 
