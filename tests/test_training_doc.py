@@ -16,7 +16,7 @@ from tests.tars import write_caption_tar
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = (ROOT / "docs" / "training.md").read_text(encoding="utf8")
-ELSEWHERE = ("ddp_8gpu", "fsdp2_8gpu", "fsdp2_multinode", "sbatch")
+ELSEWHERE = ("ddp_8gpu", "fsdp2_8gpu", "hsdp_multinode", "sbatch")
 TINY = "--image_seq_length 4 --bf16=false --use_cpu --dataloader_num_workers 0 --gradient_accumulation_steps 2"
 
 

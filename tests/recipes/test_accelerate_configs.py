@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate import ParallelismConfig
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin, patch_environment
 from accelerate.utils.launch import prepare_multi_gpu_env
@@ -37,7 +38,14 @@ def launch_arguments(config: str, *options: str):
 
 
 def test_every_setup_has_a_config():
-    assert CONFIGS == ["ddp_8gpu", "fsdp2_8gpu", "fsdp2_multinode", "single_gpu", "two_cpu_processes"]
+    assert CONFIGS == [
+        "ddp_8gpu",
+        "fsdp2_8gpu",
+        "fsdp2_multinode",
+        "hsdp_multinode",
+        "single_gpu",
+        "two_cpu_processes",
+    ]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -47,16 +55,18 @@ def test_accelerate_knows_every_key(config):
     options = yaml.safe_load(path.read_text())
     known = {action.dest for action in parser._actions}
     # Unknown keys of a config are an error of accelerate's, those of its parts are dropped in silence.
-    assert set(options.get("fsdp_config", {})) <= known
-    for name, value in {**options, **options.get("fsdp_config", {})}.items():
-        if name not in ("compute_environment", "distributed_type", "fsdp_config"):
+    parts = {name: options.pop(name, {}) for name in ("fsdp_config", "parallelism_config")}
+    options |= {name: value for part in parts.values() for name, value in part.items()}
+    assert set().union(*parts.values()) <= known
+    for name, value in options.items():
+        if name not in ("compute_environment", "distributed_type"):
             # An option whose default is not None wins over the config in silence.
             assert getattr(args, name) == value, name
-    assert (args.use_fsdp, args.multi_gpu) == ("fsdp" in config, options["distributed_type"] == "MULTI_GPU")
+    assert (args.use_fsdp, args.multi_gpu) == ("sdp" in config, options["distributed_type"] == "MULTI_GPU")
     assert args.mixed_precision == "no"
 
 
-@pytest.mark.parametrize("config", ["fsdp2_8gpu", "fsdp2_multinode"])
+@pytest.mark.parametrize("config", ["fsdp2_8gpu", "fsdp2_multinode", "hsdp_multinode"])
 def test_fsdp_options_reach_the_plugin(config):
     args, _ = launch_arguments(config, "--main_process_ip", "localhost", "--machine_rank", "1")
     found = prepare_multi_gpu_env(args)
@@ -67,6 +77,19 @@ def test_fsdp_options_reach_the_plugin(config):
     assert plugin.state_dict_type.name == "SHARDED_STATE_DICT"
     assert not plugin.cpu_ram_efficient_loading and not plugin.activation_checkpointing
     assert int(args.nproc_per_node) == 8
+
+
+def test_hsdp_shards_within_a_machine_and_replicates_between():
+    """The mesh that accelerate makes of the config, as four machines are told on the command line."""
+    sizes = ["--num_machines", "4", "--num_processes", "32", "--parallelism_config_dp_replicate_size", "4"]
+    args, _ = launch_arguments("hsdp_multinode", *sizes, "--main_process_ip", "localhost", "--machine_rank", "1")
+    found = prepare_multi_gpu_env(args)
+    assert found["ACCELERATE_USE_PARALLELISM_CONFIG"] == "true"
+    with patch_environment(**{name: value for name, value in found.items() if name.startswith("PARALLELISM")}):
+        parallelism = ParallelismConfig()
+    assert (parallelism.dp_replicate_size, parallelism.dp_shard_size, parallelism.total_size) == (4, 8, 32)
+    # Ranks of a machine follow each other, so that they are the inner dimension.
+    assert parallelism._get_mesh() == (("dp_replicate", "dp_shard"), (4, 8))
 
 
 def test_precision_of_the_launcher_counts_as_the_option(tmp_path):
@@ -173,9 +196,10 @@ def test_the_slurm_script_launches_any_recipe(tmp_path, variables):
     )
     assert done.returncode == 0, done.stderr
     processes, threads = ("4", "3") if variables else ("8", "7")
+    sizes = f"--parallelism_config_dp_replicate_size|2|--parallelism_config_dp_shard_size|{int(processes) // 2}|"
     expected = [
-        f"+yes|{threads}|launch|--config_file|recipes/accelerate/fsdp2_multinode.yaml|--num_machines|2|--num_processes|"
-        f"{processes}|--machine_rank|{node}|--main_process_ip|127.0.0.1|--main_process_port|20007|"
+        f"+yes|{threads}|launch|--config_file|recipes/accelerate/hsdp_multinode.yaml|--num_machines|2|--num_processes|"
+        f"{processes}|--machine_rank|{node}|{sizes}--main_process_ip|127.0.0.1|--main_process_port|20007|"
         + "".join(f"{argument}|" for argument in arguments)
         for node in (0, 1)
     ]

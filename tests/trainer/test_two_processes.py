@@ -182,6 +182,39 @@ def test_fsdp2_goes_on_with_another_number_of_processes(folder):
 
 
 @pytest.mark.slow
+def test_hsdp_equals_one_process_and_goes_on_as_fsdp2(folder, one, monkeypatch):
+    """Two shards on each of two machines; the same packs a step as elsewhere, two micro-batches of one on each."""
+    config = yaml.safe_load((RECIPE.parent / "accelerate" / "hsdp_multinode.yaml").read_text())
+    config |= {"use_cpu": True, "num_machines": 1, "num_processes": 4, "machine_rank": 0, "main_process_port": 0}
+    config["parallelism_config"] = dict.fromkeys(config["parallelism_config"], 2)
+    (folder / "hsdp.yaml").write_text(yaml.safe_dump(config))
+    command = ["accelerate", "launch", "--config_file", str(folder / "hsdp.yaml")]
+    monkeypatch.setitem(LAUNCHERS, "hsdp", command)
+    eight = {**SAVED, "gradient_accumulation_steps": 2}
+    whole = run_here(folder, "eight", {"eight": {**eight, "per_device_train_batch_size": 4}})["eight"]
+    runs = {
+        "eight": eight,
+        "resumed": {**eight, "resume": "hsdp/eight/checkpoint-3"},
+        "interrupted": {**eight, "stop": {"rank": 3, "step": 2}},
+        "bf16": BF16 | {"gradient_accumulation_steps": 1},
+    }
+    four = launch("hsdp", folder, runs)
+    assert {run["devices"] for run in four.values()} == {4}
+    assert four["eight"]["sharded"] == ["language_model", "projector"]
+    assert four["eight"]["placements"] == [["Replicate", "Shard"]]
+    assert_same_training(four["eight"], whole)
+    assert_same_model(folder / "hsdp" / "eight" / "model", folder / "eight" / "eight" / "model")
+    assert four["resumed"]["losses"] == four["eight"]["losses"]
+    assert four["interrupted"]["losses"] == four["eight"]["losses"][:3]
+    assert four["bf16"]["losses"] == pytest.approx(one["bf16"]["losses"], rel=2**-8)
+    # Two processes in one group.
+    two = {**eight, "gradient_accumulation_steps": 4, "resume": "hsdp/interrupted/checkpoint-3"}
+    continued = launch("fsdp2", folder, {"continued": two})["continued"]
+    assert_same_training(continued, whole)
+    assert_same_model(folder / "fsdp2" / "continued" / "model", folder / "eight" / "eight" / "model")
+
+
+@pytest.mark.slow
 def test_benchmarks_during_training_on_two_processes(folder):
     """The ranks share the questions and train on as if there had been none; sharded weights are refused."""
     tasks = {"eval_tasks": "easyvqa_gen", "eval_tasks_steps": 2, "eval_tasks_limit": 5, "eval_tasks_batch_size": 2}

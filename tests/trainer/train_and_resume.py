@@ -87,6 +87,9 @@ def result(trainer: PackedTrainer) -> dict:
         "sharded": sorted(
             {part_of(name, OpenQwen2VLPackedModel.parts) for name, p in parameters if isinstance(p, DTensor)}
         ),
+        "placements": sorted(
+            {tuple(type(way).__name__ for way in p.placements) for _, p in parameters if isinstance(p, DTensor)}
+        ),
         "tower_dtypes": sorted({str(p.dtype) for name, p in parameters if "vision_tower" in name}),
         "ranks": gather_object(
             [{"step": trainer.state.global_step, "interrupted": trainer.interrupted, "tower": tower}]

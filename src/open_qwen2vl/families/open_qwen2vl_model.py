@@ -64,7 +64,11 @@ class OpenQwen2VLPackedModel:
         language = language_model_kept(config, bool(trained.get("language_model")), dtype, autocast)
         total = language.bytes(work.tokens, checkpoint_every)
         if trained.get("vision_tower"):
-            total += vision_tower_kept(config, dtype, autocast).bytes(work.media, checkpoint_every)
+            tower = vision_tower_kept(config, dtype, autocast)
+            # Both count the block that the backward pass is in, which is one at a time.
+            total += tower.bytes(work.media, checkpoint_every) - min(
+                language.block * work.tokens, tower.block * work.media
+            )
         if work.media and (trained.get("vision_tower") or trained.get("projector")):
             total += work.media * projector_bytes(config, round(work.vision.tokens / work.media), dtype, autocast)
         return total

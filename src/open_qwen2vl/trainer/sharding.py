@@ -35,13 +35,18 @@ def configure_fsdp(plugin: Any, model: nn.Module, family: PackedModel) -> None:
         raise ValueError(
             "FSDP version 1 flattens parameters, so that weight decay finds no matrix; use fsdp_version: 2"
         )
-    classes = {type(module).__name__ for module in model.modules()}
-    if not set(plugin.transformer_cls_names_to_wrap or []) <= classes or not plugin.transformer_cls_names_to_wrap:
+    frozen = list(frozen_tower(model, family.parts))
+    named = plugin.transformer_cls_names_to_wrap or []
+    if not named or not set(named) <= {type(module).__name__ for module in model.modules()}:
         # The config names the blocks of another family, or none.
-        plugin.transformer_cls_names_to_wrap = [name for name in family.block_classes if name in classes]
-    if plugin.ignored_modules is None and (frozen := list(frozen_tower(model, family.parts))):
+        named = family.block_classes
+    if plugin.ignored_modules is None and frozen:
         # A frozen tower has no gradients to shard: each rank keeps it whole and gathers nothing for it.
         plugin.ignored_modules = "|".join(f"(.*\\.)?{re.escape(name)}" for name in frozen)
+    # Nor do its blocks become units without parameters, whose hooks would run in each of them.
+    outside = [module for name, module in model.named_modules() if not _within(name, frozen)]
+    classes = {type(module).__name__ for module in outside}
+    plugin.transformer_cls_names_to_wrap = [name for name in named if name in classes]
     if plugin.mixed_precision_policy is not None:
         # accelerate's policy adds up gradients in bf16, over micro-batches and ranks, and rounds the loss to it.
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
@@ -49,12 +54,16 @@ def configure_fsdp(plugin: Any, model: nn.Module, family: PackedModel) -> None:
         )
 
 
+def _within(name: str, modules: list[str]) -> bool:
+    return any(name == outer or name.startswith(f"{outer}.") for outer in modules)
+
+
 def frozen_tower(model: nn.Module, parts: Parts) -> Iterator[str]:
     """Names of the largest modules that hold nothing but frozen parameters of the vision tower."""
     taken: list[str] = []
     for name, module in model.named_modules():
         parameters = [(f"{name}.{inner}", parameter) for inner, parameter in module.named_parameters()]
-        if not parameters or any(name.startswith(f"{outer}.") for outer in taken):
+        if not parameters or _within(name, taken):
             continue
         if all(part_of(full, parts) == "vision_tower" and not p.requires_grad for full, p in parameters):
             taken.append(name)
