@@ -52,7 +52,7 @@ def config_of(recipe: str) -> OpenQwen2VLConfig:
 
 
 def estimated_and_counted(recipe: str, config: OpenQwen2VLConfig, blocks: tuple[int, ...] = ()) -> tuple[float, float]:
-    """Bytes of the recipe's step on each GPU, without the reserve; counted on all blocks, or grown from two numbers."""
+    """Bytes of a recipe's step on each GPU, without the reserve; counted on all blocks, or grown from two numbers."""
     options, ranks = read_recipe(RECIPES / f"{recipe}.yaml"), LAYOUTS[recipe]
     training, packs = read_training(options), int(options["per_device_train_batch_size"])
     shards = ranks[1] if ranks else 1
