@@ -37,6 +37,7 @@ class ToyDocuments:
     chat_template = TEMPLATE
     media_strings = {"image": "<s><|image_pad|><|im_start|>"}
     boxes = None
+    host_names = ()
 
     def __init__(self, processor: ToyProcessor, chat_template: str | None = None, most: int | None = None):
         self.tokenizer, self.most = processor.tokenizer, most or processor.most

@@ -100,6 +100,8 @@ class DocumentProcessor(Protocol):
         rope_rows (`int`): rows of `position_ids`: 1, or 4 for M-RoPE (text, t, h, w).
         placeholder_names (`dict[str, int]`): arguments of the forward that take the positions of a token in the
             flattened batch, and its id, as `{"image_positions": 151655}`; empty for a forward that looks for them.
+        host_names (`tuple[str, ...]`): media tensors that the forward takes as nested lists, for it needs their values
+            on the host: grids of patches.
         plan_options (`tuple[str, ...]`): keys of the fingerprint that a plan chooses and a processor follows, as
             `image_seq_length`; keywords of the constructor. All other differences are refused.
     """
@@ -112,6 +114,7 @@ class DocumentProcessor(Protocol):
     needs_sizes: bool
     rope_rows: int
     placeholder_names: dict[str, int]
+    host_names: tuple[str, ...]
     plan_options: ClassVar[tuple[str, ...]]
 
     def fingerprint(self) -> dict[str, Any]:

@@ -4,9 +4,11 @@ As torch's `fully_shard` does: the model stays an instance of its stock class, u
 loaded, adapted and generated from as before. Only a batch with `cu_seq_lens_q` takes the way below.
 
     packed batch   input_ids, labels (packs, S), position_ids (4, packs, S), cu_seq_lens_*, media tensors
-      │ refuse what would join documents; uint8 patches are normalised and doubled; a blank image where there is none
+      │ refuse what would join documents; uint8 patches are normalised; a blank image where there is none
       ▼
-    stock `model.model` ─► hidden states (packs, S, hidden) ─► loss at labelled positions, no logits
+    embeddings (packs, S, hidden), the features of media in place of their placeholders
+      ▼
+    stock `model.model.language_model` ─► hidden states (packs, S, hidden) ─► loss at labelled positions, no logits
 """
 
 import functools
@@ -41,6 +43,8 @@ class PackedForward:
 
     # Names of the forward's media tensors; the first dimension of each is 0, or it is not there, without media.
     media_names: tuple[str, ...] = ()
+    # Arguments of the packed forward alone that say where the placeholders of media are, as the collator gives them.
+    position_names: tuple[str, ...] = ()
     # Arguments of the forward that a plan has for all of its batches, to be compared with the config.
     plan_names: tuple[str, ...] = ()
 
@@ -48,8 +52,14 @@ class PackedForward:
         """Media tensors in the stock model's form: ours are normalised, its own are taken as they are."""
         raise NotImplementedError
 
-    def _packed_options(self) -> dict[str, Any]:
-        """Arguments of the stock model that make its vision tower run on packed media."""
+    def _encode_media(
+        self, media: dict[str, Any], input_ids: torch.LongTensor
+    ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], dict[str, Any]]:
+        """Positions `(tokens,)` in the flattened batch and features `(tokens, hidden)` of each kind of media that is
+        there, and what else the language model takes of them.
+
+        `media` has the values of `media_names` and `position_names`, None where not given.
+        """
         raise NotImplementedError
 
     def _check_plan(self, media: dict[str, Any], **options: Any) -> None:
@@ -76,22 +86,26 @@ class PackedForward:
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> PackedOutput:
-        media = {name: kwargs.pop(name, None) for name in self.media_names}
+        media = {name: kwargs.pop(name, None) for name in (*self.media_names, *self.position_names)}
         self._check_plan(media, **{name: kwargs.pop(name, None) for name in self.plan_names})
         # A batch without images has the same gradients and collectives as others.
         blank = sum(self._blank_media() for _ in range(self._blank_passes(media)))
-        if _is_any(media):
-            inputs = {"input_ids": input_ids, **media, **self._packed_options()}
-        else:
-            embeds = self.get_input_embeddings()(input_ids)
-            inputs, blank = {"inputs_embeds": embeds + blank.to(embeds.device, embeds.dtype)}, 0
+        # Before the embeddings: FSDP2 shards these apart, and all ranks must gather the same units in the same order.
+        seen, options = self._encode_media(media, input_ids)
+        embeds = self.get_input_embeddings()(input_ids)
+        for positions, features in seen:
+            flat = embeds.flatten(0, 1)
+            embeds = flat.index_copy(0, positions, features.to(flat.device, flat.dtype)).view_as(embeds)
+        if isinstance(blank, torch.Tensor):
+            embeds = embeds + blank.to(embeds.device, embeds.dtype)
         attention = self.model.language_model.config._attn_implementation
         # Row 0 is for masks by position, of which packed_varlen has none: with it S x S would be built in vain.
         rows = position_ids[1:] if packs_without_mask(attention) else position_ids
-        outputs = self.model(**inputs, position_ids=rows, use_cache=False, **kwargs)
+        # Not through the stock `model.model`, which looks for placeholders and waits for the device to do so.
+        outputs = self.model.language_model(
+            inputs_embeds=embeds, position_ids=rows, use_cache=False, **options, **kwargs
+        )
         hidden = outputs.last_hidden_state
-        if isinstance(blank, torch.Tensor):
-            hidden = hidden + blank.to(hidden.device, hidden.dtype)
         loss = row_losses = logits = None
         if labels is not None:
             loss, row_losses = selected_position_loss(
@@ -114,7 +128,7 @@ def packed_class(stock: type[PreTrainedModel], mixin: type[PackedForward]) -> ty
     """A subclass of a stock class, under its name, whose forward takes packed batches too."""
     signature = inspect.signature(stock.forward)
     names = [name for name, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD]
-    own_names = (*_OWN_OPTIONS, *mixin.plan_names)
+    own_names = (*_OWN_OPTIONS, *mixin.plan_names, *mixin.position_names)
 
     @functools.wraps(stock.forward)
     def forward(self, *args, **kwargs):
@@ -142,13 +156,16 @@ def _is_any(media: dict[str, torch.Tensor | None]) -> bool:
 
 
 # Checked, then dropped: they say nothing in a packed batch, or are computed from all of it as if it were one document.
-_NOT_IN_PACKS = ("attention_mask", "past_key_values", "use_cache", "mm_token_type_ids", "inputs_embeds")
+_NOT_IN_PACKS = ("attention_mask", "past_key_values", "use_cache", "mm_token_type_ids", "inputs_embeds",
+                 "second_per_grid_ts", "mm_encoder_outputs")  # fmt: skip
 
 
 def _check_packed_arguments(arguments: dict[str, Any]) -> None:
     positions, input_ids = arguments.get("position_ids"), arguments.get("input_ids")
     if input_ids is None or arguments.get("inputs_embeds") is not None:
         raise ValueError("a packed batch (cu_seq_lens_q) takes input_ids, not inputs_embeds")
+    if arguments.get("mm_encoder_outputs") is not None:
+        raise ValueError("a packed batch (cu_seq_lens_q) takes pixels, not mm_encoder_outputs")
     if positions is None or tuple(positions.shape) != (4, *input_ids.shape):
         given = "none" if positions is None else f"of shape {tuple(positions.shape)}"
         raise ValueError(

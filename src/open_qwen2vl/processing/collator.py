@@ -22,7 +22,7 @@ from .text_formats import IGNORE_INDEX
 
 TEXT = ("input_ids", "labels", "position_ids")
 # Of an item; what else it has goes to the forward.
-ACCOUNTS = ("placeholders", "media", "vision_work", "dropped", "dropped_places", "source", "pack")
+ACCOUNTS = ("placeholders", "on_host", "media", "vision_work", "dropped", "dropped_places", "source", "pack")
 
 _WORK = ("patches", "vision_squared", "vision_tokens", "vision_windowed")
 
@@ -53,8 +53,9 @@ class PackingCollator:
             items (`list[dict]`): each with int64 `input_ids` and `labels` of shape `(S,)` and `position_ids` of shape
                 `(S,)` or `(rows, S)`. Other tensors are media, joined along their first dimension; other values are
                 arguments of the forward, the same in all items, but for `placeholders` (int64 positions in the item,
-                by the name of a forward's argument), `media` (their number), `vision_work` (patches, squared, tokens,
-                windowed, or the first of them), `dropped`, `source` and `pack`.
+                by the name of a forward's argument), `on_host` (names of media that become nested lists, which stay
+                where they are when tensors go to a device), `media` (their number), `vision_work` (patches, squared,
+                tokens, windowed, or the first of them), `dropped`, `source` and `pack`.
 
         Returns:
             `dict`: the tensors named at the head of this file, media only where there are any, and `packing_stats`
@@ -138,10 +139,11 @@ def _forward_options(items: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: items[0][name] for name in names}
 
 
-def _joined_media(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def _joined_media(items: list[dict[str, Any]]) -> dict[str, torch.Tensor | list]:
     names = [name for name, value in items[0].items() if name not in TEXT and isinstance(value, torch.Tensor)]
     joined = {name: torch.cat([item[name] for item in items]) for name in names}
-    return {name: tensor for name, tensor in joined.items() if len(tensor)}
+    on_host = items[0].get("on_host", ())
+    return {name: tensor.tolist() if name in on_host else tensor for name, tensor in joined.items() if len(tensor)}
 
 
 def _placeholders(items: list[dict[str, Any]], length: int) -> dict[str, torch.Tensor]:

@@ -1,13 +1,16 @@
 """Documents of tiny Qwen2-VL models, as the pipeline makes them, and their packs."""
 
 import io
+from collections import Counter
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import ProcessorMixin
 
-from open_qwen2vl.families.interface import Media
+from open_qwen2vl import PackingCollator
+from open_qwen2vl.data.documents.documents import ReadDocument, pack_item
+from open_qwen2vl.families.interface import Media, VisionWork
 from open_qwen2vl.families.qwen_vl.patch_embedding import normalised
 from open_qwen2vl.families.qwen_vl.processing import QwenVLDocuments
 from tests.clips import clip
@@ -110,3 +113,20 @@ def pack(rows: list[list[dict]], pad: int = 3) -> dict:
     text = ("input_ids", "labels", "position_ids")
     media = {name: torch.cat([document[name] for document in flat]) for name in flat[0] if name not in text}
     return batch | {name: tensor for name, tensor in media.items() if len(tensor)}
+
+
+def collated(documents: QwenVLDocuments, rows: list[list[dict]]) -> dict:
+    """The batch of some packs as the pipeline makes it: grids on the host, placeholders found."""
+    text = ("input_ids", "labels", "position_ids")
+    items = []
+    for row in rows:
+        read = [
+            ReadDocument(
+                *(one[name].numpy() for name in text), {n: t for n, t in one.items() if n not in text}, 0, VisionWork()
+            )
+            for one in row
+        ]
+        items.append(pack_item(documents, read, Counter()))
+    batch = PackingCollator()(items)
+    del batch["packing_stats"]
+    return batch

@@ -202,6 +202,7 @@ REFUSED = {
     "three rows": (lambda b: {"position_ids": b["position_ids"][1:]}, "position_ids"),
     "two dimensions": (lambda b: {"position_ids": b["position_ids"][0]}, "position_ids"),
     "embeddings": (lambda b: {"input_ids": None, "inputs_embeds": torch.zeros(2, 3, 48)}, "inputs_embeds"),
+    "encoded": (lambda b: {"mm_encoder_outputs": {}}, "mm_encoder_outputs"),
 }
 
 

@@ -283,6 +283,7 @@ def pack_item(family: DocumentProcessor, documents: list[ReadDocument], dropped:
         **join_media(family, media),
         **family.forward_options(),
         "placeholders": {name: torch.nonzero(input_ids == token).squeeze(1) for name, token in names.items()},
+        "on_host": family.host_names,
         "media": sum(counts),
         "vision_work": VisionWork(*map(sum, zip(*works, strict=True))),
         "dropped": dict(dropped),

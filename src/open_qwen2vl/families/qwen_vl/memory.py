@@ -12,17 +12,6 @@ from .patch_embedding import packed_patch_embedding
 from .vision_attention import Segments, packed_vision_attention
 
 
-class _OneSegment(Segments):
-    """Of fake boundaries, which have no values."""
-
-    def __init__(self, length: int):
-        super().__init__()
-        self._length = length
-
-    def lengths(self, boundaries: torch.Tensor) -> list[int]:
-        return [self._length]
-
-
 @once_per_config
 def language_model_kept(config: PreTrainedConfig, trained: bool, dtype: torch.dtype, autocast: bool) -> Kept:
     """What is kept of the language model, for each position."""
@@ -53,7 +42,7 @@ def vision_tower_kept(config: PreTrainedConfig, dtype: torch.dtype, autocast: bo
         pixels = torch.empty(patches, 3 * vision.patch_size**2, dtype=dtype)
         boundaries = torch.empty(2, dtype=torch.int32)
         angles = torch.empty(patches, width // vision.num_heads)
-        options = {"position_embeddings": (angles, angles), "segments": _OneSegment(patches)}
+        options = {"position_embeddings": (angles, angles), "segments": Segments([patches])}
 
         def forward() -> torch.Tensor:
             hidden = tower.patch_embed(pixels)

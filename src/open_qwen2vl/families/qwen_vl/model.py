@@ -2,7 +2,7 @@
 
 It rests on four private facts of transformers' models, and `QwenVL.prepare` says so by name when one is gone:
 `model.visual.blocks[i].attn` with `qkv`, `proj`, `num_heads` and `scaling`; `model.visual.patch_embed` with `proj`,
-a convolution; `apply_rotary_pos_emb_vision` in the model's module; `model.model(...)` returning `last_hidden_state`.
+a convolution; `apply_rotary_pos_emb_vision` in the model's module; `_deepstack_process` of Qwen3-VL's language model.
 """
 
 import sys
@@ -16,10 +16,12 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from ...modeling.attention import PACKED_VARLEN
 from ..interface import StepWork, VisionWork
 from ..packed_forward import PackedForward, packed_class
+from .deepstack import packed_deepstack
 from .memory import language_model_kept, projector_kept, vision_tower_kept
 from .patch_embedding import normalised, packed_patch_embedding
 from .sizes import WINDOW_SIZE, squared_in_windows
-from .vision_attention import Segments, packed_vision_attention
+from .tower_inputs import tower_inputs
+from .vision_attention import packed_vision_attention
 
 # Of the released checkpoints, where no processor says it.
 _PIXELS = {"qwen3_vl": ([0.5] * 3, [0.5] * 3)}
@@ -30,6 +32,7 @@ class QwenVLPackedForward(PackedForward):
     """The packed forward of the three models."""
 
     media_names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+    position_names = ("image_positions", "video_positions")
     plan_names = ("tokens_per_second",)
     # Mean and standard deviation of pixels in 0..255, of images and of videos; set by `QwenVL.prepare`.
     pixel_statistics: dict[str, tuple[list[float], list[float]]]
@@ -44,9 +47,36 @@ class QwenVLPackedForward(PackedForward):
         }
         return {**media, **ours}
 
-    def _packed_options(self) -> dict[str, Any]:
-        # The prefixes make transformers hand them to the tower, for images and for videos, and to nothing else.
-        return {"image_segments": Segments(), "video_segments": Segments()}
+    def _encode_media(
+        self, media: dict[str, Any], input_ids: torch.LongTensor
+    ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], dict[str, Any]]:
+        seen, levels = [], []
+        for kind, pixels in (("image", media["pixel_values"]), ("video", media["pixel_values_videos"])):
+            if pixels is None:
+                continue
+            positions = media[f"{kind}_positions"]
+            if positions is None:
+                # Not from the collator: the device is asked, and waited for.
+                positions = torch.nonzero(input_ids.flatten() == getattr(self.config, f"{kind}_token_id")).squeeze(1)
+            features, deepstack = self._encode(pixels, media[f"{kind}_grid_thw"])
+            if len(positions) != len(features):
+                raise ValueError(f"{len(positions)} placeholders of {kind}s and {len(features)} features of them")
+            seen.append((positions, features))
+            levels.append(deepstack)
+        if not any(levels):
+            return seen, {}
+        # (placeholders,) in place of the stock mask; a level is (placeholders, hidden)
+        positions, joined = torch.cat([own for own, _ in seen]), [torch.cat(own) for own in zip(*levels, strict=True)]
+        return seen, {"visual_pos_masks": positions, "deepstack_visual_embeds": joined}
+
+    def _encode(
+        self, pixels: torch.Tensor, grids: torch.Tensor | list[list[int]]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Features `(tokens, hidden)`, and likewise for each level of a deepstack; grids in a list cause no wait."""
+        tower = self.model.visual
+        known = tower_inputs(tower, grids.tolist() if isinstance(grids, torch.Tensor) else grids, pixels.device)
+        outputs = tower(pixels.type(tower.dtype), return_dict=True, **known)
+        return outputs.pooler_output, getattr(outputs, "deepstack_features", None) or []
 
     def _check_plan(self, media: dict[str, Any], tokens_per_second: float | None) -> None:
         own = getattr(self.config.vision_config, "tokens_per_second", None)
@@ -67,15 +97,10 @@ class QwenVLPackedForward(PackedForward):
         width = 3 * vision.temporal_patch_size * vision.patch_size**2
         merge = vision.spatial_merge_size
         device = self.get_input_embeddings().weight.device
-        features = self.model.get_image_features(
-            # One token: no image is smaller.
-            torch.zeros(merge**2, width, device=device),
-            torch.tensor([[1, merge, merge]], device=device),
-            **self._packed_options(),
-        )
-        deepstack = getattr(features, "deepstack_features", None) or []
+        # One token: no image is smaller.
+        features, deepstack = self._encode(torch.zeros(merge**2, width, device=device), [[1, merge, merge]])
         # All outputs, deepstack's too: a parameter without a gradient is one that DDP waits for.
-        return 0 * sum(tensor.sum() for part in (features.pooler_output, *deepstack) for tensor in part)
+        return 0 * sum(tensor.sum() for tensor in (features, *deepstack))
 
 
 def prepare_for_packing(model: PreTrainedModel, processor: Any = None) -> PreTrainedModel:
@@ -87,7 +112,9 @@ def prepare_for_packing(model: PreTrainedModel, processor: Any = None) -> PreTra
     `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `max_length_k` over the flattened batch, `pixel_values` and
     `image_grid_thw` of all images in reading order, `pixel_values_videos` and `video_grid_thw` of all videos. Float
     pixels are the stock processor's; uint8 ones, `(patches, 3 * P * P)` of images, one frame, and
-    `(patches, 3 * 2 * P * P)` of videos, are normalised on the device, and an image's frame doubled.
+    `(patches, 3 * 2 * P * P)` of videos, are normalised on the device, and an image's frame doubled. Grids as nested
+    lists, and `image_positions` and `video_positions` of the placeholders in the flattened batch, as
+    `PackingCollator` gives them, keep the host from waiting for the device.
     `num_items_in_batch` divides the summed loss; `return_row_losses=True` returns the sum of each row. Any other batch
     meets the stock forward, and generation, `save_pretrained`, `isinstance`, PEFT and pipelines are as before.
 
@@ -135,6 +162,8 @@ class QwenVL:
                 block.attn.__class__ = packed_vision_attention(type(block.attn))
             embedding = model.model.visual.patch_embed
             embedding.__class__ = packed_patch_embedding(type(embedding))
+            if model.config.model_type == "qwen3_vl":
+                model.model.language_model.__class__ = packed_deepstack(type(model.model.language_model))
             if model.model.language_model.config._attn_implementation == "sdpa":
                 # The default; an attention that was asked for stays.
                 model.model.language_model.set_attn_implementation(PACKED_VARLEN)
@@ -267,8 +296,8 @@ def _check_private_facts(model: PreTrainedModel) -> None:
             missing.append("patch_embed.proj")
         if not hasattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb_vision"):
             missing.append("apply_rotary_pos_emb_vision")
-        if not hasattr(model.model.language_model, "set_attn_implementation"):
-            missing.append("language_model.set_attn_implementation")
+        text = ["set_attn_implementation"] + ["_deepstack_process"] * (model.config.model_type == "qwen3_vl")
+        missing += [f"language_model.{name}" for name in text if not hasattr(model.model.language_model, name)]
     except (AttributeError, IndexError) as error:
         missing.append(str(error))
     if missing:

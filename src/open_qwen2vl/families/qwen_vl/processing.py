@@ -8,7 +8,7 @@ ends in `<|endoftext|>`.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ class QwenVLDocuments:
 
     needs_sizes = True
     rope_rows = 4
-    placeholder_names: ClassVar[dict[str, int]] = {}
+    host_names = ("image_grid_thw", "video_grid_thw")
     plan_options = ("min_pixels", "max_pixels", "fixed_resolution", "video_fps", "max_frames", "max_video_tokens",
                     "skip_broken_videos", "text_after_video", "tokens_per_second")  # fmt: skip
 
@@ -89,6 +89,7 @@ class QwenVLDocuments:
         if missing := [token for token, found in zip(tokens, ids, strict=True) if found is None]:
             raise ValueError(f"the tokenizer has no {', '.join(missing)}; that of a Qwen2-VL checkpoint has")
         self._start, self.image_token_id, self._end, end_of_text, self.video_token_id = ids
+        self.placeholder_names = {"image_positions": self.image_token_id, "video_positions": self.video_token_id}
         self.boxes = box_form(processor, self.sizes)
         video, is_2_5 = processor.video_processor, isinstance(processor, Qwen2_5_VLProcessor)
         self._frames_apart = isinstance(processor, Qwen3VLProcessor)

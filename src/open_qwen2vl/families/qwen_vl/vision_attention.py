@@ -15,17 +15,15 @@ from torch.nn.attention.varlen import varlen_attn
 
 
 class Segments:
-    """Lengths of the segments of one forward, read from the device once for each kind: whole images, windows."""
+    """Lengths of the segments of one forward, known on the host: those of whole images, and those of windows."""
 
-    def __init__(self):
-        self._known: dict[int, tuple[torch.Tensor, list[int]]] = {}
+    def __init__(self, *kinds: list[int]):
+        # A block has the boundaries of one kind: their number tells which without a look at the device.
+        self._kinds = {len(lengths): lengths for lengths in kinds}
 
     def lengths(self, boundaries: torch.Tensor) -> list[int]:
         """Of `(segments + 1,)` boundaries."""
-        # The tensor is kept beside its number, so that no other can get the number meanwhile.
-        if id(boundaries) not in self._known:
-            self._known[id(boundaries)] = boundaries, boundaries.diff().tolist()
-        return self._known[id(boundaries)][1]
+        return self._kinds[len(boundaries) - 1]
 
 
 @functools.cache
@@ -47,7 +45,7 @@ def packed_vision_attention(stock: type[nn.Module]) -> type[nn.Module]:
         # (patches, 3 * width) -> three of (patches, heads, head_dim)
         query, key, value = self.qkv(hidden_states).view(len(hidden_states), 3, self.num_heads, -1).unbind(1)
         query, key = rotate(query, key, *position_embeddings)
-        attended = segment_attention(query, key, value, cu_seqlens, segments.lengths(cu_seqlens), self.scaling)
+        attended = segment_attention(query, key, value, cu_seqlens, max_seqlen, segments, self.scaling)
         return self.proj(attended.flatten(1))
 
     return type(
@@ -62,17 +60,19 @@ def segment_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     boundaries: torch.Tensor,
-    lengths: list[int],
+    longest: int,
+    segments: Segments,
     scaling: float,
 ) -> torch.Tensor:
     """Full attention within each segment of `(patches, heads, head_dim)` states."""
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        longest = max(lengths)
         options = {} if scaling == query.shape[-1] ** -0.5 else {"scale": scaling}
         return varlen_attn(query, key, value, boundaries, boundaries, longest, longest, **options)
-    return _by_length(query, key, value, lengths, scaling)
+    return _by_length(query, key, value, segments.lengths(boundaries), scaling)
 
 
+# Out of compiled graphs: the lengths of one batch would be compiled into them.
+@torch.compiler.disable
 def _by_length(query, key, value, lengths: list[int], scaling: float) -> torch.Tensor:
     # Images of one size, or a single one: a view, nothing is copied.
     if len(set(lengths)) == 1:
