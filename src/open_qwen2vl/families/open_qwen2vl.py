@@ -27,6 +27,7 @@ class OpenQwen2VLDocuments:
     plan_options = ("image_seq_length",)
     media_strings = {"image": IMAGE_TOKEN}
     boxes = None  # it never saw any: a form would be an invention
+    host_names = ()
 
     def __init__(
         self,

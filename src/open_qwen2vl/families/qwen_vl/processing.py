@@ -72,8 +72,7 @@ class QwenVLDocuments:
         text_after_video: AfterVideo = "space",
         tokens_per_second: float | None = None,
     ):
-        image_processor = processor.image_processor
-        self.processor = processor
+        self.processor, image_processor = processor, processor.image_processor
         self.image_processor = image_processor
         self.tokenizer = processor.tokenizer
         self.sizes = ImageSizes(
