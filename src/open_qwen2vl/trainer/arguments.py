@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from .options import (
+    MUON,
     check_loader,
     check_report_to,
     check_values,
@@ -36,6 +37,11 @@ class PackedArguments:
             The same for the language model.
         vision_tower_learning_rate (`float`, *optional*):
             The same for the vision tower.
+        ema_decay (`float`, *optional*):
+            Keep a moving average of the weights that train, with this decay (0.999, shorter at first). Evaluations and
+            the final model are of the average; each checkpoint has it as a model in `ema/`.
+        async_save (`bool`, *optional*, defaults to `False`):
+            Write checkpoints from a copy in host memory while training goes on.
         max_loss_rise (`float`, *optional*, defaults to 3.0):
             Stop when the loss of a step is so much above its running average (nats per token), and name the samples;
             0 never stops. A loss that is not finite stops always.
@@ -90,6 +96,12 @@ class PackedArguments:
     )
     vision_tower_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the vision tower; learning_rate where not given."}
+    )
+    ema_decay: float | None = field(
+        default=None, metadata={"help": "Decay of a moving average of the weights, which is evaluated and saved."}
+    )
+    async_save: bool = field(
+        default=False, metadata={"help": "Write checkpoints from a copy in host memory while training goes on."}
     )
     max_loss_rise: float = field(
         default=3.0,
@@ -162,7 +174,13 @@ class PackedArguments:
             raise ValueError("accelerate's config asks for DeepSpeed, which is not supported: use FSDP2")
         refuse_unsupported(self)
         check_values(self)
+        muon = self.optim == MUON
+        if muon:
+            # Trainer knows no such name, but takes the optimizer as it is made.
+            self.optim = self.default_optim
         super().__post_init__()
+        if muon:
+            self.optim = MUON
         check_loader(self.accelerator_config)
         check_report_to(self.report_to)
         check_what_is_built(self)

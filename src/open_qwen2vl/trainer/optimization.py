@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedModel
 
 from .arguments import PackedArguments
+from .options import MUON
 
 # What belongs to none of a family's parts.
 LANGUAGE_MODEL = "language_model"
@@ -43,6 +44,16 @@ def choose_trained_parts(model: nn.Module, args: PackedArguments, parts: Parts) 
         for parameter in tower:
             # Parameters alone: rotary frequencies are buffers and must stay in fp32.
             parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def check_what_trains(model: nn.Module, args: PackedArguments) -> None:
+    """Raise ValueError for an optimizer or an average that cannot be made of the weights that train."""
+    if args.optim == MUON and base_model(model) is not model:
+        raise ValueError("optim muon is for whole matrices, an adapter's are factors of one: use adamw_torch_fused")
+    if args.ema_decay is not None:
+        dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+        if dtypes != {torch.float32}:
+            raise ValueError("ema_decay needs weights in float32 (dtype): in 16 bits an average stands still")
 
 
 def trained_parameters(model: nn.Module, parts: Parts) -> dict[str, int]:

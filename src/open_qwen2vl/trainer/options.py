@@ -113,6 +113,7 @@ _LOWEST = {
     "adam_beta2": (0, True),
     "adam_epsilon": (0, False),
     "max_grad_norm": (0, True),
+    "ema_decay": (0, False),
     "warmup_steps": (0, True),
     "max_loss_rise": (0, True),
     "save_steps": (0, False),
@@ -133,7 +134,8 @@ _LOWEST = {
     "ddp_timeout": (0, False),
 }
 _WHOLE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_steps")
-_NO_OPTIM_ARGS = ("adamw_torch", "adamw_torch_fused", "adafactor")
+MUON = "muon"  # ours, beside transformers' names of optimizers
+_NO_OPTIM_ARGS = ("adamw_torch", "adamw_torch_fused", "adafactor", MUON)
 _EVALUATED = ("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "eval_on_start")
 _CHECKPOINT_OPTIONS = frozenset(
     ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop", "context_fn")
@@ -151,6 +153,8 @@ def refuse_unsupported(args: Any) -> None:
     for name in _EVALUATED:
         if getattr(args, name) not in (None, False) and args.eval_strategy in ("no", False):
             raise ValueError(f"{name} has no effect without eval_strategy (steps or epoch)")
+    if args.ema_decay is not None and args.load_best_model_at_end:
+        raise ValueError("load_best_model_at_end is not supported with ema_decay: the average is the final model")
     if args.eval_tasks_path and not args.trust_task_code:
         raise ValueError(
             f"eval_tasks_path {args.eval_tasks_path}: the tasks there may run any code; trust_task_code allows it"
@@ -175,6 +179,8 @@ def check_values(args: Any) -> None:
             raise ValueError(f"{name} must be a whole number, got {getattr(args, name)!r}")
     if args.max_steps == 0 or args.max_steps < -1:
         raise ValueError(f"max_steps must be at least 1 (or -1, for num_train_epochs), got {args.max_steps}")
+    if args.ema_decay is not None and args.ema_decay >= 1:
+        raise ValueError(f"ema_decay must be below 1, got {args.ema_decay}")
     if args.max_dropped_share > 1:
         raise ValueError(f"max_dropped_share is a share, at most 1, got {args.max_dropped_share}")
     for name in ("log_level", "log_level_replica"):
@@ -200,7 +206,7 @@ def check_what_is_built(args: Any) -> None:
             schedule.step()
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"lr_scheduler_type {args.lr_scheduler_type}, lr_scheduler_kwargs: {error}") from error
-    if not args.optim_target_modules:
+    if not args.optim_target_modules and args.optim != MUON:
         try:
             Trainer.get_optimizer_cls_and_kwargs(args)
         except (ImportError, RuntimeError) as error:

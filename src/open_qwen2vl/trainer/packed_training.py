@@ -23,7 +23,8 @@ from ..data.packing.pack_order import PackOrder
 from ..families import packed_model
 from . import loading, optimization, sharding
 from .accumulation import MicroBatches, correct_gradients
-from .checkpoints import resuming, saving
+from .averaging import WeightAverage
+from .checkpoints import background, resuming, saving
 from .checkpoints.interruption import StopRequest, only_run_in
 from .checkpoints.run_record import run_record, weights_record
 from .figures.data_watch import DataWatch
@@ -36,8 +37,10 @@ from .figures.throughput import ThroughputCallback
 from .figures.verdicts import StepEnd, account
 from .figures.work import step_work
 from .model_card import write_trainer_card
+from .muon import muon_and_adamw
+from .options import MUON
 from .packed_evaluation import Evaluated, loss_sum
-from .task_evaluation import TaskEvaluation, latest_scores
+from .task_evaluation import TaskEvaluation, evaluate_tasks, latest_scores
 
 
 class PackedTraining:
@@ -50,6 +53,7 @@ class PackedTraining:
         self._family = packed_model(base.config)
         self._family.prepare(base, kwargs.get("processing_class"))
         optimization.choose_trained_parts(model, args, self._family.parts)
+        optimization.check_what_trains(model, args)
         args.dataloader_prefetch_factor = loading.prefetch_factor(args, kwargs.get("train_dataset"))
         self._gives_row_losses = "return_row_losses" in inspect.signature(base.forward).parameters
         self._parts_of_groups: list[str] = []
@@ -67,7 +71,7 @@ class PackedTraining:
         sharding.configure_ddp(self.accelerator.ddp_handler)
         sharding.check_fsdp_is_on(self.is_fsdp_enabled)
         if self.is_fsdp_enabled:
-            sharding.configure_fsdp(self.accelerator.state.fsdp_plugin, self.model, self._family)
+            sharding.configure_fsdp(self.accelerator.state.fsdp_plugin, self.model, self._family, args)
         loading.keep_video_options(self.processing_class, kwargs.get("train_dataset"))
         self._tasks = TaskEvaluation(args, self.processing_class, self.is_fsdp_enabled or self.is_deepspeed_enabled)
         self._add_own_callbacks()
@@ -76,7 +80,8 @@ class PackedTraining:
         self._weights_record = weights_record(self.model, self._family.parts)
         self._order: PackOrder | None = None
         self._meter = StepMeter(args.device, args.world_size, len(self.source_names))
-        self._evaluated, self._staging = Evaluated([]), saving.Staging()
+        self._evaluated, self._staging = Evaluated([]), saving.Staging(args.async_save)
+        self._average = WeightAverage(args.ema_decay)
         self._row_losses: torch.Tensor | None = None
         self._grad_norm, self._micro_batch_flops, self._step_is_empty, self._labels_are_planned = 0.0, 0, False, False
 
@@ -146,6 +151,8 @@ class PackedTraining:
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that `args` names, with the learning rates of the parts."""
         created = self.optimizer is None
+        if created and self.args.optim == MUON:
+            self.optimizer = muon_and_adamw(model or self.model, self.args)
         optimizer = super().create_optimizer(model)
         if created:
             named, parts = (model or self.model).named_parameters(), self._family.parts
@@ -199,6 +206,7 @@ class PackedTraining:
 
     def _end_step(self) -> None:
         """After each optimizer step, on every rank: account, judge, and leave if asked to."""
+        self._average.update(self.model, self.state.global_step)
         self._meter.end_step(self.state.global_step, self._grad_norm, self.stop_request.requested)
         control = self.control
         self._account(control.should_log or control.should_save or control.should_evaluate or self._at_end)
@@ -227,23 +235,15 @@ class PackedTraining:
             self.evaluate_tasks()
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
-    def evaluate_tasks(self) -> dict[str, float]:
-        """Run `eval_tasks` on the model as it is and log `eval_TASK_METRIC` of each; every rank must call."""
-        # An adapter's wrapper has autocast in its own forward, which `generate` of the model inside does not call.
-        with self.throughput.paused(), self.accelerator.autocast():
-            scores = self._tasks.run(self.model, self.state.global_step)
-        due = self.control.should_log
-        self.log(scores)
-        # Which a log clears: the training's own is still to come.
-        self.control.should_log = due
-        return scores
+    evaluate_tasks = evaluate_tasks
 
     def _readable(self, dataset: Any) -> Any:
         return dataset
 
     def evaluate(self, eval_dataset: Any = None, *args, **kwargs) -> dict[str, float]:
         """Evaluate, on what the trainer takes as `eval_dataset`."""
-        return super().evaluate(self._readable(eval_dataset), *args, **kwargs)
+        with self._average.in_model(self.model):
+            return super().evaluate(self._readable(eval_dataset), *args, **kwargs)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -300,12 +300,18 @@ class PackedTraining:
         """
         checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
         self.interrupted = False
-        with only_run_in(self.args.output_dir, self.args.should_save), self.stop_request.listening():
+        alone = only_run_in(self.args.output_dir, self.args.should_save)
+        with alone, self.stop_request.listening(), self._staging.finishing():
             return super().train(checkpoint, *args, **kwargs)
 
+    def _finalize_training(self, *args, **kwargs) -> Any:
+        # It may load the best checkpoint, or delete all others.
+        self._staging.finish()
+        return super()._finalize_training(*args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with resuming.whole_adapters():
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load = functools.partial(super()._load_from_checkpoint, model=model)
+        resuming.load_checkpoint(load, resume_from_checkpoint, self.model, self._average)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # A tied head is not missing; what else differs is no matter for a warning.
@@ -316,16 +322,12 @@ class PackedTraining:
         return self._staging.folder(super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        final = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        # While the data are in doubt the checkpoints from before are worth keeping.
+        doubtful = self._callback(DataWatch).doubtful(self.args.max_dropped_share)
+        limit = None if doubtful else self.args.save_total_limit
         with self.throughput.paused():
             save = functools.partial(super()._save_checkpoint, model, trial)
-            # While the data are in doubt the checkpoints from before are worth keeping.
-            doubtful = self._callback(DataWatch).doubtful(self.args.max_dropped_share)
-            limit = None if doubtful else self.args.save_total_limit
-            finish = functools.partial(saving.finish_checkpoint, final, self.state, self.run_record(), limit)
-            self._staging.write(final, save, finish, self.accelerator.wait_for_everyone, self.args.should_save)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
+            saving.save_checkpoint(self, Path(self._get_output_dir(trial)), save, limit)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer would upload in the background from a folder that is about to be renamed.
@@ -337,14 +339,12 @@ class PackedTraining:
     push_to_hub = saving.push_to_hub
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model as a folder that `from_pretrained` reads, under FSDP too; every rank must call it."""
-        if _internal_call or not self.is_fsdp_enabled:
-            return super().save_model(output_dir, _internal_call)
-        with saving.consolidated(self.accelerator.state.fsdp_plugin):
+        """Save the model, with `ema_decay` its average, as a folder that `from_pretrained` reads; all ranks call."""
+        if _internal_call:
+            return super().save_model(output_dir, True)
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        with saving.consolidated(plugin), self._average.in_model(self.model):
             super().save_model(output_dir)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        if state_dict is not None:
-            state_dict = saving.without_tied(state_dict, self.model)
-        with saving.as_class(self.model, self._model_class), saving.own_weight_names(self.model, self._staging.active):
-            super()._save(output_dir, state_dict)
+    _save = background.save_weights
+    _save_optimizer_and_scheduler = background.save_optimizer_and_scheduler

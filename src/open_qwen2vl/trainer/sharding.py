@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy, StateDictType
+from transformers import Trainer
 
 from ..families.interface import PackedModel
-from .optimization import Parts, part_of
+from .arguments import PackedArguments
+from .optimization import Parts, base_model, part_of
+from .options import MUON
 
 
 def check_fsdp_is_on(enabled: bool) -> None:
@@ -29,8 +32,9 @@ def configure_ddp(handler: Any) -> None:
         handler.gradient_as_bucket_view = True
 
 
-def configure_fsdp(plugin: Any, model: nn.Module, family: PackedModel) -> None:
+def configure_fsdp(plugin: Any, model: nn.Module, family: PackedModel, args: PackedArguments) -> None:
     """Complete accelerate's FSDP plugin before the model is wrapped."""
+    _check_state(plugin, model, args)
     if plugin.fsdp_version == 1:
         raise ValueError(
             "FSDP version 1 flattens parameters, so that weight decay finds no matrix; use fsdp_version: 2"
@@ -56,6 +60,22 @@ def configure_fsdp(plugin: Any, model: nn.Module, family: PackedModel) -> None:
 
 def _within(name: str, modules: list[str]) -> bool:
     return any(name == outer or name.startswith(f"{outer}.") for outer in modules)
+
+
+def _check_state(plugin: Any, model: nn.Module, args: PackedArguments) -> None:
+    """Refuse an optimizer or a way of saving that does not know shards."""
+    if args.optim != MUON and not args.optim_target_modules:
+        kind, _ = Trainer.get_optimizer_cls_and_kwargs(args)
+        if kind.__module__.startswith("bitsandbytes"):
+            name = str(getattr(args.optim, "value", args.optim))
+            raise ValueError(
+                f"optim {name} is bitsandbytes', which takes no shards: under FSDP2 use adamw_torch_8bit (torchao)"
+            )
+    if args.async_save and plugin.state_dict_type != StateDictType.SHARDED_STATE_DICT:
+        raise ValueError("async_save needs fsdp_state_dict_type: SHARDED_STATE_DICT in accelerate's config")
+    for name in ("async_save", "ema_decay"):
+        if getattr(args, name) and base_model(model) is not model:
+            raise ValueError(f"{name} is not supported for an adapter under FSDP2: use DDP")
 
 
 def frozen_tower(model: nn.Module, parts: Parts) -> Iterator[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import tqdm
 from torch import nn
-from transformers import ProcessorMixin
+from transformers import ProcessorMixin, Trainer
 
 from .arguments import PackedArguments
 from .optimization import base_model
@@ -79,6 +79,19 @@ class TaskEvaluation:
             metric = entry["main_metric"]
             scores[f"eval_{name}_{metric}"] = entry["metrics"][metric]["value"]
         return scores
+
+
+def evaluate_tasks(trainer: Trainer) -> dict[str, float]:
+    """Run `eval_tasks` on the model as it is evaluated and log `eval_TASK_METRIC` of each; every rank must call."""
+    model, average = trainer.model, trainer._average
+    # An adapter's wrapper has autocast in its own forward, which `generate` of the model inside does not call.
+    with trainer.throughput.paused(), trainer.accelerator.autocast(), average.in_model(model):
+        scores = trainer._tasks.run(model, trainer.state.global_step)
+    due = trainer.control.should_log
+    trainer.log(scores)
+    # Which a log clears: the training's own is still to come.
+    trainer.control.should_log = due
+    return scores
 
 
 def _options(args: PackedArguments) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 STATE_NAME = "trainer_state.json"
+AVERAGE_NAME = "ema"  # of the average, with `ema_decay`
 MAX_HEADER = 100 << 20  # bytes, as safetensors has it
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
 
@@ -25,8 +26,10 @@ def missing_part(checkpoint: str | os.PathLike) -> str | None:
         json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return f"no whole {STATE_NAME}"
-    if not (_has_state(folder, "pytorch_model_fsdp", ".bin") or any(_weights(folder))):
+    if not _has_weights(folder):
         return "no whole model.safetensors"
+    if (folder / AVERAGE_NAME).exists() and not _has_weights(folder / AVERAGE_NAME):
+        return f"no whole {AVERAGE_NAME}/model.safetensors"
     if (folder / "latest").exists():
         return None  # DeepSpeed keeps the rest in a folder of its own form
     if not _has_state(folder, "optimizer", ".pt", ".bin"):
@@ -37,6 +40,10 @@ def missing_part(checkpoint: str | os.PathLike) -> str | None:
     if not any(map(_is_whole_archive, folder.glob("rng_state*.pth"))):
         return "no whole rng_state.pth"
     return None
+
+
+def _has_weights(folder: Path) -> bool:
+    return _has_state(folder, "pytorch_model_fsdp", ".bin") or any(_weights(folder))
 
 
 def weight_names(checkpoint: str | os.PathLike) -> set[str] | None:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from .completeness import missing_part, weight_names
+from ..averaging import WeightAverage
+from .completeness import AVERAGE_NAME, missing_part, weight_names
 from .folders import newest_complete_checkpoint
 from .run_record import check_same_run
 from .saving import without_tied
@@ -62,6 +63,18 @@ def check_weight_names(missing: set[str], unexpected: set[str], where: str) -> N
     ]
     if problems:
         raise ValueError(f"{where}: the weights are not this model's: {' and '.join(problems)}")
+
+
+def load_checkpoint(load: Callable[[str], None], checkpoint: str, model: nn.Module, average: WeightAverage) -> None:
+    """Let the trainer `load` weights into the model, first those of the average, where there shall be one."""
+    with whole_adapters():
+        if average.decay is not None:
+            folder = Path(checkpoint) / AVERAGE_NAME
+            if not folder.is_dir():
+                raise ValueError(f"{checkpoint} has no {AVERAGE_NAME}/: ema_decay cannot begin in the middle of a run")
+            load(str(folder))
+            average.start(model)
+        load(checkpoint)
 
 
 @contextlib.contextmanager

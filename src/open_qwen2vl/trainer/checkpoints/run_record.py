@@ -41,6 +41,7 @@ OPTIMISATION = (
     "train_language_model",
     "train_vision_tower",
     "neftune_noise_alpha",
+    "ema_decay",
 )
 
 ADAPTER = (
