@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from open_qwen2vl.families.open_qwen2vl_model import OpenQwen2VLPackedModel
-from open_qwen2vl.trainer.optimization import part_of
+from open_qwen2vl.trainer.optimization import part_of, set_part_learning_rates
 
 
 def rate_of(trainer, name):
@@ -49,6 +49,17 @@ def test_all_parts_follow_the_schedule(make_trainer):
     for projector, language_model in seen:
         assert projector == pytest.approx(10 * language_model)
     assert [rate for _, rate in seen] == pytest.approx([1e-3 * left / 5 for left in (4, 3, 2, 1)])
+
+
+def test_a_rate_that_is_a_tensor_stays_one(make_trainer):
+    """As torchao's optimizers have it: each group its own."""
+    trainer = make_trainer(learning_rate=1e-3, projector_learning_rate=5e-3)
+    named = list(trainer.model.named_parameters())
+    optimizer = torch.optim.AdamW([p for _, p in named], lr=torch.tensor(1e-3), fused=True)
+    parts = set_part_learning_rates(optimizer, named, trainer.args, OpenQwen2VLPackedModel.parts)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert dict(zip(parts, rates, strict=True))["projector"] == torch.tensor(5e-3)
+    assert len({rate.data_ptr() for rate in rates}) == len(rates) == 3
 
 
 def test_a_frozen_tower_is_kept_in_bf16_where_the_training_computes_in_it(make_trainer):

@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText
 
 from open_qwen2vl import cli
 from open_qwen2vl.trainer import newest_complete_checkpoint
+from open_qwen2vl.trainer.checkpoints.completeness import missing_part
 from tests.evaluation.easyvqa import write_tasks
 from tests.fork_server import forked_programs
 from tests.tars import break_images, write_caption_tar
@@ -65,11 +66,15 @@ def run_here(folder: Path, label: str, runs: dict) -> dict:
 
 
 def launch(launcher: str, folder: Path, runs: dict) -> dict:
-    command = [*LAUNCHERS[launcher], str(SCRIPT), str(folder), launcher, json.dumps(runs)]
+    run_script(launcher, SCRIPT, str(folder), launcher, json.dumps(runs))
+    return json.loads((folder / f"{launcher}.json").read_text())
+
+
+def run_script(launcher: str, script: Path, *arguments: str) -> None:
+    command = [*LAUNCHERS[launcher], str(script), *arguments]
     with tempfile.TemporaryDirectory() as bin, forked_programs(Path(bin)) as path:
         done = subprocess.run(command, env={**ENVIRONMENT, "PATH": path}, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((folder / f"{launcher}.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +217,40 @@ def test_hsdp_equals_one_process_and_goes_on_as_fsdp2(folder, one, monkeypatch):
     continued = launch("fsdp2", folder, {"continued": two})["continued"]
     assert_same_training(continued, whole)
     assert_same_model(folder / "fsdp2" / "continued" / "model", folder / "eight" / "eight" / "model")
+
+
+@pytest.mark.slow
+def test_muon_on_shards_is_that_on_whole_matrices():
+    run_script("ddp", SCRIPT.with_name("sharded_muon.py"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["ddp", "fsdp2"])
+def test_muon_average_and_background_writer_on_two_processes(folder, launcher):
+    """Resumed from a checkpoint that was written beside training: the same, and its average is one process's."""
+    state = {**SAVED, "optim": "muon", "ema_decay": 0.5, "async_save": True}
+    runs = {"state": state, "state_resumed": {**state, "resume": f"{launcher}/state/checkpoint-6"}}
+    runs["state_at_once"] = {**state, "async_save": False}
+    two = launch(launcher, folder, runs)
+    for name in ("state_resumed", "state_at_once"):
+        assert two[name]["losses"] == two["state"]["losses"]
+        assert two[name]["evaluation"]["eval_loss"] == two["state"]["evaluation"]["eval_loss"]
+        weights = [load_file(folder / launcher / run / "model" / "model.safetensors") for run in ("state", name)]
+        assert all(torch.equal(weights[1][key], tensor) for key, tensor in weights[0].items())
+    for run in ("state", "state_at_once"):
+        checkpoint = folder / launcher / run / "checkpoint-6"
+        assert missing_part(checkpoint) is None and missing_part(checkpoint.with_name("checkpoint-8")) is None
+        assert (checkpoint / "ema").is_dir() and not (checkpoint.parent / ".saving").exists()
+    one = run_here(folder, f"one_{launcher}", {"state": state | ALONE})["state"]
+    # Muon rounds to bf16, where the order of a sum may decide.
+    assert two["state"]["losses"] == pytest.approx(one["losses"], rel=2e-3)
+    assert two["state"]["evaluation"]["eval_loss"] == pytest.approx(one["evaluation"]["eval_loss"], rel=2e-3)
+
+
+@pytest.mark.slow
+def test_an_optimizer_that_knows_no_shards_is_refused(folder):
+    with pytest.raises(AssertionError, match="optim adamw_8bit is bitsandbytes', which takes no shards"):
+        launch("fsdp2", folder, {"refused": {**MIXTURE, "optim": "adamw_8bit"}})
 
 
 @pytest.mark.slow

@@ -89,7 +89,11 @@ def set_part_learning_rates(
         for part, rate in rates.items():
             parameters = [parameter for parameter in group["params"] if owners[parameter] == part]
             if parameters:
-                groups.append({**group, "params": parameters, "lr": group["lr"] if rate is None else rate})
+                # A tensor for torchao's optimizers, one of its own for each group.
+                lr = group["lr"].clone() if isinstance(group["lr"], torch.Tensor) else group["lr"]
+                if rate is not None:
+                    lr = lr.fill_(rate) if isinstance(lr, torch.Tensor) else rate
+                groups.append({**group, "params": parameters, "lr": lr})
                 part_of_group.append(part)
     optimizer.param_groups = groups
     return part_of_group
@@ -100,7 +104,7 @@ def rates_by_part(part_of_group: list[str], scheduler: LRScheduler) -> dict[str,
     if not part_of_group:
         return {}
     rates = zip(part_of_group, scheduler.get_last_lr(), strict=False)
-    return {f"learning_rate/{part}": rate for part, rate in rates}
+    return {f"learning_rate/{part}": float(rate) for part, rate in rates}
 
 
 def enter_schedule(scheduler: LRScheduler) -> None:
