@@ -125,3 +125,9 @@ def test_muon_is_refused_where_it_cannot_be_meant(tiny_model, arguments):
         check_what_trains(add_lora(tiny_model), arguments(optim="muon"))
     with pytest.raises(ValueError, match="optim_args has no effect on this optim"):
         arguments(optim="muon", optim_args="momentum=0.9")
+
+
+def test_states_that_cannot_be_copied_are_refused(arguments):
+    pytest.importorskip("torchao")
+    with pytest.raises(ValueError, match="async_save is not supported with torchao's optimizers"):
+        arguments(optim="adamw_torch_8bit", async_save=True)

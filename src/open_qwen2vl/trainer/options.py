@@ -208,9 +208,11 @@ def check_what_is_built(args: Any) -> None:
         raise ValueError(f"lr_scheduler_type {args.lr_scheduler_type}, lr_scheduler_kwargs: {error}") from error
     if not args.optim_target_modules and args.optim != MUON:
         try:
-            Trainer.get_optimizer_cls_and_kwargs(args)
+            kind, _ = Trainer.get_optimizer_cls_and_kwargs(args)
         except (ImportError, RuntimeError) as error:
             raise ValueError(f"optim: {error}") from error
+        if args.async_save and kind.__module__.startswith("torchao"):
+            raise ValueError("async_save is not supported with torchao's optimizers: torch cannot copy their states")
 
 
 def check_loader(config: Any) -> None:
