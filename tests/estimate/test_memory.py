@@ -133,6 +133,16 @@ def test_full_size_by_hand():
     assert fsdp["gathered"] > 0
 
 
+def test_muon_and_an_average():
+    """One state of a matrix and two of an embedding, four bytes each; the average is as large as what trains."""
+    batch, trained = micro_batch(OpenQwen2VLConfig(), 8192, 46, 1200, 144), 1_547_846_144
+    plain, muon = (step_memory(OpenQwen2VLConfig(), Training(PRETRAINING, optim=optim), batch) for optim in ("adamw_torch", "muon"))
+    assert muon["optimizer"] == 4 * (trained + 151_936 * 1536) and "average" not in muon
+    averaged = step_memory(OpenQwen2VLConfig(), Training(PRETRAINING, averaged=True), batch, 8, True)
+    assert averaged["average"] == 4 * trained / 8
+    assert muon["reserve"] < plain["reserve"]
+
+
 def test_activations_follow_batch_checkpointing_and_what_trains():
     config = small_config()
     batch = micro_batch(config, 1024, 8, 200, 4)

@@ -149,6 +149,7 @@ def read_training(options: dict[str, Any]) -> Training:
         optim=str(getattr(options["optim"], "value", options["optim"])),
         accumulation=int(number_of(options, "gradient_accumulation_steps")),
         checkpoint_every=every if options["activation_checkpointing"] else 0,
+        averaged=options["ema_decay"] is not None,
     )
 
 

@@ -13,13 +13,15 @@ from ..families import packed_model
 from ..families.interface import StepWork, VisionWork
 from ..modeling.loss import CHUNK_BYTES
 from ..trainer.optimization import LANGUAGE_MODEL, part_of
+from ..trainer.options import MUON
 
 GIB = 2**30
 # Context, kernels and libraries of CUDA; and what the allocator cannot use, as a share of the rest.
 RESERVED_BYTES, FRAGMENTATION = 1.5 * GIB, 0.05
 # Optimizer states: values of the weights' own type for each trained parameter; the 8-bit ones in bytes.
 STATES = {"adamw_torch": 2, "adamw_torch_fused": 2, "adagrad": 1, "rmsprop": 1, "lion_32bit": 1, "sgd": 0}
-BYTES_OF_8_BIT = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1}
+STATES[MUON] = 1  # of a matrix; embeddings and head are AdamW's
+BYTES_OF_8_BIT = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "adamw_torch_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1}
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Training:
     optim: str = "adamw_torch_fused"  # the optimizer's name
     accumulation: int = 1  # micro-batches of an optimizer step
     checkpoint_every: int = 0  # every n-th block is computed again in the backward pass; 0 for none
+    averaged: bool = False  # whether a moving average of the weights is kept
 
 
 def parameters_by_part(config: PreTrainedConfig) -> dict[str, int]:
@@ -67,9 +70,9 @@ def step_memory(
     """Bytes on each GPU at the fullest moment of a step, the end of a forward pass.
 
     Parts: `weights`, `gradients` (DDP's buckets are these), `optimizer`, `gathered` (FSDP2: blocks in use), `pixels`
-    (of this micro-batch and the next), `activations`, `loss` and `reserve`. `counts` are those of
-    [`parameters_by_part`], where they are known. Under HSDP `num_gpus` are those of a machine. Within 5 % of steps on
-    tensors without contents, but for the reserve (`tests/estimate/test_fake_step.py`).
+    (of this micro-batch and the next), `activations`, `loss`, `average` where there is one, and `reserve`. `counts`
+    are those of [`parameters_by_part`], where they are known. Under HSDP `num_gpus` are those of a machine. Within 5 %
+    of steps on tensors without contents, but for the reserve (`tests/estimate/test_fake_step.py`).
     """
     counts = counts or parameters_by_part(config)
     shards = num_gpus if sharded else 1
@@ -82,12 +85,14 @@ def step_memory(
     figures = {
         "weights": others * size / shards + frozen_tower * (2 if training.bf16 else size),
         "gradients": _gradient_bytes(trained, size, shards if sharded else 0, training.accumulation),
-        "optimizer": trained * optimizer_bytes(training.optim, size) / shards,
+        "optimizer": _optimizer_bytes(config, training, trained) / shards,
         "gathered": _gathered_bytes(config, counts[LANGUAGE_MODEL], trained, training) if sharded else 0,
         "pixels": 2 * 3 * config.vision_config.patch_size**2 * batch.vision.patches,
         "activations": activation_bytes(config, training, batch, sharded),
         "loss": loss_bytes(config.text_config, batch.labels, compute, "language_model" in training.trained, sharded),
     }
+    if training.averaged:
+        figures["average"] = trained * size / shards
     return {**figures, "reserve": RESERVED_BYTES + FRAGMENTATION * sum(figures.values())}
 
 
@@ -107,12 +112,23 @@ def _gradient_bytes(trained: int, size: int, shards: int, accumulation: int) -> 
     return 4 * trained if shards and accumulation > 1 else trained * size / max(shards, 1)
 
 
-def _gathered_bytes(config: PreTrainedConfig, parameters: int, trained: int, training: Training) -> float:
-    """FSDP2: weights of the root and two blocks, and their fp32 gradients where they are not kept whole anyway."""
+def _optimizer_bytes(config: PreTrainedConfig, training: Training, trained: int) -> int:
+    size = training.dtype.itemsize
+    of_adamw = _embeddings(config) if training.optim == MUON and LANGUAGE_MODEL in training.trained else 0
+    return trained * optimizer_bytes(training.optim, size) + of_adamw * size
+
+
+def _embeddings(config: PreTrainedConfig) -> int:
+    """Parameters of the embeddings, and of the head where it is not tied to them."""
     text = config.text_config
     tied = getattr(text, "tie_word_embeddings", False) or getattr(config, "tie_word_embeddings", False)
-    embeddings = text.vocab_size * text.hidden_size * (1 if tied else 2)
-    block = (parameters - embeddings) / text.num_hidden_layers
+    return text.vocab_size * text.hidden_size * (1 if tied else 2)
+
+
+def _gathered_bytes(config: PreTrainedConfig, parameters: int, trained: int, training: Training) -> float:
+    """FSDP2: weights of the root and two blocks, and their fp32 gradients where they are not kept whole anyway."""
+    embeddings = _embeddings(config)
+    block = (parameters - embeddings) / config.text_config.num_hidden_layers
     weights = (2 if training.bf16 else training.dtype.itemsize) * (embeddings + 2 * block)
     return weights + (0 if training.accumulation > 1 else 4 * min(trained, embeddings + 2 * block))
 
