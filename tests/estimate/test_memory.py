@@ -136,7 +136,10 @@ def test_full_size_by_hand():
 def test_muon_and_an_average():
     """One state of a matrix and two of an embedding, four bytes each; the average is as large as what trains."""
     batch, trained = micro_batch(OpenQwen2VLConfig(), 8192, 46, 1200, 144), 1_547_846_144
-    plain, muon = (step_memory(OpenQwen2VLConfig(), Training(PRETRAINING, optim=optim), batch) for optim in ("adamw_torch", "muon"))
+    plain, muon = (
+        step_memory(OpenQwen2VLConfig(), Training(PRETRAINING, optim=optim), batch)
+        for optim in ("adamw_torch", "muon")
+    )
     assert muon["optimizer"] == 4 * (trained + 151_936 * 1536) and "average" not in muon
     averaged = step_memory(OpenQwen2VLConfig(), Training(PRETRAINING, averaged=True), batch, 8, True)
     assert averaged["average"] == 4 * trained / 8

@@ -34,6 +34,7 @@ STOCK = {
     "create_model_card": "language=None, license=None, tags=None, model_name=None, finetuned_from=None, tasks=None, "
     "dataset_tags=None, dataset=None, dataset_args=None",
     "train": "resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None",
+    "_finalize_training": "trial, num_train_samples, start_time",
     "_load_from_checkpoint": "resume_from_checkpoint, model=None",
     "_issue_warnings_after_load": "load_result",
     "_get_output_dir": "trial",
@@ -43,6 +44,7 @@ STOCK = {
     "**kwargs",
     "save_model": "output_dir=None, _internal_call=False",
     "_save": "output_dir=None, state_dict=None",
+    "_save_optimizer_and_scheduler": "output_dir",
 }
 SFT = {
     "create_model_card": "model_name=None, dataset_name=None, tags=None",
