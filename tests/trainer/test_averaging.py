@@ -64,7 +64,7 @@ def test_the_average_of_a_run(make_trainer, packs, tmp_path):
     again = make_trainer(**evaluated)
     again.train(resume_from_checkpoint=str(run / "checkpoint-2"))
     assert losses(again) == losses(trainer)
-    assert losses(again, "eval_loss") == losses(trainer, "eval_loss")[:2]
+    assert losses(again, "eval_loss") == losses(trainer, "eval_loss")[:-1]
     for ours, theirs in zip(again._average._average, trainer._average._average, strict=True):
         assert torch.equal(ours, theirs)
 
