@@ -25,7 +25,7 @@ FLOORS = (
     ("estimate", "chat", "agent", "conversion"),
     ("cli",),
 )
-MOST_LINES, MOST_OF_A_FILE, MOST_OF_A_FUNCTION = 28_000, 350, 60
+MOST_LINES, MOST_OF_A_FILE, MOST_OF_A_FUNCTION = 27_850, 350, 60
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 
