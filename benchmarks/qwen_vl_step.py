@@ -3,6 +3,7 @@
 import io
 import time
 
+import numpy as np
 import torch
 from photo_packs import photograph
 from PIL import Image
@@ -17,7 +18,7 @@ from open_qwen2vl import prepare_for_packing
 from open_qwen2vl.families.qwen_vl.images import image_patches
 from open_qwen2vl.families.qwen_vl.positions import mrope_positions
 from open_qwen2vl.families.qwen_vl.sizes import ImageSizes
-from open_qwen2vl.processing.images import decode_image
+from open_qwen2vl.processing.images import decode_pixels
 
 # Pixels of the images of 20 captions: any size and aspect, 14 to 221 tokens.
 SIZES = [(224, 224), (320, 240), (120, 300), (448, 336), (100, 100), (640, 200), (200, 420), (336, 336), (256, 170)]
@@ -118,8 +119,8 @@ def image_rows(sizes: list[tuple[int, int]], repeats: int = 40) -> list[str]:
         image = Image.open(io.BytesIO(data)).convert("RGB")
         ways = {
             "stock": lambda image=image: stock(image, return_tensors="pt")["pixel_values"],
-            "ours": lambda image=image: image_patches(image, ours),
-            "decoded": lambda data=data: image_patches(decode_image(data), ours),
+            "ours": lambda image=image: image_patches(np.array(image), ours),
+            "decoded": lambda data=data: image_patches(decode_pixels(data), ours),
         }
         # In turn, so that other work on the machine meets all of them alike.
         rounds = [{name: _seconds(way) for name, way in ways.items()} for _ in range(repeats)]

@@ -15,12 +15,14 @@ from hypothesis import given, settings, strategies
 from matplotlib import get_data_path
 from PIL import Image, ImageFile, ImageOps
 
+from open_qwen2vl.processing import images
 from open_qwen2vl.processing.images import (
     DRAFT_MARGIN,
     FORMATS,
     MAX_PIXELS,
     array_to_rgb,
     decode_image,
+    decode_pixels,
     read_image_size,
     to_rgb,
 )
@@ -379,3 +381,64 @@ def test_damaged_files_are_refused_by_reason_or_read(data):
         assert error.reason in ("corrupt_image", "image_too_large")
     else:
         assert image.mode == "RGB" and 0 < image.width * image.height <= MAX_PIXELS
+
+
+def either(read, *args) -> np.ndarray | str:
+    """Pixels, or how they are refused."""
+    try:
+        return np.asarray(read(*args))
+    except SampleError as error:
+        return str(error)
+
+
+JPEGS = {
+    **{f"4:{name}": {"subsampling": f"4:{name}"} for name in ("4:4", "2:2", "2:0")},
+    "progressive": {"progressive": True},
+    "restart marks": {"restart_marker_blocks": 3},
+    "coarse": {"quality": 5},
+    "profile": {"icc_profile": b"not a real one"},
+}
+
+
+@pytest.mark.parametrize("needed", [None, (40, 30), (9, 9)])
+@pytest.mark.parametrize("kind", JPEGS)
+def test_the_other_decoder_gives_pillows_pixels(monkeypatch, photograph, kind, needed):
+    """For odd sizes too, whose last blocks are cut."""
+    pytest.importorskip("simplejpeg")
+    used = []
+    decode = images.decode_jpeg
+    monkeypatch.setattr(images, "decode_jpeg", lambda *args, **kwargs: used.append(1) or decode(*args, **kwargs))
+    for size in ((173, 131), (320, 240)):
+        data = encode(photograph.crop((300, 300, 300 + size[0], 300 + size[1])), "JPEG", **JPEGS[kind])
+        pixels = decode_pixels(data, needed)
+        assert np.array_equal(pixels, decode_image(data, needed)) and pixels.flags.writeable
+    assert len(used) == 2
+
+
+@pytest.mark.parametrize("kind", ["grey", "CMYK", "turned", "PNG", "16 bits", "none installed"])
+def test_what_it_is_not_for_is_left_to_pillow(monkeypatch, photograph, kind):
+    small, exif = photograph.crop((0, 0, 101, 67)), Image.Exif()
+    exif[0x0112] = 6
+    data = {
+        "grey": lambda: encode(small.convert("L"), "JPEG"),
+        "CMYK": lambda: encode(small.convert("CMYK"), "JPEG"),
+        "turned": lambda: encode(small, "JPEG", exif=exif),
+        "PNG": lambda: encode(small),
+        "16 bits": lambda: encode(Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100)),
+        "none installed": lambda: encode(small, "JPEG"),
+    }[kind]()
+    refuse = None if kind == "none installed" else lambda *args, **kwargs: pytest.fail("it was asked")
+    monkeypatch.setattr(images, "decode_jpeg", refuse)
+    pixels = decode_pixels(data)
+    assert np.array_equal(pixels, decode_image(data)) and pixels.flags.writeable
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(strategies.data())
+def test_a_damaged_jpeg_is_read_or_refused_as_pillow_does(data):
+    content = bytearray(encode(gradient(40, 24), "JPEG", progressive=data.draw(strategies.booleans())))
+    for _ in range(data.draw(strategies.integers(0, 4))):
+        content[data.draw(strategies.integers(0, len(content) - 1))] = data.draw(strategies.integers(0, 255))
+    content = bytes(content[: data.draw(strategies.integers(0, len(content)))])
+    ours, pillows = either(decode_pixels, content), either(decode_image, content)
+    assert np.array_equal(ours, pillows)

@@ -20,6 +20,11 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from .sample_error import SampleError
 
+try:
+    from simplejpeg import decode_jpeg
+except ImportError:
+    decode_jpeg = None
+
 # Above this a small file can claim gigabytes of pixels (Pillow warns from here and refuses at twice as many).
 MAX_PIXELS = 89_478_485
 # Pillow's other plugins start programs (PostScript) or are of no use; TGA, which has no signature, is tried last.
@@ -54,14 +59,22 @@ def decode_image(data: bytes, min_size: tuple[int, int] | None = None) -> Image.
     formats are reduced likewise above `LARGE_PIXELS`. SampleError: `corrupt_image`, `image_too_large` (its header).
     """
     with opened_image(data) as image:
-        _check_cost(image, data)
-        # The larger side for both: the EXIF orientation, applied later, may swap them.
-        needed = DRAFT_MARGIN * max(min_size) if min_size is not None else None
-        if needed is not None:
-            image.draft(None, (needed, needed))
+        needed = _choose_scale(image, data, min_size)
         pixels = _upright(image, needed)
         pixels.info.clear()  # what is applied must not be applied again
         return pixels
+
+
+def decode_pixels(data: bytes, min_size: tuple[int, int] | None = None) -> np.ndarray:
+    """The pixels of [`decode_image`], uint8 `(height, width, 3)`, writable.
+
+    Where simplejpeg is installed it decodes plain JPEGs, to the same values (benchmarks/decoding.py): it is the same
+    libjpeg-turbo, without the copies that Pillow makes of its pixels. SampleError as [`decode_image`].
+    """
+    with opened_image(data) as image:
+        needed = _choose_scale(image, data, min_size)
+        pixels = _plain_jpeg(image, data, needed)
+        return np.array(_upright(image, needed)) if pixels is None else pixels
 
 
 def read_image_size(data: bytes, upright: bool = False) -> tuple[int, int]:
@@ -144,6 +157,34 @@ def _formats() -> tuple[str, ...]:
     """Those that this Pillow has: an older one may lack AVIF."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _choose_scale(image: Image.Image, data: bytes, min_size: tuple[int, int] | None) -> int | None:
+    """Let a JPEG be decoded at a fraction, and return what both sides must have, if not all of it."""
+    _check_cost(image, data)
+    if min_size is None:
+        return None
+    # The larger side for both: the EXIF orientation, applied later, may swap them.
+    needed = DRAFT_MARGIN * max(min_size)
+    image.draft(None, (needed, needed))
+    return needed
+
+
+def _plain_jpeg(image: Image.Image, data: bytes, needed: int | None) -> np.ndarray | None:
+    """Pixels by simplejpeg, at the size that Pillow would decode; None for what is left to Pillow.
+
+    That is what is no JPEG of three upright channels, what Pillow makes smaller in another way, and what is damaged
+    at all: Pillow decides whether that is read.
+    """
+    if decode_jpeg is None or image.format != "JPEG" or image.mode != "RGB" or _orientation(image) in _TURNS:
+        return None
+    if needed is not None and image.width * image.height > LARGE_PIXELS:
+        return None
+    try:
+        pixels = decode_jpeg(data, min_width=image.width, min_height=image.height)
+    except ValueError:
+        return None
+    return pixels if pixels.shape[:2] == (image.height, image.width) else None
 
 
 def _check_cost(image: Image.Image, data: bytes) -> None:

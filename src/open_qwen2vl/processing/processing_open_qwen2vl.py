@@ -22,7 +22,7 @@ from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
-from .images import array_to_rgb, decode_image, to_rgb
+from .images import array_to_rgb, decode_image, decode_pixels, to_rgb
 from .rendering import limit_rendering
 from .text_formats import IMAGE_TOKEN, prepare_tokenizer
 
@@ -247,14 +247,14 @@ class OpenQwen2VLProcessor(ProcessorMixin):
         decoding large JPEGs at a fraction changes see `decode_image` in images.py.
         """
         height, width = self.image_processor.size["height"], self.image_processor.size["width"]
-        image = decode_image(data, min_size=(width, height))
+        pixels = decode_pixels(data, min_size=(width, height))
         mode = TORCH_RESAMPLING.get(self.image_processor.resample)
-        if mode is None or image.width < width or image.height < height:
+        if mode is None or pixels.shape[0] < height or pixels.shape[1] < width:
             # Where it enlarges, torch differs by more, and small images take no time.
-            return self.resize_images([image])
+            return self.resize_images([Image.fromarray(pixels)])
         # (height, width, 3) -> (1, 3, height, width), which torch takes for its fast, channels-last kernel
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-        return nn.functional.interpolate(pixels, (height, width), mode=mode, antialias=True).contiguous()
+        tensor = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        return nn.functional.interpolate(tensor, (height, width), mode=mode, antialias=True).contiguous()
 
 
 def read_images(images: ImageInput) -> ImageInput:

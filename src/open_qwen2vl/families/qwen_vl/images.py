@@ -7,16 +7,19 @@ Pillow backend's differ from both by a few grey levels of 256.
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
 from .sizes import ImageSizes
 
 
-def image_patches(image: Image.Image, sizes: ImageSizes, mode: str = "bicubic") -> torch.Tensor:
-    """An upright RGB image as uint8 patches `(rows * columns, 3 * P * P)`, those of a token together."""
-    pixels = resized_pixels(np.array(image), sizes.resized(image.width, image.height), mode)
-    return torch.from_numpy(patchify(pixels, sizes.patch_size, sizes.merge_size))
+def image_patches(pixels: np.ndarray, sizes: ImageSizes, mode: str = "bicubic") -> torch.Tensor:
+    """An upright RGB image, uint8 `(height, width, 3)`, as uint8 patches `(rows * columns, 3 * P * P)`.
+
+    Those of a token lie together.
+    """
+    height, width = pixels.shape[:2]
+    resized = resized_pixels(pixels, sizes.resized(width, height), mode)
+    return torch.from_numpy(patchify(resized, sizes.patch_size, sizes.merge_size))
 
 
 def resized_pixels(pixels: np.ndarray, size: tuple[int, int], mode: str = "bicubic") -> np.ndarray:

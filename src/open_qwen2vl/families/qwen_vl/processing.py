@@ -17,7 +17,7 @@ from transformers import ProcessorMixin, Qwen2_5_VLProcessor, Qwen3VLProcessor
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ...processing.conversations import has_generation_marks, named_chat_template
-from ...processing.images import decode_image
+from ...processing.images import decode_pixels
 from ...processing.processing_open_qwen2vl import TORCH_RESAMPLING
 from ...processing.sample_error import SampleError
 from ...processing.text_formats import encode_as_text
@@ -161,15 +161,14 @@ class QwenVLDocuments:
         """
         if media.kind == "video":
             return self._read_video(data, media)
-        image = decode_image(data)
+        pixels = decode_pixels(data)
+        height, width = pixels.shape[:2]
         # Its placeholders are in the sequence by now: another size would need another number of them.
-        if media.width and (image.width, image.height) != (media.width, media.height):
-            raise SampleError(
-                "image_changed", f"it has {image.width}x{image.height} pixels, planned {media.width}x{media.height}"
-            )
-        rows, columns = self.sizes.grid(image.width, image.height)
+        if media.width and (width, height) != (media.width, media.height):
+            raise SampleError("image_changed", f"it has {width}x{height} pixels, planned {media.width}x{media.height}")
+        rows, columns = self.sizes.grid(width, height)
         return {
-            "pixel_values": image_patches(image, self.sizes, self.mode),
+            "pixel_values": image_patches(pixels, self.sizes, self.mode),
             "image_grid_thw": torch.tensor([[1, rows, columns]]),
         }
 

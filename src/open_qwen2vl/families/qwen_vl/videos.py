@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ...processing.images import decode_image
+from ...processing.images import decode_pixels
 from ...processing.sample_error import SampleError
 from ...processing.videos import read_video_header, video_frames
 from ..interface import Media
@@ -159,10 +159,11 @@ def _extracted_frames(data: bytes, media: Media, sizes: VideoSizes) -> Iterator[
     if len(files) != len(meta["numbers"]) or any(before >= after for before, after in pairwise(names)):
         raise SampleError("corrupt_frames", f"{len(files)} frames, {len(meta['numbers'])} in its {META_NAME}")
     for file in files:
-        image = decode_image(file)
-        if [image.height, image.width] != meta["size"]:
-            raise SampleError("corrupt_frames", f"a frame of {image.width}x{image.height} pixels")
-        yield np.ascontiguousarray(np.array(image).transpose(2, 0, 1))
+        pixels = decode_pixels(file)
+        height, width = pixels.shape[:2]
+        if [height, width] != meta["size"]:
+            raise SampleError("corrupt_frames", f"a frame of {width}x{height} pixels")
+        yield np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
