@@ -112,7 +112,7 @@ def assert_same_model(found: Path, expected: Path) -> None:
     weights, expected_weights = (load_file(folder / "model.safetensors") for folder in (found, expected))
     assert set(weights) == set(expected_weights)
     for name, parameter in expected_weights.items():
-        torch.testing.assert_close(weights[name], parameter, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(weights[name], parameter, rtol=1e-4, atol=1e-5, msg=f"{found.parent.name} {name}")
     assert {path.name for path in found.iterdir()} == {path.name for path in expected.iterdir()}
     assert (found / "config.json").read_text() == (expected / "config.json").read_text()
     AutoModelForImageTextToText.from_pretrained(found)

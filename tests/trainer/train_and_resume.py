@@ -53,6 +53,8 @@ def make_trainer(folder: Path, output_dir: Path, data: str, **options) -> Packed
         "train_sampling_strategy": "random" if data == "mixture" else "sequential",
         "logging_steps": 1,
         "learning_rate": 1e-3,
+        # With the usual 1e-8 a gradient that is nothing but rounding moves its weight a whole step.
+        "adam_epsilon": 1e-6,
         "save_strategy": "no",
     }
     args = PackedTrainingArguments(str(output_dir), **{**defaults, **options})
