@@ -13,6 +13,7 @@ from . import (
     boxes,
     chat,
     convert,
+    decontaminate,
     demo,
     estimate,
     evaluate,
@@ -29,7 +30,7 @@ from .options import add_command
 
 # In the order of --help.
 COMMANDS = (
-    *(score, filter, reshard, extract_frames, boxes, pack),
+    *(score, decontaminate, filter, reshard, extract_frames, boxes, pack),
     *(convert, init_vit, estimate, chat, evaluate, report, demo),
 )
 

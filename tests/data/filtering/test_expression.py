@@ -124,7 +124,7 @@ def test_basic_is_datacomps_filter():
         ("top(clip)", 9, "expected ','"),
         ("in()", 4, "expected a file name"),
         ("in(a.npy", 4, "expected a file name"),
-        ("__import__('os')", 1, "there are top(NAME, FRACTION), in(FILE) and basic()"),
+        ("__import__('os')", 1, "there are top(NAME, FRACTION), in(FILE), basic()"),
         ("a > 1; DROP TABLE pairs", 6, "may stand here, found ';'"),
         ("not " * 200 + "a > 1", 401, "more than 100 levels"),
         ("(" * 200 + "a > 1", 101, "more than 100 levels"),
@@ -144,3 +144,16 @@ def test_any_text_parses_or_is_one_clear_error(text):
         assert str(error).startswith("--keep, column ")
     else:
         assert parse_expression(show(term)) == term
+
+
+def test_contaminated_stands_for_pictures_and_texts():
+    image, text = "contaminated.image >= 0.85", "contaminated.text >= 0.5"
+    assert show(parse_expression("contaminated()")) == f"{image} or {text}"
+    assert show(parse_expression("not contaminated()")) == f"not {image} and not {text}"
+    assert (
+        show(parse_expression("not contaminated(0.3) and clip > 1"))
+        == f"not {image[:-4]}0.7 and not {text} and clip > 1"
+    )
+    for wrong in ("contaminated(1)", "contaminated(-1)", "contaminated(x)"):
+        with pytest.raises(ValueError, match="column"):
+            parse_expression(wrong)

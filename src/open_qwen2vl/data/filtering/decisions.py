@@ -156,4 +156,5 @@ class Statement:
             text += f" (>= {self._cuts[clause].threshold:.6g})"
         missing = f"concat('no score (' || {self.parameter(self._reasons)}[r{number} + 1] || ')')"
         score = f"coalesce(printf('%.6g', s{number}), nullif({missing}, ''), 'no score')"
-        return f"{self.parameter(text + ': ')} || {score}"
+        detail = f" || coalesce(' (' || d{number} || ')', '')" if number in self._columns.details else ""
+        return f"{self.parameter(text + ': ')} || {score}{detail}"

@@ -3,7 +3,7 @@
     or_terms:  and_terms ("or" and_terms)*
     and_terms: term ("and" term)*
     term:      "not" term | "(" or_terms ")" | NAME OPERATOR NUMBER | "top" "(" NAME "," FRACTION ")"
-               | "in" "(" FILE ")" | "basic" "(" ")"
+               | "in" "(" FILE ")" | "basic" "(" ")" | "contaminated" "(" [DISTANCE] ")"
 
 Names may hold `-` and `.`; a file name with a parenthesis stands in quotes. `not` is pushed down to the clauses while
 reading (`not (a and b)` is `not a or not b`), which leaves a tree of two kinds of nodes.
@@ -24,6 +24,8 @@ BASIC = (
     ("smaller_side", ">=", "200"),
     ("aspect_ratio", "<=", "3"),
 )
+# Limits of `decontaminate`: similarity of pictures, and part of an evaluation text.
+CONTAMINATED = (("image", "0.85"), ("text", "0.5"))
 MAX_DEPTH = 100
 _TOKEN = re.compile(
     r"\s*(?:(?P<number>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)(?![\w.])"
@@ -160,7 +162,7 @@ class _Parser:
 
     def _clause(self, negated: bool) -> Term:
         if self._token.kind != "name" or self._token.text in ("and", "or"):
-            self._fail("expected a score's name, top(...), in(...), basic(), 'not' or '('")
+            self._fail("expected a score's name, top(...), in(...), basic(), contaminated(...), 'not' or '('")
         if self._text[self._place :].lstrip().startswith("("):
             return self._function(negated)
         name = self._next().text
@@ -170,8 +172,8 @@ class _Parser:
 
     def _function(self, negated: bool) -> Term:
         function = self._token.text
-        if function not in ("top", "in", "basic"):
-            self._fail("there are top(NAME, FRACTION), in(FILE) and basic(): expected one of them")
+        if function not in ("top", "in", "basic", "contaminated"):
+            self._fail("there are top(NAME, FRACTION), in(FILE), basic() and contaminated(): expected one of them")
         if function == "in":
             return self._listed(negated)
         self._next()
@@ -179,9 +181,20 @@ class _Parser:
         if function == "basic":
             self._expect(")")
             return _join(not negated, [_comparison(f"basic.{part}", *rest, negated) for part, *rest in BASIC])
-        term = self._top(negated)
+        term = self._contaminated(negated) if function == "contaminated" else self._top(negated)
         self._expect(")")
         return term
+
+    def _contaminated(self, negated: bool) -> Term:
+        limits = dict(CONTAMINATED)
+        if self._token.kind == "number":
+            token, distance = self._token, Fraction(self._number())
+            if not 0 <= distance < 1:
+                self._token = token
+                self._fail("expected a distance from 0 to below 1")
+            limits["image"] = f"{float(1 - distance):g}"
+        terms = [_comparison(f"contaminated.{part}", ">=", limit, negated) for part, limit in limits.items()]
+        return _join(negated, terms)
 
     def _top(self, negated: bool) -> Top:
         if self._token.kind != "name":

@@ -29,7 +29,7 @@ from .histograms import histograms
 from .options import FilterOptions
 from .report import SelectionReport, measure
 from .report_page import report_page
-from .tables import FILE_FACTOR, Columns, Scores, find_scores, keys_of_rows, make_pairs, open_database
+from .tables import FILE_FACTOR, Columns, Scores, find_scores, keys_of_rows, make_details, make_pairs, open_database
 
 DECISIONS_NAME, PAGE_NAME = "decisions.parquet", "index.html"
 _ROWS_AT_ONCE = 1 << 17
@@ -79,6 +79,7 @@ def _select(
         found = find_scores(connection, options.scores)
         columns = _columns(term, found)
         unscored = make_pairs(connection, found, columns)
+        columns = make_details(connection, found, columns)
         _advance(bar, "deciding")
         cuts = find_cuts(connection, term, columns)
         selection = Selection(connection, term, found, columns, cuts, options.seed, options.deduplicate)
@@ -128,11 +129,12 @@ def _decide(selection: Selection, near_distance: int) -> int:
         without_hash = find_duplicates(connection, selection.scores.hash_files, selection.deduplicate, near_distance)
     statement = selection.statement()
     step = f"CASE WHEN keeper IS NOT NULL THEN {kept + 1} ELSE {statement.first_failing(selection.term)} END"
-    columns = ", ".join(["row_id", *selection.columns.names(), "keeper"])
+    details = [f"d{number}" for number in selection.columns.details]
+    columns = ", ".join(["row_id", *selection.columns.names(), *details, "keeper"])
     connection.execute(
         f"""
         CREATE TABLE decided AS SELECT uid, {columns}, ({step})::USMALLINT AS step
-        FROM pairs LEFT JOIN duplicates USING (uid)
+        FROM pairs LEFT JOIN duplicates USING (uid) LEFT JOIN details USING (uid)
         """,
         statement.parameters,
     )

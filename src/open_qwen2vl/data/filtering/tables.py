@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..scoring.score_files import find_score_files, read_score_metadata
+from ..scoring.score_files import DETAIL, find_score_files, read_score_metadata
 from ..storage.uids import read_uids
 
 if TYPE_CHECKING:
@@ -40,10 +40,11 @@ _MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?", re.IGNORECASE)
 class Scores(NamedTuple):
     """The score files of a selection."""
 
-    files: list[Path]  # those with image hashes last
+    files: list[Path]  # those with columns of their own last
     hash_files: list[Path]  # those with image hashes
     names: list[str]  # the values of the column `scorer`, sorted
     reasons: list[str]  # why there is no score, sorted
+    detail_files: list[Path]  # those that say what a value comes from
     bad_uids: int  # rows left out because their uid is not 32 hex digits
 
 
@@ -52,6 +53,7 @@ class Columns(NamedTuple):
 
     scores: dict[str, int]  # number of the columns `s` and `r` by the name of the score
     files: dict[str, int]  # number of the column `f` by the file of uids
+    details: tuple[int, ...] = ()  # numbers of the scores that have a column `d`, of `decided`
 
     def names(self) -> list[str]:
         """The columns' names in order."""
@@ -90,11 +92,12 @@ def open_database(folder: Path, memory_limit: str, threads: int | None) -> "Iter
 
 def find_scores(connection: "duckdb.DuckDBPyConnection", paths: Sequence[str | Path]) -> Scores:
     """Look at the score files: which scores they hold, and whether each is of one model."""
-    plain, hashed = [], []
+    plain, detailed, hashed = [], [], []
     for path in find_score_files(paths):
         read_score_metadata(path)
-        (hashed if "phash" in pq.read_schema(path).names else plain).append(path)
-    scores = Scores([*plain, *hashed], hashed, [], [], 0)
+        columns = pq.read_schema(path).names
+        (hashed if "phash" in columns else detailed if DETAIL.name in columns else plain).append(path)
+    scores = Scores([*plain, *detailed, *hashed], hashed, [], [], detailed, 0)
     kinds = connection.execute(
         f"SELECT scorer, model, reason, count(*) - count({UID}) FROM {score_rows(scores.files)} GROUP BY ALL"
     ).fetchall()
@@ -158,6 +161,29 @@ def make_pairs(connection: "duckdb.DuckDBPyConnection", scores: Scores, columns:
         """
     )
     return {path: _mark_listed(connection, path, number) for path, number in columns.files.items()}
+
+
+def make_details(connection: "duckdb.DuckDBPyConnection", scores: Scores, columns: Columns) -> Columns:
+    """Make the table `details` (uid, a column `d` for each score that has some), and name its columns."""
+    if not scores.detail_files:
+        connection.execute("CREATE TABLE details (uid UUID)")
+        return columns
+    rows = score_rows(scores.detail_files)
+    found = connection.execute(f"SELECT DISTINCT scorer FROM {rows} WHERE detail IS NOT NULL").fetchall()
+    numbers = tuple(sorted(columns.scores[name] for (name,) in found if name in columns.scores))
+    # The detail of the value that counts; of equal values the last text, whatever the order of the rows.
+    gathered = "".join(
+        f", (max(struct_pack(v := value, d := detail)) FILTER (part = {number})).d AS d{number}" for number in numbers
+    )
+    connection.execute(
+        f"""
+        CREATE TABLE details AS SELECT uid{gathered} FROM (
+            SELECT {UID} AS uid, {_numbered("scorer", list(columns.scores))} AS part, value, detail
+            FROM {rows} WHERE detail IS NOT NULL AND value IS NOT NULL
+        ) WHERE uid IS NOT NULL AND part IS NOT NULL GROUP BY uid
+        """
+    )
+    return columns._replace(details=numbers)
 
 
 def keys_of_rows(scores: Scores) -> str:

@@ -37,8 +37,8 @@ def score_pool(options: ScoreOptions) -> StepReport:
     folder = Path(options.output) / name
     sources = _find_tables(options.pool) if scorer == "metadata" else find_tars(options.pool)
     recipe = _recipe(scorer, name, given, folder)
-    tasks = _tasks(sources, folder)
-    _check_finished(tasks, recipe)
+    tasks = shard_tasks(sources, folder)
+    check_finished(tasks, recipe)
     workers, gpus, threads = options.num_workers, 0.0, 0
     if scorer in WITH_MODEL:
         workers, gpus, threads = _share(options)
@@ -121,7 +121,8 @@ def _describe(value: Any, folder: Path) -> Any:
     return described
 
 
-def _tasks(sources: Sequence[Path], folder: Path) -> list[ShardTask]:
+def shard_tasks(sources: Sequence[Path], folder: Path) -> list[ShardTask]:
+    """A task for each source, whose output has its name; a `ValueError` for two of one name."""
     tasks: dict[Path, ShardTask] = {}
     for source in sources:
         task = ShardTask(source, folder / f"{source.stem}.parquet")
@@ -134,7 +135,7 @@ def _tasks(sources: Sequence[Path], folder: Path) -> list[ShardTask]:
     return list(tasks.values())
 
 
-def _check_finished(tasks: Sequence[ShardTask], recipe: dict[str, Any]) -> None:
+def check_finished(tasks: Sequence[ShardTask], recipe: dict[str, Any]) -> None:
     """Raise if a score file of an earlier run was made from something else."""
     for task in tasks:
         if not task.output.exists():

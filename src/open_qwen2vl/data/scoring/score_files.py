@@ -39,6 +39,8 @@ HASH_SCHEMA = pa.schema(
     ]
 )
 
+DETAIL = pa.field("detail", pa.string())  # of some scores: what a value comes from, shown with it in reasons
+
 
 def score_table(
     labels: Sequence[str],

@@ -1,0 +1,55 @@
+"""The chapter "From a pool to a mixture" of docs/data.md, its commands as they stand, on real pictures."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from open_qwen2vl import cli
+from open_qwen2vl.data.storage.uids import read_uids
+from tests.data.conftest import encode_image, make_sample, write
+from tests.decontamination.conftest import drawings, photographs
+
+DOCUMENT = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf8")
+CHAPTER = DOCUMENT.split("\n## From a pool to a mixture\n")[1].split("\n## ")[0]
+COMMANDS = [
+    shlex.split(line)
+    for block in re.findall(r"^```bash\n(.*?)^```", CHAPTER, flags=re.MULTILINE | re.DOTALL)
+    for line in block.replace("\\\n", "").splitlines()
+]
+QUESTION = "how many of the people who are standing beside the river wear a hat that is blue"
+WORKERS = {"decontaminate": ["--num-workers", "1", "--self-test", "2"], "filter": ["--threads", "1"]}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """A pool of 30 pairs, of which pair 3 is an evaluation picture and pair 5 asks an evaluation question."""
+    evaluation, pictures = photographs()[4], photographs()[5:9] + drawings()
+    members = []
+    for number in range(30):
+        picture = evaluation.resize((90, 90)) if number == 3 else pictures[number % len(pictures)]
+        text = QUESTION if number == 5 else f"a cat and a dog number {number}" if number % 2 else f"a zebra {number}"
+        members += make_sample(f"{number:03}", text, encode_image(picture, "JPEG"), f"{number:032x}")
+    for folder in ("pool", "evaluation_pictures"):
+        (tmp_path / folder).mkdir()
+    write(tmp_path / "pool/00000.tar", members)
+    evaluation.save(tmp_path / "evaluation_pictures/street.png")
+    pq.write_table(pa.table({"question": [QUESTION], "answer": ["two"]}), tmp_path / "questions.parquet")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def numbers(path: Path) -> list[int]:
+    return [int(low) for _, low in read_uids(path)]
+
+
+def test_the_chapter_runs_as_it_stands(place, capsys):
+    for command in COMMANDS:
+        assert command[0] == "open-qwen2vl"
+        assert cli.main([*command[1:], *WORKERS.get(command[1], [])]) == 0, capsys.readouterr().err
+    assert numbers(place / "clean.npy") == [number for number in range(30) if number not in (3, 5)]
+    report = capsys.readouterr().out
+    assert "found      1 pictures and 0 texts of evaluation_pictures" in report
