@@ -21,13 +21,10 @@ from ..storage.tars import (
     VIDEO_EXTENSIONS,
     Sample,
     most_media_bytes,
-    read_member,
     split_member_name,
 )
-from .records import TABLES, TAR, Found, OwnImage, RecordReader
+from .records import OWN, TABLES, TAR, Found, OwnImage, RecordReader
 from .texts import image_bytes
-
-OWN = -1
 
 
 class PlannedImage(NamedTuple):
@@ -117,7 +114,7 @@ class RecordImages:
             return self._images.read(_name(reference), (location.root, location.offset, location.size), limit)
         if self._paths[shard].endswith(TAR):
             names = _own_names(key, reference)
-            return read_member(self._records.files[shard].fileno(), names, location.offset, location.size, limit)
+            return self._records.read_image(shard, names, location.offset, location.size, limit)
         return self._beside(shard).read(_name(reference), (0, location.offset, location.size), limit)
 
 

@@ -18,7 +18,7 @@ from ...processing.media_records import Video
 from ...processing.sample_error import SampleError
 from ..storage.csv_records import csv_header, csv_spans, read_csv_record
 from ..storage.json_records import read_record, record_spans
-from ..storage.open_files import Newest
+from ..storage.open_files import NOTHING, Newest, Span
 from ..storage.row_values import row_values
 from ..storage.tables import Columns, RowTable
 from ..storage.tar_index import read_shard_index
@@ -31,12 +31,14 @@ from ..storage.tars import (
     index_shard,
     read_json,
     read_member,
+    read_together,
     sample_uid,
 )
 from .texts import Texts, decode_caption
 
 logger = logging.getLogger(__name__)
 
+OWN = -1  # root of an image that is a member of its record's tar
 BATCHES = 8  # decoded batches of tables that one process keeps
 MAX_DOCUMENT_BYTES = MAX_JSON_BYTES  # of an interleaved document, which may hold its images
 TAR, JSON, CSV, TABLES = (".tar",), (".json", ".jsonl"), (".csv",), (".parquet", ".arrow")
@@ -186,7 +188,8 @@ class RecordReader:
 
     def __init__(self, paths: list[str], text_format: str, columns: Columns, max_bytes: int | None = None):
         self._paths, self._text_format, self._max_bytes = paths, text_format, max_bytes
-        self.files = Newest(lambda shard: open(paths[shard], "rb", buffering=0))
+        self._files = Newest(lambda shard: open(paths[shard], "rb", buffering=0))
+        self._ahead = (-1, NOTHING)  # of the last document that was read, its tar and the bytes beside its record
         self._tables = Newest(lambda shard: RowTable(paths[shard], columns))
         # A batch is decoded whole, and other documents of a pack have rows in it.
         self._batch = lru_cache(BATCHES)(lambda shard, batch: self._tables[shard].read_batch(batch))
@@ -196,14 +199,23 @@ class RecordReader:
         shard, location = document["shard"], RecordLocation(**document["record"])
         if location.row is not None:
             return self._read_row(shard, location.row)
-        file = self.files[shard].fileno()
+        file = self._files[shard].fileno()
         if not self._paths[shard].endswith(TAR):
             return _bytes_reader(self._paths[shard], file, self._max_bytes)(location.offset, location.size)
+        own = [(image["offset"], image["size"]) for image in document["images"] if image["root"] == OWN]
+        span = read_together(file, location[:2], own)
+        self._ahead = shard, span
         if self._text_format in ("caption", "text"):
-            caption = decode_caption(read_member(file, f"{document['key']}.txt", location.offset, location.size))
+            text = read_member(file, f"{document['key']}.txt", location.offset, location.size, span=span)
             own = [Video(OwnImage()) if image.get("frames") else OwnImage() for image in document["images"]]
-            return Texts([*(None for _ in own), caption], own)
-        return _read_tar_json(file, document["key"], location.offset, location.size)
+            return Texts([*(None for _ in own), decode_caption(text)], own)
+        return _read_tar_json(file, document["key"], location.offset, location.size, span)
+
+    def read_image(self, shard: int, names: list[str], offset: int, size: int, limit: int | None) -> bytes:
+        """An image or video of a tar's sample, as [`read_member`]; read with its record where it lies beside it."""
+        ahead, span = self._ahead
+        span = span if ahead == shard else NOTHING
+        return read_member(self._files[shard].fileno(), names, offset, size, limit, span)
 
     def _read_row(self, shard: int, number: int) -> Any:
         try:
@@ -252,11 +264,11 @@ def _key(record: Any, position: str) -> str:
     return key.encode(errors="backslashreplace").decode()
 
 
-def _read_tar_json(tar: int, key: str, offset: int, size: int) -> Any:
+def _read_tar_json(tar: int, key: str, offset: int, size: int, span: Span = NOTHING) -> Any:
     if size > MAX_DOCUMENT_BYTES:
         raise SampleError("record_too_large", f"{key}.json has {size:,} bytes")
     try:
-        return json.loads(read_member(tar, f"{key}.json", offset, size))
+        return json.loads(read_member(tar, f"{key}.json", offset, size, span=span))
     except SampleError:
         raise
     except (ValueError, RecursionError) as error:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +33,23 @@ def read_at(file: int, size: int, offset: int) -> bytes:
         with contextlib.suppress(OSError):
             error.filename = os.readlink(f"/proc/self/fd/{file}")
         raise
+
+
+class Span(NamedTuple):
+    """Bytes of an open file that were read at once."""
+
+    start: int
+    content: bytes
+
+    def read(self, file: int, size: int, offset: int) -> bytes:
+        """As [`read_at`], which reads what is not in here."""
+        first = offset - self.start
+        if 0 <= first and first + size <= len(self.content):
+            return self.content[first : first + size]
+        return read_at(file, size, offset)
+
+
+NOTHING = Span(0, b"")
 
 
 def map_array(path: str | os.PathLike, form: str = "one array") -> np.ndarray:

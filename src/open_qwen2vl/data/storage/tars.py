@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...processing.sample_error import SampleError
-from .open_files import read_at
+from .open_files import NOTHING, Span, read_at
 from .tar_headers import BLOCK, DamagedTar, padded_end, scan_tar, split_member_name
 
 TAR_DAMAGE = ("truncated_tar", "corrupt_tar")
@@ -29,6 +29,9 @@ MAX_IMAGE_BYTES = 256 << 20
 MAX_VIDEO_BYTES = 2 << 30
 MAX_TEXT_BYTES = 1 << 20  # some 250,000 tokens
 MAX_JSON_BYTES = 64 << 20  # which may hold its images
+# Members of a sample are read at once where no more lies between them, as its json does, and they are no larger.
+MAX_GAP_BYTES = 16 << 10
+MAX_SPAN_BYTES = 16 << 20
 _LIMITS = {"txt": (MAX_TEXT_BYTES, "text_too_large"), "json": (MAX_JSON_BYTES, "record_too_large")}
 _UID = re.compile("[0-9a-fA-F]{32}")
 _UNSAFE_KEY = re.compile(r"^/|(^|/)\.\.(/|$)|[\ud800-\udfff]")  # absolute, climbing up, not UTF-8
@@ -165,11 +168,29 @@ def list_files(path: str | Path) -> Iterator[tuple[str, int, int]]:
         raise SampleError(damage.reason, f"{path}: {damage.reason} after {damage.key or 'its last file'}") from None
 
 
-def read_member(file: int, name: str | Iterable[str], offset: int, size: int, limit: int | None = None) -> bytes:
+def read_together(file: int, first: tuple[int, int], others: Iterable[tuple[int, int]]) -> Span:
+    """Bytes and headers of a member, by offset and size, and of those others that lie beside it; nothing without any.
+
+    A read costs more than its bytes wherever a disk or a network is asked.
+    """
+    start, end = own = first[0] - BLOCK, sum(first)
+    places = sorted((offset - BLOCK, offset + size) for offset, size in others)
+    for low, high in places:
+        if low >= end and low - end <= MAX_GAP_BYTES and high - start <= MAX_SPAN_BYTES:
+            end = high
+    for low, high in reversed(places):
+        if high <= start and start - high <= MAX_GAP_BYTES and end - low <= MAX_SPAN_BYTES:
+            start = low
+    return NOTHING if (start, end) == own or start < 0 else Span(start, read_at(file, end - start, start))
+
+
+def read_member(
+    file: int, name: str | Iterable[str], offset: int, size: int, limit: int | None = None, span: Span = NOTHING
+) -> bytes:
     """Read a member's data, or its first `limit` bytes, and make sure that it is still this member's.
 
-    `name` is its name, or those that it may have, in any case of letters. Raises `moved_member`, or `text_too_large`,
-    `record_too_large` or `image_too_large` unread.
+    `name` is its name, or those that it may have, in any case of letters; what is in `span` is not read again. Raises
+    `moved_member`, or `text_too_large`, `record_too_large` or `image_too_large` unread.
     """
     names = (name,) if isinstance(name, str) else tuple(name)
     wanted = size if limit is None else min(size, limit)
@@ -177,7 +198,7 @@ def read_member(file: int, name: str | Iterable[str], offset: int, size: int, li
     most, reason = _LIMITS.get(extension, (most_media_bytes(names[0]), "image_too_large"))
     if wanted > most:
         raise SampleError(reason, f"{names[0]} has {size:,} bytes, more than {most:,}")
-    block = read_at(file, BLOCK + wanted, max(0, offset - BLOCK))
+    block = span.read(file, BLOCK + wanted, max(0, offset - BLOCK))
     if len(block) == BLOCK + wanted and _size_in_header(block) == size:
         found = block[:100].split(b"\0", 1)[0].lower()
         for one in names:
