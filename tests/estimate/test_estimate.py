@@ -79,7 +79,7 @@ def test_figures_follow_from_the_flops_and_the_peak(plans):
     result = estimate_run({**options, "max_steps": 5}, config, [work], on)
     # The five packs are filled up to one step of twelve; five steps read them five times.
     family = OpenQwen2VLPackedModel()
-    step = StepWork(work.tokens, totals["tokens"] ** 2 / 24, 24, family.vision_work(config, 24, 24 * 4))
+    step = StepWork(work.tokens, totals["squared_lengths"], 24, family.vision_work(config, 24, 24 * 4))
     trained = {"projector": 1, "language_model": 1, "vision_tower": 0}
     flops = 5 * family.step_flops(config, step, trained)
     assert (work.packs, result.steps, result.packs_per_step) == (5, 5, 12)

@@ -60,7 +60,7 @@ def planned_work(train_packs: str | list[dict[str, Any]]) -> list[Work]:
                 images=totals["images"] * times,
                 media_tokens=_media_tokens(plan) * times,
                 labels=totals["labels"] * times,
-                squared_lengths=totals["tokens"] ** 2 / totals["documents"] * times,
+                squared_lengths=totals["squared_lengths"] * times,
                 max_length=plan["max_length"],
                 most_images=totals["images_per_pack"][1],
                 phase=phase_of[number],

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
-from ..modeling.attention import packs_without_mask
+from ..modeling.attention import packs_without_mask, shared_prefix_mask
 from ..modeling.loss import selected_position_loss
 
 _OWN_OPTIONS = ("label_positions", "skip_logits", "return_row_losses")
@@ -98,9 +98,11 @@ class PackedForward:
             embeds = flat.index_copy(0, positions, features.to(flat.device, flat.dtype)).view_as(embeds)
         if isinstance(blank, torch.Tensor):
             embeds = embeds + blank.to(embeds.device, embeds.dtype)
-        attention = self.model.language_model.config._attn_implementation
+        config = self.model.language_model.config
+        if kwargs.get("key_positions") is not None:
+            options = {**options, "attention_mask": shared_prefix_mask(config, embeds, position_ids[0])}
         # Row 0 is for masks by position, of which packed_varlen has none: with it S x S would be built in vain.
-        rows = position_ids[1:] if packs_without_mask(attention) else position_ids
+        rows = position_ids[1:] if packs_without_mask(config._attn_implementation) else position_ids
         # Not through the stock `model.model`, which looks for placeholders and waits for the device to do so.
         outputs = self.model.language_model(
             inputs_embeds=embeds, position_ids=rows, use_cache=False, **options, **kwargs

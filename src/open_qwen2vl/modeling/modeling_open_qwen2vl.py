@@ -16,7 +16,7 @@ from transformers.models.llava.modeling_llava import LlavaModel, LlavaModelOutpu
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
-from .attention import check_packed_arguments, is_packed, packs_without_mask
+from .attention import check_packed_arguments, is_packed, packs_without_mask, shared_prefix_mask
 from .backbones import greedy_generation, load_backbones
 from .configuration_open_qwen2vl import OpenQwen2VLConfig, pooled_grid_side
 from .loss import selected_position_loss
@@ -113,10 +113,11 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
             use_cache = past_key_values is not None or not (packed or self.training) and self._caches_by_default()
         if packed:
             check_packed_arguments(position_ids, attention_mask, past_key_values, use_cache)
-            attention_mask = self._packed_attention_mask()
-
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        if packed:
+            has_branches = kwargs.get("key_positions") is not None
+            attention_mask = self._packed_attention_mask(inputs_embeds, position_ids if has_branches else None)
         image_features = self._image_features(pixel_values, image_seq_length, mm_encoder_outputs)
         if image_features is not None:
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
@@ -170,12 +171,16 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
         mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
         return inputs_embeds.masked_scatter(mask, image_features)
 
-    def _packed_attention_mask(self) -> dict[str, None] | None:
-        """No mask at all for `packed_varlen`; for the others None lets transformers isolate documents by position."""
+    def _packed_attention_mask(
+        self, inputs_embeds: torch.Tensor, branches: torch.Tensor | None
+    ) -> dict[str, None] | torch.Tensor | None:
+        """No mask at all for `packed_varlen`; for the others None lets transformers isolate documents by position,
+        which knows nothing of branches: where there are any, `branches` are the positions.
+        """
         config = self.language_model.config
-        if not packs_without_mask(config._attn_implementation):
-            return None
-        return dict.fromkeys(config.layer_types)
+        if packs_without_mask(config._attn_implementation):
+            return dict.fromkeys(config.layer_types)
+        return None if branches is None else shared_prefix_mask(config, inputs_embeds, branches)
 
 
 class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, GenerationMixin):
@@ -203,6 +208,8 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
         mm_encoder_outputs (`dict`): `{"image": output of get_image_features}` instead of `pixel_values`.
         cu_seq_lens_q, cu_seq_lens_k (`torch.IntTensor`, over the flattened batch), max_length_q, max_length_k (`int`):
             mark a packed batch, which takes no `attention_mask` and no `past_key_values`.
+        key_positions (`torch.LongTensor` of shape `(keys,)`): what each document or branch of it attends to, as the
+            collator gives it where documents share pictures; `cu_seq_lens_k` are its boundaries.
         num_items_in_batch (`int` or `torch.Tensor`): divides the summed loss.
     """
 

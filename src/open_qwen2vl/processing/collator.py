@@ -4,11 +4,13 @@ items      input_ids, labels (S_i,), position_ids (S_i,) or (rows, S_i), media b
   │ pad every row to the longest; the padded tail is a document of its own, labels -100; media are joined
   ▼
 batch      input_ids, labels (packs, S), position_ids (packs, S) or (rows, packs, S), media, options of the forward,
-           cu_seq_lens_q/k (documents + 1,) int32 over the flattened batch, max_length_q/k,
+           cu_seq_lens_q/k (documents + 1,) int32 over the flattened batch, max_length_q/k, key_positions (keys,),
            label_positions (labelled,) in the flattened batch: position t where t + 1 of the row has a label,
            positions of placeholders likewise, by their names in the forward
 
-Row 0 of the positions tells documents apart: it starts at 0 in each.
+Row 0 of the positions tells documents apart: it starts at 0 in each. Where documents share a picture, the first holds
+it and the others are its branches: row 0 goes back to the length of what they share. They attend to that, and to
+themselves, which `key_positions` lists with the boundaries cu_seq_lens_k; without branches it is not there.
 """
 
 from collections import Counter
@@ -60,7 +62,8 @@ class PackingCollator:
         Returns:
             `dict`: the tensors named at the head of this file, media only where there are any, and `packing_stats`
             with the int counts `tokens` (no padding), `positions` (with it), `documents`, `images` and `media` (both
-            the number of images and videos), `squared_lengths` (sum over documents of length squared), `patches`,
+            the number of images and videos), `squared_lengths` (sum over documents of length squared, of a branch
+            what it adds to that of the part it shares), `patches`,
             `vision_squared`, `vision_tokens` and `vision_windowed` (the sums of `vision_work`), the dict `dropped`
             (documents lost at reading, by reason), and for each row a dict in `rows`: `tokens`, `labels`, and `source`
             and `pack`, the numbers that the item has (0 and -1 where it has none).
@@ -69,7 +72,8 @@ class PackingCollator:
             ValueError: if the arguments of the forward differ, as where packs were planned for different numbers of
                 tokens per image.
         """
-        lengths = torch.cat([_document_lengths(_first_row(item["position_ids"])) for item in items])
+        segments = [_segments(_first_row(item["position_ids"])) for item in items]
+        lengths, prefixes = (torch.cat(parts) for parts in zip(*segments, strict=True))
         # At least one position, so that a batch whose documents were all dropped still runs.
         longest = max(1, *(len(item["input_ids"]) for item in items))
         longest += -longest % (self.pad_to_multiple_of or 1)
@@ -83,6 +87,8 @@ class PackingCollator:
         if self.cross_document_attention:
             if items[0]["position_ids"].dim() > 1:
                 raise ValueError("cross_document_attention is for models with one row of positions")
+            if prefixes.any():
+                raise ValueError("cross_document_attention does not go with packs that share pictures")
             batch["position_ids"] = torch.arange(longest).expand(len(items), -1)
             batch["labels"] = self._labels_across_documents(batch["labels"], batch["input_ids"], items)
         else:
@@ -90,12 +96,16 @@ class PackingCollator:
         # Found here, once, on the host: on a device the model would have to wait for their number.
         labelled = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX) != IGNORE_INDEX
         batch["label_positions"] = torch.nonzero(labelled.flatten()).squeeze(1)
-        batch["packing_stats"] = self._stats(items, lengths, batch["input_ids"].numel(), labelled.sum(1).tolist())
+        batch["packing_stats"] = self._stats(items, lengths, prefixes, batch["input_ids"].numel(), labelled.sum(1))
         return batch
 
     @staticmethod
     def _stats(
-        items: list[dict[str, Any]], lengths: torch.Tensor, positions: int, labels: list[int]
+        items: list[dict[str, Any]],
+        lengths: torch.Tensor,
+        prefixes: torch.Tensor,
+        positions: int,
+        labels: torch.Tensor,
     ) -> dict[str, Any]:
         media = sum(item["media"] if "media" in item else _first_length(item) for item in items)
         work = map(sum, zip_longest(*(item.get("vision_work", ()) for item in items), fillvalue=0))
@@ -105,7 +115,8 @@ class PackingCollator:
             "documents": len(lengths),
             "images": media,
             "media": media,
-            "squared_lengths": int(lengths.square().sum()),
+            # Of a branch what causal attention adds to that of its prefix.
+            "squared_lengths": int(((prefixes + lengths).square() - prefixes.square()).sum()),
             **dict(zip_longest(_WORK, work, fillvalue=0)),
             "dropped": dict(sum((Counter(item.get("dropped", {})) for item in items), Counter())),
             "dropped_places": dict(place for item in items for place in item.get("dropped_places", {}).items()),
@@ -116,7 +127,7 @@ class PackingCollator:
                     "tokens": len(item["input_ids"]),
                     "labels": count,
                 }
-                for item, count in zip(items, labels, strict=True)
+                for item, count in zip(items, labels.tolist(), strict=True)
             ],
         }
 
@@ -165,10 +176,13 @@ def _first_row(position_ids: torch.Tensor) -> torch.Tensor:
     return position_ids if position_ids.dim() == 1 else position_ids[0]
 
 
-def _document_lengths(position_ids: torch.Tensor) -> torch.Tensor:
-    """Lengths of the documents of one row, int64: a document starts wherever a position is 0."""
-    starts = torch.nonzero(position_ids == 0).flatten()
-    return torch.cat([starts, torch.tensor([len(position_ids)])]).diff()
+def _segments(position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lengths of the documents and branches of positions that run on within each, and of the prefixes that they share
+    with the document before, 0 for a document; both int64.
+    """
+    before = torch.nn.functional.pad(position_ids, (1, 0), value=-2)[:-1]
+    starts = torch.nonzero(position_ids != before + 1).flatten()
+    return torch.cat([starts, torch.tensor([len(position_ids)])]).diff(), position_ids[starts]
 
 
 def _pad_rows(rows: list[torch.Tensor], length: int, value: int) -> torch.Tensor:
@@ -183,13 +197,32 @@ def _isolate_documents(packs: list[torch.Tensor], length: int) -> dict[str, Any]
     tails = [torch.arange(length - pack.shape[-1]).expand(*pack.shape[:-1], -1) for pack in packs]
     # (packs, S) or, with several rows of positions, (rows, packs, S)
     padded = torch.stack([torch.cat([*pair], dim=-1) for pair in zip(packs, tails, strict=True)], dim=-2)
-    lengths = _document_lengths((padded if padded.dim() == 2 else padded[0]).flatten())
-    boundaries = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    lengths, prefixes = _segments(_first_row(padded.flatten(-2)))
+    boundaries = _boundaries(lengths)
     longest = int(lengths.max())
-    return {
+    batch = {
         "position_ids": padded,
         "cu_seq_lens_q": boundaries,
         "cu_seq_lens_k": boundaries,
         "max_length_q": longest,
         "max_length_k": longest,
+    }
+    return {**batch, **_keys_of_branches(lengths, prefixes)} if prefixes.any() else batch
+
+
+def _boundaries(lengths: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def _keys_of_branches(lengths: torch.Tensor, prefixes: torch.Tensor) -> dict[str, Any]:
+    """What each document or branch attends to in the flattened batch: its prefix, then itself."""
+    keys, starts = prefixes + lengths, lengths.cumsum(0) - lengths
+    # (segments,): where the document of each begins.
+    documents = torch.where(prefixes == 0, starts, 0).cummax(0).values
+    offsets = torch.arange(int(keys.sum())) - (keys.cumsum(0) - keys).repeat_interleave(keys)
+    starts, documents, shared = (each.repeat_interleave(keys) for each in (starts, documents, prefixes))
+    return {
+        "key_positions": offsets + torch.where(offsets < shared, documents, starts - shared),
+        "cu_seq_lens_k": _boundaries(keys),
+        "max_length_k": int(keys.max()),
     }

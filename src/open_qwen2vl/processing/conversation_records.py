@@ -3,6 +3,7 @@
 LLaVA, MAmmoTH   {"image"?: path or list, "conversations": [{"from", "value"}]}, `<image>` where an image stands
 Hugging Face     {"images"?: list, "messages": [{"role", "content": text or parts}]}, TRL's form
                  and videos beside the images or in their place (media_records.py)
+branches         "branches": [turns, ...] in place of the turns: as many conversations on the record's images
   │ read_conversation
   ▼
 messages [{"role", "content": [{"type": "image"} | {"type": "text", "text"}], "train"?: False, "tool_calls"?}],
@@ -29,6 +30,7 @@ ROLES = {
 }
 _ORDER = re.compile("s?(ua(t+a)*)*(u|ua(t+a)*t+)?")  # of turns by their first letters: results follow an answer
 TURNS = ("messages", "conversations")
+BRANCHES = "branches"
 SYSTEM = ("system", "system_prompt", "system_message")  # beside the turns
 # Of a turn, or a list of them beside the turns: 0 is not learned.
 FLAGS = ("loss", "weight", "train", "loss_mask", "trainable", "train_on_turn")
@@ -94,6 +96,24 @@ def read_conversation(record: Any) -> Conversation:
         if message["role"] == "assistant" and not says and "tool_calls" not in message:
             raise SampleError("empty_answer", "an answer without text")
     return Conversation(messages, images, tools)
+
+
+def split_branches(record: Any) -> list[Any] | None:
+    """The records of one conversation each that the `branches` of a record stand for; None where it has none.
+
+    Raises `bad_branches` for what is no list of lists of turns, and `ambiguous_conversation` beside turns.
+    """
+    branches = record.get(BRANCHES) if isinstance(record, Mapping) else None
+    if not isinstance(branches, list | tuple) or not branches:
+        return None
+    if any(record.get(name) for name in TURNS):
+        raise SampleError("ambiguous_conversation", f"{BRANCHES} beside other turns")
+    if not all(isinstance(turns, list | tuple) for turns in branches):
+        raise SampleError("bad_branches", f"{BRANCHES} is no list of lists of turns")
+    rest = {name: value for name, value in record.items() if name not in (BRANCHES, *TURNS)}
+    # Whether images may stand unmarked depends on the form.
+    are_messages = [any(isinstance(turn, Mapping) and "role" in turn for turn in turns) for turns in branches]
+    return [{**rest, TURNS[not own]: turns} for own, turns in zip(are_messages, branches, strict=True)]
 
 
 def join_texts(parts: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -157,6 +157,18 @@ class ConversationFormat:
             raise SampleError("template_error", f"the chat template loses or doubles {abs(lost)} images")
         return pieces
 
+    def prefix(self, pieces: Pieces, block_length: int) -> tuple[tuple[str, ...], int, bool] | None:
+        """What stands before the first image or video, positions up to its end with its block, and whether an answer
+        is in it or follows at once; None without any.
+        """
+        first = next((i for i, (text, _) in enumerate(pieces) if text in self._media), None)
+        if first is None:
+            return None
+        texts = tuple(text for text, _ in pieces[:first])
+        ids = self.encode([pieces[:first]])
+        is_learned = any(is_answer for _, is_answer in pieces[: first + 2])
+        return texts, sum(len(ids[text]) for text in texts) + block_length, is_learned
+
     def encode(self, conversations: Sequence[Pieces]) -> dict[str, list[int]]:
         """Ids of all pieces of some conversations but media, tokenised at once."""
         texts = {text for pieces in conversations for text, _ in pieces} - self._media

@@ -211,7 +211,7 @@ def test_ids_of_the_original(make_tar, tmp_path, processor, qwen_tokenizer):
     family = OpenQwen2VLDocuments(processor, image_seq_length=144)
     planned = plan_group(Group(tmp_path, range(1), settings), family)
     reader = DocumentReader(tmp_path, settings, family)
-    found = [reader.read(document).input_ids.tolist() for document in as_read(planned.documents)]
+    found = [reader.read([document])[0].input_ids.tolist() for document in as_read(planned.documents)]
     assert found == ids and [document.tokens for document in planned.documents] == [len(i) for i in ids]
 
 

@@ -254,7 +254,7 @@ def test_what_does_not_match_the_plan_is_refused(caption_tars, packs, processor,
         (folder / "plan.json").write_text(json.dumps({**plan, **changes}))
 
     write_plan(format_version=1)
-    with pytest.raises(ValueError, match="format version 1; this code reads 2: delete .* plan again with the same"):
+    with pytest.raises(ValueError, match="format version 1; this code reads 3: delete .* plan again with the same"):
         PackedDataset(folder, processor)
     write_plan()
     os.utime(caption_tars[1])

@@ -8,8 +8,7 @@ is left out when it is read.
 """
 
 import os
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -18,32 +17,41 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ...families.interface import DocumentProcessor, Media, VisionWork
+from ...families.interface import DocumentProcessor
 from ...files import shard_path
 from ...processing.media_records import Video
 from ...processing.sample_error import SampleError
 from ..engine.engine import collection_paused
 from ..storage.image_sizes import upright_size
 from ..storage.tars import sample_uid
-from .forms import make_form, video_extensions
+from .forms import Piece, make_form, video_extensions
+from .items import ReadDocument, finish_document
 from .record_images import PlannedImage, RecordImages, image_name
 from .records import Found, RecordLocation, RecordReader, ShardRecords
+from .shared_pictures import Shareable, picture_of
 
 CHUNK = 1024  # records whose texts are tokenised at once
 
 
 class Document(NamedTuple):
-    """A document of a plan."""
+    """A document of a plan, or a branch of the one before it, on whose picture it is (shared_pictures.py)."""
 
     shard: int  # index of its file in the plan's list
     key: str  # name of its record
     uid: str  # 32 hex digits
     record: RecordLocation  # where that is
-    entries: tuple[int, int] | None  # the first of the record's entries and their number; None for all
+    entries: tuple[int, int] | None  # the first of the record's entries, or branches, and their number; None for all
     tokens: int  # positions that it takes
-    images: list[PlannedImage]  # its images in reading order
+    images: list[PlannedImage]  # its images in reading order; a branch's first is that of the document
+    shared: int  # positions before its own, up to the end of the picture; 0 for a document
     labels: int  # labelled positions
     patches: int  # of its images, the unit of visual load
+    shareable: Shareable | None = None  # what it has in common with others, where pictures are shared
+
+    @property
+    def own_images(self) -> list[PlannedImage]:
+        """The images that are encoded for it."""
+        return self.images[1:] if self.shared else self.images
 
 
 class Skipped(NamedTuple):
@@ -92,6 +100,17 @@ def plan_group(group: Group, documents: DocumentProcessor) -> GroupDocuments:
     return planned
 
 
+class _Content(NamedTuple):
+    """What became of a record, or of a branch of it, on the way to documents."""
+
+    found: Found
+    branch: int | None  # its number
+    content: Any
+    images: list[PlannedImage]
+    costs: list[tuple[int, int]]  # positions and patches of each image
+    picture: tuple | None  # what tells its first image from others, where pictures are shared
+
+
 class _Planner:
     """Plans the records of one file, or of a part of it."""
 
@@ -99,7 +118,7 @@ class _Planner:
         settings, path = group.settings, shard_path(group.folder, shard)
         self._settings, self._number, self._family = settings, number, family
         self._file, self._name = shard["path"], os.path.basename(path)
-        self._form = make_form(settings, family)
+        self._form, self._shares = make_form(settings, family), settings.get("share_images", False)
         self.records = ShardRecords(
             path, settings["text_format"], self._form.columns, self._form.max_bytes, video_extensions(settings)
         )
@@ -118,7 +137,7 @@ class _Planner:
         """Go through the records."""
         records = iter(
             self.records.find(*self._settings.get("range", ()), needs_image=self._form.needs_image,
-                              with_images=self._family.needs_sizes)
+                              with_images=self._family.needs_sizes or self._shares)
         )  # fmt: skip
         while chunk := list(islice(records, CHUNK)):
             self._plan(chunk)
@@ -126,30 +145,45 @@ class _Planner:
         self.skipped[:0] = [Skipped(self._file, key, error.reason, str(error)) for key, error in self.records.skipped]
 
     def _plan(self, chunk: list[Found]) -> None:
-        read, contents, images, costs = [], [], [], []
+        parsed = []
+        for found, branch in self._conversations(chunk):
+            try:
+                parsed.append(self._parse(found, branch))
+            except SampleError as error:
+                self._skip(found, error)
+        # A chunk in one call of the tokenizer: one a record takes several times as long.
+        measured = self._form.measure([one.content for one in parsed],
+                                      [[length for length, _ in one.costs] for one in parsed])  # fmt: skip
+        for one, pieces in zip(parsed, measured, strict=True):
+            if isinstance(pieces, SampleError):
+                self._skip(one.found, pieces)
+            else:
+                self._add(one, pieces)
+
+    def _conversations(self, chunk: list[Found]) -> Iterator[tuple[Found, int | None]]:
+        """The records, and of one with branches each of these with its number."""
         for found in chunk:
             try:
                 if isinstance(found.record, SampleError):
                     raise found.record
-                content, references = self._form.parse(found.record)
-                placed = [self._locate(found, reference) for reference in references]
-                media = [image.media for image in placed]
-                cost = [self._cost(one) for one in media]
-                content = self._form.write(content, media)
+                branches = self._form.split(found.record)
             except SampleError as error:
                 self._skip(found, error)
                 continue
-            read.append(found)
-            contents.append(content)
-            images.append(placed)
-            costs.append(cost)
-        # A chunk in one call of the tokenizer: one a record takes several times as long.
-        measured = self._form.measure(contents, [[length for length, _ in cost] for cost in costs])
-        for found, content, placed, cost, pieces in zip(read, contents, images, costs, measured, strict=True):
-            if isinstance(pieces, SampleError):
-                self._skip(found, pieces)
+            if branches is None:
+                yield found, None
             else:
-                self._add(found, content, placed, cost, pieces)
+                yield from ((found._replace(record=one), number) for number, one in enumerate(branches))
+
+    def _parse(self, found: Found, branch: int | None) -> _Content:
+        content, references = self._form.parse(found.record)
+        placed = [self._locate(found, reference) for reference in references]
+        media = [image.media for image in placed]
+        costs = [self._cost(one) for one in media]
+        picture = None
+        if self._shares and placed:
+            picture = picture_of(self._number, placed[0], references[0], found.record)
+        return _Content(found, branch, self._form.write(content, media), placed, costs, picture)
 
     def _locate(self, found: Found, reference: Any) -> PlannedImage:
         placed = self._images.find(self._number, found, reference, self.records.samples)
@@ -166,22 +200,22 @@ class _Planner:
         width, height = upright_size(read)
         return placed._replace(width=width, height=height)
 
-    def _add(
-        self, found: Found, content: Any, placed: list[PlannedImage], cost: list[tuple[int, int]], pieces: list
-    ) -> None:
+    def _add(self, one: _Content, pieces: list[Piece]) -> None:
+        found, before = one.found, 0
         record = found.record if self._form.keeps_uid else None
         uid = found.uid or sample_uid(record, self._name, found.position)
-        before = 0
-        for first, count, tokens, labels in pieces:
-            after = len(placed) if first is None else before + content[first : first + count].count(None)
-            if tokens > self._settings["max_length"]:
-                self._skip(found, SampleError("too_long", f"{tokens} tokens"))
+        for piece in pieces:
+            first, count = piece.first, piece.count
+            after = len(one.images) if first is None else before + one.content[first : first + count].count(None)
+            if piece.tokens > self._settings["max_length"]:
+                self._skip(found, SampleError("too_long", f"{piece.tokens} tokens"))
             else:
-                entries = None if first is None else (first, count)
-                patches = sum(patches for _, patches in cost[before:after])
+                entries = (first, count) if one.branch is None else (one.branch, 1)
+                patches = [patches for _, patches in one.costs[before:after]]
+                shareable = piece.prefix and Shareable(one.picture, piece.prefix, patches[0])
                 self.documents.append(
-                    Document(self._number, found.key, uid, found.location, entries, tokens, placed[before:after],
-                             labels, patches)
+                    Document(self._number, found.key, uid, found.location, None if entries[0] is None else entries,
+                             piece.tokens, one.images[before:after], 0, piece.labels, sum(patches), shareable)
                 )  # fmt: skip
             before = after
 
@@ -189,17 +223,6 @@ class _Planner:
         # A path may hold bytes that are no text, which no column of text takes.
         detail = str(error).encode(errors="backslashreplace").decode()
         self.skipped.append(Skipped(self._file, found.key, error.reason, detail))
-
-
-class ReadDocument(NamedTuple):
-    """A document as it is trained: int64 ids and labels `(S,)`, positions `(rope_rows, S)`, and its media."""
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-    position_ids: np.ndarray
-    media: dict[str, torch.Tensor]
-    count: int
-    work: VisionWork
 
 
 class DocumentReader:
@@ -212,10 +235,35 @@ class DocumentReader:
         self._records = RecordReader(paths, self._what, self._form.columns, self._form.max_bytes)
         self._images = RecordImages(folder, paths, plan["images"], self._records)
 
-    def read(self, document: dict[str, Any]) -> ReadDocument:
-        """A document of a row of the plan; a [`SampleError`] if its record or an image cannot be used any more."""
-        content, references = self._form.parse(self._records.read(document))
-        entries, images = document["entries"], document["images"]
+    def read(self, rows: list[dict[str, Any]]) -> list[ReadDocument]:
+        """A document of the plan and its branches, from their rows, the picture decoded once.
+
+        A [`SampleError`] if any record or image of theirs cannot be used any more.
+        """
+        read: list[ReadDocument] = []
+        picture: list[dict[str, torch.Tensor]] = []
+        for row in rows:
+            shared = row["shared"]
+            input_ids, labels, references, planned = self._lay_out(row)
+            if shared and not np.array_equal(input_ids[:shared], read[0].input_ids[:shared]):
+                raise SampleError(f"changed_{self._what}", f"{row['key']} does not begin as others on its picture")
+            own = [*zip(references, planned, strict=True)][1 if shared else 0 :]
+            tensors = [self._read_media(row, *one) for one in own]
+            media = [image.media for image in planned]
+            read.append(
+                finish_document(self._family, input_ids, labels, media, picture[: bool(shared)] + tensors, shared)
+            )
+            picture = picture or tensors[:1]
+        return read
+
+    def _lay_out(self, document: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, list[Any], list[PlannedImage]]:
+        """Ids and labels of a row of the plan, those of a branch with what it shares, and its images."""
+        record, entries, images = self._records.read(document), document["entries"], document["images"]
+        if (branches := self._form.split(record)) is not None:
+            if entries is None or entries["first"] >= len(branches):
+                raise SampleError(f"changed_{self._what}", f"{len(branches)} branches, not as planned")
+            record, entries = branches[entries["first"]], None
+        content, references = self._form.parse(record)
         if entries is not None:
             before = content[: entries["first"]].count(None)
             own = content[entries["first"] : entries["first"] + entries["count"]].count(None)
@@ -229,11 +277,11 @@ class DocumentReader:
             raise SampleError(f"changed_{self._what}", "images and videos are in another order than planned")
         blocks = [self._family.placeholder_ids(one) for one in media]
         input_ids, labels = self._form.document(self._form.write(content, media), entries, blocks)
+        tokens = document["tokens"] + document["shared"]
         # One token more, and the pack is longer than all others of the plan.
-        if len(input_ids) != document["tokens"]:
-            raise SampleError(f"changed_{self._what}", f"{len(input_ids)} tokens, {document['tokens']} in the plan")
-        tensors = [self._read_media(document, *one) for one in zip(references, planned, strict=True)]
-        return finish_document(self._family, input_ids, labels, media, tensors)
+        if len(input_ids) != tokens:
+            raise SampleError(f"changed_{self._what}", f"{len(input_ids)} tokens, {tokens} in the plan")
+        return input_ids, labels, references, planned
 
     def _read_media(self, document: dict[str, Any], reference: Any, image: PlannedImage) -> dict[str, torch.Tensor]:
         data = self._images.read(document, reference, image)
@@ -241,50 +289,3 @@ class DocumentReader:
             return self._family.read_media(data, image.media)
         except SampleError as error:
             raise SampleError(error.reason, f"{image_name(reference)}: {error}") from error
-
-
-def finish_document(
-    family: DocumentProcessor,
-    input_ids: np.ndarray,
-    labels: np.ndarray,
-    media: list[Media],
-    tensors: list[dict[str, torch.Tensor]],
-) -> ReadDocument:
-    """Add what follows from ids and media: the media joined, positions, and what encoding them costs."""
-    joined = join_media(family, tensors)
-    work = VisionWork(*map(sum, zip(VisionWork(), *map(family.vision_work, media), strict=True)))
-    return ReadDocument(input_ids, labels, family.position_ids(input_ids, joined), joined, len(media), work)
-
-
-def join_media(family: DocumentProcessor, tensors: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The tensors of several images or documents, joined by their names along the first dimension."""
-    parts = [family.empty_media(), *tensors]
-    return {name: torch.cat([part[name] for part in parts if name in part]) for name in parts[0]}
-
-
-def empty_document(family: DocumentProcessor) -> ReadDocument:
-    """No document at all: `S` = 0."""
-    nothing = np.empty(0, np.int64)
-    return ReadDocument(
-        nothing, nothing, np.empty((family.rope_rows, 0), np.int64), family.empty_media(), 0, VisionWork()
-    )
-
-
-def pack_item(family: DocumentProcessor, documents: list[ReadDocument], dropped: Counter) -> dict[str, Any]:
-    """An item of a dataset: the documents behind each other, and what the collator and the model need to know."""
-    # Nothing first, for a pack that has lost all its documents.
-    ids, labels, positions, media, counts, works = zip(empty_document(family), *documents, strict=True)
-    input_ids, position_ids = (torch.from_numpy(np.concatenate(rows, axis=-1)) for rows in (ids, positions))
-    names = family.placeholder_names
-    return {
-        "input_ids": input_ids,
-        "position_ids": position_ids[0] if family.rope_rows == 1 else position_ids,
-        "labels": torch.from_numpy(np.concatenate(labels)),
-        **join_media(family, media),
-        **family.forward_options(),
-        "placeholders": {name: torch.nonzero(input_ids == token).squeeze(1) for name, token in names.items()},
-        "on_host": family.host_names,
-        "media": sum(counts),
-        "vision_work": VisionWork(*map(sum, zip(*works, strict=True))),
-        "dropped": dict(dropped),
-    }

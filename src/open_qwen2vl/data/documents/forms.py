@@ -15,7 +15,7 @@ import numpy as np
 
 from ...families.boxes import write_boxes
 from ...families.interface import DocumentProcessor, Media
-from ...processing.conversation_records import FLAGS, UNREAD, read_conversation
+from ...processing.conversation_records import BRANCHES, FLAGS, UNREAD, read_conversation, split_branches
 from ...processing.conversations import ConversationFormat
 from ...processing.sample_error import SampleError
 from ...processing.text_formats import (
@@ -33,6 +33,15 @@ from .texts import CAPTION_FIELDS, IMAGE_FIELD, PATH_FIELDS, VIDEO_FIELD, Texts,
 
 RULES = ("standard", "original")
 TURNS = "texts"  # the field of FineVision's and Cauldron's rows
+IMAGE_ID = "image_id"  # the field that names the picture of a conversation, for sharing it
+
+
+class Prefix(NamedTuple):
+    """A conversation up to the end of its first image or video; equal ones have the same ids but for the picture."""
+
+    texts: tuple[str, ...]  # before the picture
+    tokens: int
+    is_learned: bool  # whether an answer is in it or follows at once
 
 
 class Piece(NamedTuple):
@@ -42,6 +51,7 @@ class Piece(NamedTuple):
     count: int | None
     tokens: int
     labels: int
+    prefix: Prefix | None = None  # of a conversation that may share its picture
 
 
 class Form(Protocol):
@@ -50,6 +60,9 @@ class Form(Protocol):
     columns: Columns
     max_bytes: int | None
     keeps_uid: bool
+
+    def split(self, record: Any) -> list[Any] | None:
+        """What a record holds that is to be parsed one by one; None for a record that is one content itself."""
 
     def parse(self, record: Any) -> tuple[Any, list[Any]]:
         """Content, and the references of its images in reading order; a [`SampleError`] for what is none."""
@@ -74,7 +87,7 @@ def make_form(settings: dict[str, Any], documents: DocumentProcessor) -> Form:
 def columns_of(settings: dict[str, Any]) -> Columns:
     """The columns of tables that a form reads."""
     if settings["text_format"] == "conversation":
-        return Columns((*CONVERSATION_COLUMNS.texts, TURNS), CONVERSATION_COLUMNS.images)
+        return Columns((*CONVERSATION_COLUMNS.texts, TURNS, BRANCHES, IMAGE_ID), CONVERSATION_COLUMNS.images)
     if settings["text_format"] == "interleaved":
         return Columns(("texts", "id", "uid"), ("images",))
     images = (VIDEO_FIELD, IMAGE_FIELD, *(PATH_FIELDS if settings["text_format"] == "caption" else ()))
@@ -98,6 +111,9 @@ class TextsForm:
         self.needs_image = self._is_caption and not settings.get("text_only")
         self.columns = columns_of(settings)
         self.max_bytes = MAX_DOCUMENT_BYTES if self._is_interleaved else None
+
+    def split(self, record: Any) -> None:
+        """See [`Form`]; nothing."""
 
     def parse(self, record: Any) -> tuple[list[str | None], list[Any]]:
         """Texts with None where an image stands, and the images' references."""
@@ -162,8 +178,12 @@ class ConversationForm:
 
     def __init__(self, settings: dict[str, Any], documents: DocumentProcessor):
         self._chat = conversation_format(documents, settings.get("tool_form", TOOL_FORMS[0]))
-        self._boxes = documents.boxes
+        self._boxes, self._shares = documents.boxes, settings.get("share_images", False)
         self.columns = columns_of(settings)
+
+    def split(self, record: Any) -> list[Any] | None:
+        """See [`Form`]; its branches."""
+        return split_branches(record)
 
     def parse(self, record: Any) -> tuple[list[dict[str, Any]], list[Any]]:
         """Messages in the normal form with calls of tools as text, and the images' references."""
@@ -186,8 +206,12 @@ class ConversationForm:
                 rendered.append(error)
         usable = [i for i, one in enumerate(rendered) if not isinstance(one, SampleError)]
         lengths = self._chat.lengths([rendered[i] for i in usable], [blocks[i] for i in usable])
-        for one in rendered:
-            yield one if isinstance(one, SampleError) else [Piece(None, None, *next(lengths))]
+        for one, own in zip(rendered, blocks, strict=True):
+            if isinstance(one, SampleError):
+                yield one
+                continue
+            prefix = self._chat.prefix(one, own[0]) if self._shares and own else None
+            yield [Piece(None, None, *next(lengths), prefix and Prefix(*prefix))]
 
     def document(
         self, content: list[dict[str, Any]], entries: dict[str, int] | None, blocks: list[list[int]]

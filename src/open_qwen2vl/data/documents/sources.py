@@ -21,7 +21,7 @@ from ..storage.hub_files import SCHEME, download_files
 from ..storage.json_records import cut_records, read_record, record_spans
 from ..storage.tables import TEXT_COLUMNS, column_names, column_types, cut_rows, find_tables
 from ..storage.tars import find_shards, list_files, read_member, split_member_name
-from .forms import TURNS, columns_of, is_turns
+from .forms import BRANCHES, TURNS, columns_of, is_turns
 from .records import CSV, JSON, MAX_DOCUMENT_BYTES, TABLES, TAR
 from .texts import CAPTION_FIELDS, IMAGE_FIELD, VIDEO_FIELD, caption_field, image_field, is_interleaved
 
@@ -30,8 +30,8 @@ CONTAINERS = (TAR, JSON, CSV, TABLES)
 # The most telling first: a record of conversations or of documents may have a text beside them.
 TEXT_FORMATS = ("conversation", "interleaved", "caption", "text")
 KNOWN_FORMS = (
-    "messages or conversations, texts of user and assistant turns (FineVision, the Cauldron), texts and images of "
-    "documents, image and caption of pairs (--caption-column), or a text"
+    "messages or conversations, branches of lists of turns, texts of user and assistant turns (FineVision, the "
+    "Cauldron), texts and images of documents, image and caption of pairs (--caption-column), or a text"
 )
 
 
@@ -111,7 +111,7 @@ def _kind(path: str, caption_column: str | None, has_images: bool) -> SourceKind
     if container == JSON:
         return _kind_of_json(path, caption_column, has_images)
     names, types = (csv_header(path), {}) if container == CSV else (column_names(path), column_types(path))
-    text_format = _format(names, caption_column, is_turns_type(types.get(TURNS)), has_images)
+    text_format = _format(names, caption_column, _has_turns_type(types), has_images)
     if text_format is None:
         if caption_column is not None:
             raise ValueError(f"{path}: no columns {IMAGE_FIELD} and {caption_column} (--caption-column) among "
@@ -126,7 +126,7 @@ def _kind(path: str, caption_column: str | None, has_images: bool) -> SourceKind
 
 def _kind_of_json(path: str, caption_column: str | None, has_images: bool) -> SourceKind:
     records = [record for record in first_of_json(path) if isinstance(record, Mapping)]
-    formats = [_format(record, caption_column, is_turns(record.get(TURNS)), has_images) for record in records]
+    formats = [_format(record, caption_column, _has_turns(record), has_images) for record in records]
     found = [name for name in TEXT_FORMATS if name in formats]
     if records and not found:
         raise ValueError(f"{path}: records of {', '.join(map(str, records[0]))} have no form that is known: "
@@ -165,6 +165,16 @@ def _with_caption_column(
                          f"of a caption ({IMAGE_FIELD} or {VIDEO_FIELD}), give conversations, or plan the texts alone "
                          f"(--caption-column {column})")  # fmt: skip
     return SourceKind(container, text_format, column)
+
+
+def _has_turns(record: Mapping) -> bool:
+    branches = record.get(BRANCHES)
+    return is_turns(record.get(TURNS)) or isinstance(branches, list) and any(isinstance(one, list) for one in branches)
+
+
+def _has_turns_type(types: Mapping[str, Any]) -> bool:
+    turns = getattr(types.get(BRANCHES), "value_type", None)
+    return is_turns_type(types.get(TURNS)) or getattr(turns, "value_type", None) is not None
 
 
 def is_turns_type(arrow_type: Any) -> bool:

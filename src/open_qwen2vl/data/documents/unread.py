@@ -9,7 +9,7 @@ import pyarrow as pa
 from ...processing.conversation_records import FLAGS, UNREAD
 from ..storage.csv_records import csv_header
 from ..storage.tables import COLUMNS, column_types
-from .forms import TURNS
+from .forms import BRANCHES, IMAGE_ID, TURNS
 from .records import CSV, JSON, TABLES
 from .sources import SourceKind, first_of_json
 from .texts import image_field
@@ -17,7 +17,7 @@ from .texts import image_field
 logger = logging.getLogger(__name__)
 
 _READ = {
-    "conversation": (*COLUMNS, TURNS, "uid"),
+    "conversation": (*COLUMNS, TURNS, BRANCHES, IMAGE_ID, "uid"),
     "interleaved": ("id", "uid", "texts", "images", "text_list", "image_info"),
 }
 _TURNS = ("messages", "conversations", TURNS)
@@ -59,16 +59,20 @@ def _fields(path: str, kind: SourceKind) -> tuple[dict[str, None], dict[str, Non
 
 
 def _keys_of_turns(record: Mapping) -> Iterator[str]:
-    for name in _TURNS:
-        for turn in record[name] if isinstance(record.get(name), list) else ():
-            if isinstance(turn, Mapping):
-                yield from (key for key, value in turn.items() if value not in (None, "", []))
+    for turn in _turns_of(record):
+        yield from (key for key, value in turn.items() if value not in (None, "", []))
 
 
 def _keys_of_parts(record: Mapping) -> Iterator[str]:
-    for name in _TURNS:
-        for turn in record[name] if isinstance(record.get(name), list) else ():
-            content = turn.get("content") if isinstance(turn, Mapping) else None
-            for part in content if isinstance(content, list) else ():
-                if isinstance(part, Mapping):
-                    yield from (key for key, value in part.items() if value not in (None, "", []))
+    for turn in _turns_of(record):
+        content = turn.get("content")
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, Mapping):
+                yield from (key for key, value in part.items() if value not in (None, "", []))
+
+
+def _turns_of(record: Mapping) -> Iterator[Mapping]:
+    branches = record.get(BRANCHES)
+    lists = [*(record.get(name) for name in _TURNS), *(branches if isinstance(branches, list) else ())]
+    for turns in lists:
+        yield from (turn for turn in turns if isinstance(turn, Mapping)) if isinstance(turns, list) else ()

@@ -77,6 +77,11 @@ class PackOptions:
     animations: bool = option(
         False, help="gif, webp and png files of captions are videos, not images of one frame", group=VIDEO
     )
+    share_images: bool = option(
+        False,
+        help="conversations on the same picture (path, bytes, or image_id) become one document that holds it once; "
+        "they do not see each other",
+    )
     max_length: int = option(4096, help="positions of a pack", metavar="N")
     shards_per_group: int = option(8, help="tars whose samples may share packs", metavar="N")
     records_per_group: int = option(

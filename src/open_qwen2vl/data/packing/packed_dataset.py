@@ -24,8 +24,10 @@ from ...families.interface import DocumentProcessor
 from ...files import shard_path
 from ...processing.sample_error import SampleError
 from ...processing.text_formats import tokenizer_fingerprint
-from ..documents.documents import DocumentReader, ReadDocument, pack_item
+from ..documents.documents import DocumentReader
 from ..documents.forms import conversation_format
+from ..documents.items import ReadDocument, pack_item
+from ..documents.shared_pictures import rows_by_picture
 from ..storage.open_files import Newest
 from .plan_files import read_plan
 
@@ -40,13 +42,14 @@ class PackedDataset(Dataset):
     An item is a dict:
 
     - `input_ids`, `labels` (-100 at images, at the first token of each document and at all of a conversation but the
-      answers): int64 `(S,)`; `position_ids`, from 0 in each document: int64 `(S,)`, or `(rows, S)` for M-RoPE;
+      answers): int64 `(S,)`; `position_ids`, from 0 in each document, and from behind the picture again in each
+      further conversation on it: int64 `(S,)`, or `(rows, S)` for M-RoPE;
     - the media by the names that the model's forward has for them, first dimension joined: for Open-Qwen2VL
       `pixel_values`, uint8 `(images, 3, H, W)`; for Qwen2-VL images and videos apart;
     - arguments of the forward that are the same for the whole plan: for Open-Qwen2VL `image_seq_length`, an int;
     - `media`, the number of images and videos, and `vision_work`, a [`VisionWork`] of ints;
     - `dropped`: number of documents, by reason, that the plan holds but that could not be read. Such a document is
-      left out whole; `S` is 0 where a pack has no other.
+      left out whole, with all that share a picture with it; `S` is 0 where a pack has no other.
 
     Args:
         packs_dir (`str | Path`): folder of the plan.
@@ -108,14 +111,15 @@ class PackedDataset(Dataset):
         dropped: Counter = Counter()
         places: dict[str, str] = {}
         documents: list[ReadDocument] = []
-        for document in self._documents(index):
+        for rows in rows_by_picture(self._documents(index)):
             try:
-                documents.append(self._open_files().reader.read(document))
+                documents += self._open_files().reader.read(rows)
             except SampleError as error:
-                dropped[error.reason] += 1
-                file = self.plan["shards"][document["shard"]]["path"]
-                places.setdefault(error.reason, f"{file}/{document['key']} ({error})")
-                logger.warning("dropped %s/%s: %s (%s)", file, document["key"], error.reason, error)
+                dropped[error.reason] += len(rows)
+                file, key = self.plan["shards"][rows[0]["shard"]]["path"], rows[0]["key"]
+                key += f" and {len(rows) - 1} on its picture" if len(rows) > 1 else ""
+                places.setdefault(error.reason, f"{file}/{key} ({error})")
+                logger.warning("dropped %s/%s: %s (%s)", file, key, error.reason, error)
         return {**pack_item(self.documents, documents, dropped), "dropped_places": places}
 
     def _documents(self, index: int) -> list[dict[str, Any]]:

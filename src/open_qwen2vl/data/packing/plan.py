@@ -27,6 +27,7 @@ from ...processing.text_formats import tokenizer_fingerprint
 from ...processing.tool_forms import TOOL_FORMS
 from ..documents.documents import Group, Skipped, plan_group
 from ..documents.forms import RULES, conversation_format
+from ..documents.shared_pictures import share_pictures
 from ..documents.sources import SourceKind, source_kind
 from ..documents.unread import warn_of_unread_fields
 from ..engine.engine import Outcome, show_progress, work_through
@@ -145,6 +146,8 @@ def _settings(kind: SourceKind, options: PackOptions, documents: DocumentProcess
             settings["chat_template_name"] = options.chat_template
         if options.tool_form != TOOL_FORMS[0]:
             settings["tool_form"] = options.tool_form
+        if options.share_images:
+            settings["share_images"] = True
     elif kind.text_format == "interleaved":
         settings["rules"] = options.rules
     else:
@@ -173,6 +176,8 @@ def _check_options(kind: SourceKind, options: PackOptions) -> None:
         raise ValueError(f"tool_form must be {' or '.join(TOOL_FORMS)}, got {options.tool_form!r}")
     if options.tool_form != TOOL_FORMS[0] and kind.text_format != "conversation":
         raise ValueError(f"tool_form is for conversations, not for {kind.text_format}s")
+    if options.share_images and kind.text_format != "conversation":
+        raise ValueError(f"share_images is for conversations, not for {kind.text_format}s")
     if options.animations and kind.text_format not in ("caption", "text"):
         raise ValueError(f"animations is for captions; in {kind.text_format}s the records say what is a video")
     if options.chat_template is not None and kind.text_format != "conversation":
@@ -256,11 +261,14 @@ def _make_part(task: _Task, documents: DocumentProcessor) -> Outcome:
             if len(document.images) > limit
         ]
         planned = [document for document in planned if len(document.images) <= limit]
-    lengths = np.array([document.tokens for document in planned], dtype=np.int64)
-    images = np.array([len(document.images) for document in planned], dtype=np.int64)
-    table = packs_table(planned, pack_lengths(lengths, settings["max_length"], images, limit))
-    videos = sum(image.frames > 0 for document in planned for image in document.images)
-    report = PlanReport.of_part(table, settings["max_length"], skipped, ignored, videos, broken)
+    shared, unshared = share_pictures(planned, settings["max_length"], limit)
+    lengths = np.array([sum(one.tokens for one in own) for own in shared], dtype=np.int64)
+    images = np.array([sum(len(one.own_images) for one in own) for own in shared], dtype=np.int64)
+    packs = pack_lengths(lengths, settings["max_length"], images, limit)
+    planned = [document for own in shared for document in own]
+    table = packs_table(planned, np.repeat(packs, [len(own) for own in shared]))
+    videos = sum(image.frames > 0 for document in planned for image in document.own_images)
+    report = PlanReport.of_part(table, settings["max_length"], skipped, ignored, videos, broken, dict(unshared))
     write_skipped(task.skipped, skipped)
     write_part(task.part, table, {"settings": settings, "report": asdict(report)})
     return Outcome.of(report.samples, skipped)

@@ -20,7 +20,7 @@ from ...files import renamed_when_whole, write_text
 from ..documents.documents import Document, Skipped
 
 PLAN_NAME = "plan.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 PACKS_PER_ROW_GROUP = 64
 _METADATA_KEY = b"open_qwen2vl"
 
@@ -46,6 +46,7 @@ _DOCUMENT = pa.struct(
         ("entries", _ENTRIES),  # of its record; null: the whole record
         ("tokens", pa.int32()),
         ("images", pa.list_(_IMAGE)),  # in reading order
+        ("shared", pa.int32()),  # positions that are those of the document before; 0: a document of its own
     ]
 )
 _SKIPPED = pa.schema([(name, pa.string()) for name in Skipped._fields])
@@ -57,7 +58,7 @@ def packs_table(documents: list[Document], pack_of_document: np.ndarray) -> pa.T
     counts = np.bincount(pack_of_document)
     figures = {
         "tokens": [document.tokens for document in documents],
-        "images": [len(document.images) for document in documents],
+        "images": [len(document.own_images) for document in documents],
         "patches": [document.patches for document in documents],
         "labels": [document.labels for document in documents],
     }

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,12 @@ class PlanReport:
         images_per_pack (`Sequence[int]`): fewest and most; empty without packs.
         videos (`int`): how many of `images` are videos.
         broken_videos (`int`): videos that break off, of which what is there is shown.
+        squared_lengths (`int`): sum over documents of length squared, of what shares a picture what it adds: the unit
+            of attention.
+        shared (`int`): conversations that take the picture of the one before them: so many pictures are saved.
+        shared_tokens (`int`): positions that these save.
+        unshared (`dict[str, int]`): conversations that have their picture with others and share it with none, by
+            reason.
     """
 
     samples: int
@@ -44,6 +50,10 @@ class PlanReport:
     images_per_pack: Sequence[int]
     videos: int = 0
     broken_videos: int = 0
+    squared_lengths: int = 0
+    shared: int = 0
+    shared_tokens: int = 0
+    unshared: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of_part(
@@ -54,10 +64,13 @@ class PlanReport:
         ignored_members: int,
         videos: int = 0,
         broken_videos: int = 0,
+        unshared: dict[str, int] | None = None,
     ) -> "PlanReport":
         """Figures of a part, from its rows and the [`Skipped`] of what is left out."""
         documents = np.asarray(packs["documents"].combine_chunks().value_lengths())
         images = np.asarray(packs["images"])
+        rows = packs["documents"].combine_chunks().flatten()
+        tokens, shared = (np.asarray(rows.field(name)).astype(np.int64) for name in ("tokens", "shared"))
         return cls(
             samples=int(documents.sum()) + len(skipped),
             documents=int(documents.sum()),
@@ -73,18 +86,25 @@ class PlanReport:
             images_per_pack=_extremes(images.tolist()),
             videos=videos,
             broken_videos=broken_videos,
+            squared_lengths=int(((tokens + shared) ** 2 - shared**2).sum()),
+            shared=int(np.count_nonzero(shared)),
+            shared_tokens=int(shared.sum()),
+            unshared=unshared or {},
         )
 
     @classmethod
     def of_parts(cls, parts: Sequence["PlanReport"]) -> "PlanReport":
         """Figures of a whole plan; its parts all have the same `max_length`."""
         summed = ("samples", "documents", "packs", "tokens", "images", "patches", "labels", "ignored_members")
-        summed = (*summed, "videos", "broken_videos")
+        summed = (*summed, "videos", "broken_videos", "squared_lengths", "shared", "shared_tokens")
         joined = ("documents_per_pack", "images_per_pack")
-        skipped = sum((Counter(part.skipped) for part in parts), Counter())
+        skipped, unshared = (
+            sum((Counter(getattr(part, name)) for part in parts), Counter()) for name in ("skipped", "unshared")
+        )
         return cls(
             max_length=parts[0].max_length,
             skipped=dict(sorted(skipped.items())),
+            unshared=dict(sorted(unshared.items())),
             **{name: sum(getattr(part, name) for part in parts) for name in summed},
             **{name: _extremes([n for part in parts for n in getattr(part, name)]) for name in joined},
         )
@@ -95,7 +115,10 @@ class PlanReport:
         return self.tokens / (self.packs * self.max_length) if self.packs else 0.0
 
     def __str__(self) -> str:
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.skipped.items())
+        reasons, alone = (
+            ", ".join(f"{reason} {count:,}" for reason, count in counts.items())
+            for counts in (self.skipped, self.unshared)
+        )
         lines = {
             "samples": f"{self.samples:,}",
             "packed": f"{self.documents:,}",
@@ -105,6 +128,9 @@ class PlanReport:
             "documents": _per_pack(self.documents, self.packs, self.documents_per_pack),
             "images": _per_pack(self.images, self.packs, self.images_per_pack),
         }
+        if self.shared or self.unshared:
+            lines["shared"] = f"{self.shared:,} pictures and {self.shared_tokens:,} positions saved"
+            lines["shared"] += f"; alone on a picture of several: {alone}" if alone else ""
         if self.videos:
             broken = f" ({self.broken_videos:,} break off: what is there is shown)" if self.broken_videos else ""
             lines["videos"] = f"{self.videos:,} of these{broken}"

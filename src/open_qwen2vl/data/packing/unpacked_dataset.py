@@ -21,8 +21,8 @@ from ...processing.conversation_records import read_conversation
 from ...processing.images import read_image_size
 from ...processing.media_records import Video
 from ...processing.sample_error import SampleError
-from ..documents.documents import ReadDocument, finish_document, pack_item
 from ..documents.forms import TURNS, as_messages, conversation_format, is_turns
+from ..documents.items import ReadDocument, finish_document, pack_item
 from ..storage.row_values import row_values
 from ..storage.tables import COLUMNS, TEXT_COLUMNS
 from ..storage.tars import most_media_bytes

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ...processing.conversation_records import TURNS
+from ...processing.conversation_records import BRANCHES, TURNS
 from ...processing.sample_error import SampleError
 from .tars import MAX_TEXT_BYTES
 
@@ -110,7 +110,8 @@ def _drop_nulls_of_tools(row: dict[str, Any]) -> None:
     """A struct has the arguments of all functions in its file, null where another function's; JSON text is kept."""
     if "tools" in row:
         row["tools"] = _without_nulls(row["tools"])
-    for turns in (row.get(name) for name in TURNS):
+    branches = row.get(BRANCHES)
+    for turns in (*(row.get(name) for name in TURNS), *(branches if isinstance(branches, list) else ())):
         for turn in turns if isinstance(turns, list) else ():
             if isinstance(turn, dict) and turn.get("tool_calls"):
                 turn["tool_calls"] = _without_nulls(turn["tool_calls"])
