@@ -1,6 +1,7 @@
 """Fine-tuning on packed conversations against TRL's own SFTTrainer on the same conversations, one by one and padded.
 
     python benchmarks/sft.py [--threads 1] [--steps 6] [--rounds 2] [--conversations 2000] [--variants packed trl ...]
+    python benchmarks/sft.py --share-images [--threads 1] [--steps 2] [--rounds 2]
 
 2,000 conversations are made up (one to four questions, a JPEG in 19 of 20, answers of 1 to 200 words, ids of Qwen2.5's
 tokenizer) and saved as a Hugging Face data set. `packed` plans them with `open-qwen2vl pack` and trains with
@@ -10,6 +11,9 @@ the same small model with the real vocabulary (12-block ViT of width 192, frozen
 of width 384), fp32, AdamW, no activation checkpointing; decoding and resizing are part of the time. Every run is a
 process of its own, so that its peak memory is its own, and the variants take turns. Prints a Markdown table and
 writes it to benchmarks/results/sft.md.
+
+`--share-images` compares packing with and without it on the sets of shared_sets.py, at 729 tokens an image, and writes
+benchmarks/results/sft_shared.md: the same trainer, each variant on packs of its own, conversations a CPU second.
 """
 
 import argparse
@@ -28,6 +32,7 @@ import numpy as np
 import torch
 from PIL import Image
 from report import describe_machine, write_result
+from shared_sets import SETS, WORDS, flops_per_conversation, shared_set
 from transformers import AutoProcessor, Qwen2Config, SiglipVisionConfig, TrainerCallback
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from trl import SFTConfig, SFTTrainer
@@ -46,10 +51,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.qwen_tokenizer import build_qwen_tokenizer  # noqa: E402
 
 IMAGE_SIZE, IMAGE_TOKENS, PACK = 168, 144, 4096
-WORDS = (
-    "the a of in on is are with two red blue small large person dog table street sign window light water green left "
-    "right behind standing holding picture shows which what where how many color object visible background several"
-).split()
 VARIANTS = {
     "packed": "PackedSFTTrainer on packs",
     "unpacked": "PackedSFTTrainer on rows",
@@ -87,15 +88,19 @@ def in_parts(row: dict) -> dict:
     return {**row, "messages": messages}
 
 
-def prepare(folder: Path, conversations: int) -> None:
-    """Processor, data set and plan."""
+def make_processor(folder: Path, image_size: int, tokens: int) -> None:
     (folder / "tokenizer").mkdir()
     tokenizer = build_qwen_tokenizer(folder / "tokenizer")
-    SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(folder / "vision")
+    SiglipImageProcessorPil(size={"height": image_size, "width": image_size}).save_pretrained(folder / "vision")
     processor = OpenQwen2VLProcessor.from_vision_text_pretrained(
-        str(folder / "vision"), str(tokenizer), image_seq_length=IMAGE_TOKENS
+        str(folder / "vision"), str(tokenizer), image_seq_length=tokens
     )
     processor.save_pretrained(folder / "processor")
+
+
+def prepare(folder: Path, conversations: int) -> None:
+    """Processor, data set and plan."""
+    make_processor(folder, IMAGE_SIZE, IMAGE_TOKENS)
     rows = datasets.Dataset.from_list([in_parts(make_conversation(number)) for number in range(conversations)])
     rows.cast_column("images", datasets.List(datasets.Image())).save_to_disk(folder / "rows")
     sizes = ["--image-seq-length", str(IMAGE_TOKENS), "--max-length", str(PACK), "--num-workers", "1"]
@@ -103,13 +108,13 @@ def prepare(folder: Path, conversations: int) -> None:
     assert cli.main(["pack", *files, *sizes]) == 0
 
 
-def make_model() -> OpenQwen2VLForConditionalGeneration:
+def make_model(processor: OpenQwen2VLProcessor) -> OpenQwen2VLForConditionalGeneration:
     vision = SiglipVisionConfig(
         hidden_size=192,
         intermediate_size=768,
         num_hidden_layers=12,
         num_attention_heads=3,
-        image_size=IMAGE_SIZE,
+        image_size=processor.image_processor.size["height"],
         patch_size=14,
     )
     text = Qwen2Config(
@@ -121,7 +126,7 @@ def make_model() -> OpenQwen2VLForConditionalGeneration:
         vocab_size=151936,
         tie_word_embeddings=True,
     )
-    config = OpenQwen2VLConfig(vision_config=vision, text_config=text, image_seq_length=IMAGE_TOKENS)
+    config = OpenQwen2VLConfig(vision_config=vision, text_config=text, image_seq_length=processor.image_seq_length)
     torch.manual_seed(0)
     model = OpenQwen2VLForConditionalGeneration._from_config(config, attn_implementation="packed_varlen")
     model.model.vision_tower.requires_grad_(False)
@@ -154,15 +159,20 @@ def measure(variant: str, folder: Path, threads: int, steps: int, rows_per_step:
         "dataloader_num_workers": 0,
         "per_device_train_batch_size": 1 if variant == "packed" else rows_per_step,
     }
-    timer, rows = Timer(), datasets.load_from_disk(folder / "rows")
+    timer = Timer()
+    rows = datasets.load_from_disk(folder / "rows") if variant != "packed" else None
     with tempfile.TemporaryDirectory() as output_dir:
         if variant == "trl":
             args = SFTConfig(output_dir, assistant_only_loss=True, max_length=None, **options)
-            trainer = SFTTrainer(make_model(), args, train_dataset=rows, processing_class=processor, callbacks=[timer])
+            trainer = SFTTrainer(
+                make_model(processor), args, train_dataset=rows, processing_class=processor, callbacks=[timer]
+            )
         else:
             data = PackMixture(parse_sources(str(folder / "packs")), processor) if variant == "packed" else rows
             args = PackedSFTConfig(output_dir, **options)
-            trainer = PackedSFTTrainer(make_model(), args, data, processing_class=processor, callbacks=[timer])
+            trainer = PackedSFTTrainer(
+                make_model(processor), args, data, processing_class=processor, callbacks=[timer]
+            )
         trainer.train()
     examples = steps * rows_per_step if variant == "trl" else trainer.summary()["documents"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -190,6 +200,44 @@ def describe(plan: dict, args: argparse.Namespace, rows_per_step: int) -> list[s
     ]
 
 
+def compare_shared(args: argparse.Namespace) -> None:
+    """Packs with and without shared pictures, of each set."""
+    lines = [
+        f"Conversations a CPU second of PackedSFTTrainer on packs of {PACK}, 729 tokens an image, {args.steps} steps "
+        f"a run, median of {args.rounds}, {args.threads} thread(s); the 2B column is computed: FLOPs a conversation "
+        "of the 2B model with a frozen tower, without sharing by those with it.",
+        "",
+        "| conversations | a picture | pictures saved | alone: per CPU s | shared: per CPU s | x | x for 2B |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    with tempfile.TemporaryDirectory() as name:
+        for number, (what, conversations) in enumerate(SETS.items()):
+            folder = Path(name) / str(number)
+            folder.mkdir()
+            make_processor(folder, 378, 729)
+            source, images = shared_set(folder, conversations, make_jpeg)
+            totals, speed = {}, {}
+            for variant, options in (("alone", []), ("shared", ["--share-images"])):
+                own = folder / variant
+                own.mkdir()
+                (own / "processor").symlink_to(folder / "processor")
+                files = [str(source), "--images", str(images), "--output", str(own / "packs"), "--num-workers", "1"]
+                sizes = ["--processor", str(own / "processor"), "--max-length", str(PACK)]
+                assert cli.main(["pack", *files, *sizes, *options]) == 0
+                totals[variant] = json.loads((own / "packs" / "plan.json").read_text())["totals"]
+                runs = [measure_in_a_process("packed", own, args, 0) for _ in range(args.rounds)]
+                speed[variant] = median(run["examples"] / run["cpu"] for run in runs)
+            flops = {variant: flops_per_conversation(own) for variant, own in totals.items()}
+            alone, shared = totals["alone"], totals["shared"]
+            lines.append(
+                f"| {what} | {alone['images'] / shared['images']:.1f} | {shared['shared'] / alone['images']:.0%} "
+                f"| {speed['alone']:.2f} | {speed['shared']:.2f} | {speed['shared'] / speed['alone']:.2f} "
+                f"| {flops['alone'] / flops['shared']:.2f} |"
+            )
+    command = f"python benchmarks/sft.py --share-images --threads {args.threads} --steps {args.steps}"
+    write_result("sft_shared", lines, describe_machine(f"{command} --rounds {args.rounds}"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
@@ -197,11 +245,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="runs of each variant; the median counts (default: 2)")
     parser.add_argument("--conversations", type=int, default=2000, help="default: 2000")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
+    parser.add_argument("--share-images", action="store_true", help="compare packs with and without shared pictures")
     for hidden in ("--one", "--folder", "--rows"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(args.one, Path(args.folder), args.threads, args.steps, int(args.rows))))
+        return
+    if args.share_images:
+        compare_shared(args)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
