@@ -36,6 +36,16 @@ def join(documents: list[dict]) -> dict:
     return joined | {"image_seq_length": documents[0]["image_seq_length"], "placeholders": positions}
 
 
+def join_branches(documents: list[dict], prefix: int) -> dict:
+    """A pack in which the others share the first document's picture and all else of its first positions."""
+    first, *others = documents
+    branches = [
+        {name: tensor[prefix:] for name, tensor in other.items() if torch.is_tensor(tensor)} for other in others
+    ]
+    keys = ("input_ids", "position_ids", "labels")
+    return first | {key: torch.cat([one[key] for one in (first, *branches)]) for key in keys}
+
+
 def forward_inputs(items: list[dict]) -> dict:
     """Arguments of a forward over these packs."""
     batch = PackingCollator()(items)

@@ -25,33 +25,12 @@ from ..engine.engine import collection_paused
 from ..storage.image_sizes import upright_size
 from ..storage.tars import sample_uid
 from .forms import Piece, make_form, video_extensions
-from .items import ReadDocument, finish_document
+from .items import Document, ReadDocument, Shareable, finish_document
 from .record_images import PlannedImage, RecordImages, image_name
-from .records import Found, RecordLocation, RecordReader, ShardRecords
-from .shared_pictures import Shareable, picture_of
+from .records import Found, RecordReader, ShardRecords
+from .shared_pictures import picture_of
 
 CHUNK = 1024  # records whose texts are tokenised at once
-
-
-class Document(NamedTuple):
-    """A document of a plan, or a branch of the one before it, on whose picture it is (shared_pictures.py)."""
-
-    shard: int  # index of its file in the plan's list
-    key: str  # name of its record
-    uid: str  # 32 hex digits
-    record: RecordLocation  # where that is
-    entries: tuple[int, int] | None  # the first of the record's entries, or branches, and their number; None for all
-    tokens: int  # positions that it takes
-    images: list[PlannedImage]  # its images in reading order; a branch's first is that of the document
-    shared: int  # positions before its own, up to the end of the picture; 0 for a document
-    labels: int  # labelled positions
-    patches: int  # of its images, the unit of visual load
-    shareable: Shareable | None = None  # what it has in common with others, where pictures are shared
-
-    @property
-    def own_images(self) -> list[PlannedImage]:
-        """The images that are encoded for it."""
-        return self.images[1:] if self.shared else self.images
 
 
 class Skipped(NamedTuple):

@@ -1,4 +1,4 @@
-"""Documents as they are trained, and the item of a dataset that they make together."""
+"""A document of a plan, the same as it is trained, and the item of a dataset that documents make together."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -8,6 +8,38 @@ import numpy as np
 import torch
 
 from ...families.interface import DocumentProcessor, Media, VisionWork
+from .forms import Prefix
+from .record_images import PlannedImage
+from .records import RecordLocation
+
+
+class Shareable(NamedTuple):
+    """What a conversation may share: its prefix with the picture at its end."""
+
+    picture: tuple  # equal for the same picture
+    prefix: Prefix
+    patches: int  # of the picture
+
+
+class Document(NamedTuple):
+    """A document of a plan, or a branch of the one before it, on whose picture it is (shared_pictures.py)."""
+
+    shard: int  # index of its file in the plan's list
+    key: str  # name of its record
+    uid: str  # 32 hex digits
+    record: RecordLocation  # where that is
+    entries: tuple[int, int] | None  # the first of the record's entries, or branches, and their number; None for all
+    tokens: int  # positions that it takes
+    images: list[PlannedImage]  # its images in reading order; a branch's first is that of the document
+    shared: int  # positions before its own, up to the end of the picture; 0 for a document
+    labels: int  # labelled positions
+    patches: int  # of its images, the unit of visual load
+    shareable: Shareable | None = None  # what it has in common with others, where pictures are shared
+
+    @property
+    def own_images(self) -> list[PlannedImage]:
+        """The images that are encoded for it."""
+        return self.images[1:] if self.shared else self.images
 
 
 class ReadDocument(NamedTuple):

@@ -11,23 +11,13 @@ import hashlib
 import posixpath
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 from ...processing.sample_error import SampleError
-from .forms import IMAGE_ID, Prefix
+from .forms import IMAGE_ID
+from .items import Document
 from .record_images import OWN, PlannedImage, image_name
 from .texts import image_bytes
-
-if TYPE_CHECKING:
-    from .documents import Document
-
-
-class Shareable(NamedTuple):
-    """What a conversation may share: its prefix with the picture at its end."""
-
-    picture: tuple  # equal for the same picture
-    prefix: Prefix
-    patches: int  # of the picture
 
 
 def picture_of(shard: int, image: PlannedImage, reference: Any, record: Any) -> tuple:
@@ -46,8 +36,8 @@ def picture_of(shard: int, image: PlannedImage, reference: Any, record: Any) -> 
 
 
 def share_pictures(
-    documents: Sequence["Document"], max_length: int, max_images: int | None
-) -> tuple[list[list["Document"]], Counter]:
+    documents: Sequence[Document], max_length: int, max_images: int | None
+) -> tuple[list[list[Document]], Counter]:
     """Documents that stand behind each other in a pack: the first with its picture, the others its branches.
 
     In the order of the first ones; a document begins anew where it would grow above `max_length` or `max_images`. Also
@@ -79,19 +69,19 @@ def rows_by_picture(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]
     return found
 
 
-def _as_branch(document: "Document") -> "Document":
+def _as_branch(document: Document) -> Document:
     tokens = document.shareable.prefix.tokens
     patches = document.patches - document.shareable.patches
     return document._replace(tokens=document.tokens - tokens, shared=tokens, patches=patches)
 
 
-def _fits(own: list["Document"], branch: "Document", max_length: int, max_images: int | None) -> bool:
+def _fits(own: list[Document], branch: Document, max_length: int, max_images: int | None) -> bool:
     images = sum(len(document.own_images) for document in (*own, branch))
     tokens = sum(document.tokens for document in (*own, branch))
     return tokens <= max_length and (max_images is None or images <= max_images)
 
 
-def _reasons(documents: Sequence["Document"], shared: list[list["Document"]]) -> Counter:
+def _reasons(documents: Sequence[Document], shared: list[list[Document]]) -> Counter:
     """Why conversations on a picture of several stand alone."""
     of_picture = Counter(one.shareable.picture for one in documents if one.shareable)
     of_prefix = Counter(one.shareable[:2] for one in documents if one.shareable)

@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ...files import renamed_when_whole, write_text
-from ..documents.documents import Document, Skipped
+from ..documents.documents import Skipped
+from ..documents.items import Document
 
 PLAN_NAME = "plan.json"
 FORMAT_VERSION = 3
