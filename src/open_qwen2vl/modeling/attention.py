@@ -146,6 +146,17 @@ def _buckets(lengths: list[int], prefixes: list[int]) -> list[tuple[int, list[in
     return buckets
 
 
+def packed_attention_mask(
+    config: PreTrainedConfig, inputs_embeds: torch.Tensor, positions: torch.Tensor, has_branches: bool
+) -> dict[str, None] | torch.Tensor | None:
+    """No mask at all for `packed_varlen`; for the others None lets transformers isolate documents by position, which
+    knows no branches.
+    """
+    if packs_without_mask(config._attn_implementation):
+        return dict.fromkeys(config.layer_types)
+    return shared_prefix_mask(config, inputs_embeds, positions) if has_branches else None
+
+
 def shared_prefix_mask(
     config: PreTrainedConfig, inputs_embeds: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor | None:

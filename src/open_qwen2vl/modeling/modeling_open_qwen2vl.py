@@ -16,7 +16,7 @@ from transformers.models.llava.modeling_llava import LlavaModel, LlavaModelOutpu
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
-from .attention import check_packed_arguments, is_packed, packs_without_mask, shared_prefix_mask
+from .attention import check_packed_arguments, is_packed, packed_attention_mask
 from .backbones import greedy_generation, load_backbones
 from .configuration_open_qwen2vl import OpenQwen2VLConfig, pooled_grid_side
 from .loss import selected_position_loss
@@ -117,7 +117,8 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if packed:
             has_branches = kwargs.get("key_positions") is not None
-            attention_mask = self._packed_attention_mask(inputs_embeds, position_ids if has_branches else None)
+            config = self.language_model.config
+            attention_mask = packed_attention_mask(config, inputs_embeds, position_ids, has_branches)
         image_features = self._image_features(pixel_values, image_seq_length, mm_encoder_outputs)
         if image_features is not None:
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
@@ -170,17 +171,6 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
             return rows.view_as(inputs_embeds)
         mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
         return inputs_embeds.masked_scatter(mask, image_features)
-
-    def _packed_attention_mask(
-        self, inputs_embeds: torch.Tensor, branches: torch.Tensor | None
-    ) -> dict[str, None] | torch.Tensor | None:
-        """No mask at all for `packed_varlen`; for the others None lets transformers isolate documents by position,
-        which knows nothing of branches: where there are any, `branches` are the positions.
-        """
-        config = self.language_model.config
-        if packs_without_mask(config._attn_implementation):
-            return dict.fromkeys(config.layer_types)
-        return None if branches is None else shared_prefix_mask(config, inputs_embeds, branches)
 
 
 class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, GenerationMixin):

@@ -63,10 +63,10 @@ class PackingCollator:
             `dict`: the tensors named at the head of this file, media only where there are any, and `packing_stats`
             with the int counts `tokens` (no padding), `positions` (with it), `documents`, `images` and `media` (both
             the number of images and videos), `squared_lengths` (sum over documents of length squared, of a branch
-            what it adds to that of the part it shares), `patches`,
-            `vision_squared`, `vision_tokens` and `vision_windowed` (the sums of `vision_work`), the dict `dropped`
-            (documents lost at reading, by reason), and for each row a dict in `rows`: `tokens`, `labels`, and `source`
-            and `pack`, the numbers that the item has (0 and -1 where it has none).
+            what it adds to that of the part it shares), `patches`, `vision_squared`, `vision_tokens` and
+            `vision_windowed` (the sums of `vision_work`), the dict `dropped` (documents lost at reading, by reason),
+            and for each row a dict in `rows`: `tokens`, `labels`, and `source` and `pack`, the numbers that the item
+            has (0 and -1 where it has none).
 
         Raises:
             ValueError: if the arguments of the forward differ, as where packs were planned for different numbers of
