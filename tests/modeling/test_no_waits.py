@@ -14,7 +14,7 @@ from open_qwen2vl.modeling.attention import _bucketed_sdpa
 from open_qwen2vl.modeling.modeling_open_qwen2vl import OpenQwen2VLForConditionalGeneration
 from tests.families.qwen_vl.packs import collated, mixed_documents
 from tests.families.qwen_vl.packs import make_document as qwen_vl_document
-from tests.modeling.packs import forward_inputs, join, make_document
+from tests.modeling.packs import forward_inputs, join, join_branches, make_document
 from tests.qwen_vl import FAMILIES, make_model, make_processor
 
 # Their results have a size, or become a number, that only the device knows.
@@ -75,6 +75,12 @@ def items(tokenizer) -> list[dict]:
     return [join(documents[:1]), join(documents[1:])]
 
 
+@pytest.fixture(scope="module")
+def branches(tokenizer) -> dict:
+    """A pack of three captions on one picture, which takes the first five positions."""
+    return join_branches([make_document(tokenizer, caption, 0) for caption in ("a cat", "x", "two dogs run")], 5)
+
+
 def load(backbones) -> OpenQwen2VLForConditionalGeneration:
     torch.manual_seed(0)
     options = {"image_seq_length": 4, "attn_implementation": "packed_varlen"}
@@ -98,9 +104,11 @@ def waits(model, inputs: dict) -> set[str]:
     return mode.found
 
 
-def test_a_packed_step_waits_for_nothing(backbones, items):
+def test_a_packed_step_waits_for_nothing(backbones, items, branches):
     model, inputs = load(backbones), forward_inputs(items)
     assert not waits(model, inputs)
+    shared = forward_inputs([*items, branches])
+    assert "key_positions" in shared and not waits(model, shared)
     # And a mask, whose backward hides a wait, is found.
     assert waits(model, {name: value for name, value in inputs.items() if name != "image_positions"})
 

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import ProcessorMixin
 
 from open_qwen2vl import PackingCollator
-from open_qwen2vl.data.documents.documents import ReadDocument, pack_item
+from open_qwen2vl.data.documents.items import ReadDocument, pack_item
 from open_qwen2vl.families.interface import Media, VisionWork
 from open_qwen2vl.families.qwen_vl.patch_embedding import normalised
 from open_qwen2vl.families.qwen_vl.processing import QwenVLDocuments
