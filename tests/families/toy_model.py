@@ -57,6 +57,7 @@ class ToyPackedModel:
 
     parts = {"projector": "bridge.", "vision_tower": "eyes."}
     block_classes = ("Qwen2DecoderLayer",)
+    fused_classes = {}
 
     def prepare(self, model: PreTrainedModel, processor: Any = None) -> PreTrainedModel:
         return model

@@ -23,10 +23,10 @@ def attention(request):
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def model(backbones, attention, request):
+def model(gpu_backbones, attention, request):
     torch.manual_seed(0)
     return OpenQwen2VLForConditionalGeneration.from_vision_text_pretrained(
-        **backbones, image_seq_length=4, attn_implementation=attention, dtype=request.param
+        **gpu_backbones, image_seq_length=4, attn_implementation=attention, dtype=request.param
     ).cuda()
 
 
@@ -76,11 +76,11 @@ def test_a_changed_document_changes_no_other(model, documents):
     assert torch.equal(before[first:], after[first:])
 
 
-def test_loss_and_gradients_agree_across_attention(backbones, documents):
+def test_loss_and_gradients_agree_across_attention(gpu_backbones, documents):
     def run(attention):
         torch.manual_seed(0)
         model = OpenQwen2VLForConditionalGeneration.from_vision_text_pretrained(
-            **backbones, image_seq_length=4, attn_implementation=attention
+            **gpu_backbones, image_seq_length=4, attn_implementation=attention
         ).cuda()
         with torch.autocast("cuda", dtype=torch.bfloat16):
             loss = model.train()(**to_device(forward_inputs([join(documents)]))).loss

@@ -155,6 +155,8 @@ def test_two_processes_equal_one(folder, one, launcher):
     assert two["bf16"]["losses"] == pytest.approx(one["bf16"]["losses"], rel=2**-8)
     assert any(loss != torch.tensor(loss).bfloat16().item() for loss in two["bf16"]["losses"])
     assert two["bf16"]["tower_dtypes"] == ["torch.bfloat16"]
+    # Blocks add up in fp32 under autocast, and in bf16 where weights are gathered as that.
+    assert two["bf16"]["stream"] == ["torch.bfloat16" if launcher == "fsdp2" else "torch.float32"]
     sharded = ["language_model", "projector"] if launcher == "fsdp2" else []
     assert two["mixture"]["sharded"] == two["bf16"]["sharded"] == sharded
     assert two["tower"]["sharded"] == (sharded and [*sharded, "vision_tower"])
@@ -170,6 +172,23 @@ def test_two_processes_equal_one(folder, one, launcher):
         assert (folder / "fsdp2" / "mixture" / "checkpoint-6" / "optimizer_0" / ".metadata").exists()
         with pytest.raises(ValueError, match="was trained with fsdp True, now False"):
             run_here(folder, "refused", {"alone": SAVED | ALONE | {"resume": "fsdp2/mixture/checkpoint-6"}})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["ddp", "fsdp2"])
+def test_compiled_blocks_are_the_same_training(folder, one, launcher):
+    """Beside sharding and activation checkpointing; the checkpoint resumes, and one process takes it as its own."""
+    compiled = {**SAVED, "torch_compile": True, "torch_compile_backend": "aot_eager"}
+    compiled["activation_checkpointing"] = True
+    bf16 = {**BF16, "torch_compile": True, "torch_compile_backend": "aot_eager", "bf16_residual": True}
+    two = launch(launcher, folder, {"compiled": compiled, "residual": bf16})
+    resumed = {**compiled, "resume": f"{launcher}/compiled/checkpoint-3"}
+    two |= launch(launcher, folder, {"resumed": resumed})
+    assert_same_training(two["compiled"], one["mixture"])
+    assert_same_model(folder / launcher / "compiled" / "model", folder / "one" / "mixture" / "model")
+    assert two["resumed"]["losses"] == two["compiled"]["losses"]
+    assert two["residual"]["losses"] == pytest.approx(one["bf16"]["losses"], rel=2**-7)
+    assert two["residual"]["stream"] == ["torch.bfloat16"]
 
 
 @pytest.mark.slow

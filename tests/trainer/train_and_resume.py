@@ -106,8 +106,11 @@ def train(
     trainer = make_trainer(folder, output_dir, data, **arguments)
     if stop:
         trainer.add_callback(TerminateRank(**stop))
+    stream: set[str] = set()
+    block = trainer.model.model.language_model.layers[-1]
+    block.register_forward_hook(lambda block, inputs, output: stream.add(str(output.dtype)))
     trainer.train(resume_from_checkpoint=resume and str(folder / resume))
-    found = result(trainer)
+    found = {**result(trainer), "stream": sorted(stream)}
     if not trainer.interrupted:
         save_final_model(trainer, output_dir / "model")
     return found

@@ -187,11 +187,15 @@ class PackedModel(Protocol):
         parts (`dict[str, str | tuple[str, ...]]`): prefix, or prefixes, of parameter names of each part, `"projector"`
             and `"vision_tower"`, as `str.startswith` takes them; the first that matches counts, and what matches none
             is `"language_model"`.
-        block_classes (`tuple[str, ...]`): classes that FSDP wraps and activation checkpointing recomputes.
+        block_classes (`tuple[str, ...]`): classes that FSDP wraps, activation checkpointing recomputes and a compiler
+            compiles.
+        fused_classes (`dict[str, str]`): operation, `"rms_norm"`, `"swiglu"` or `"rope"`, by the class that computes
+            it as Llama does, for Liger's kernels; empty where there is none.
     """
 
     parts: dict[str, str | tuple[str, ...]]
     block_classes: tuple[str, ...]
+    fused_classes: dict[str, str]
 
     def prepare(self, model: PreTrainedModel, processor: Any = None) -> PreTrainedModel:
         """Give the model the packed forward; idempotent, takes and returns the model."""

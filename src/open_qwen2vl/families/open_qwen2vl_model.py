@@ -14,6 +14,7 @@ class OpenQwen2VLPackedModel:
 
     parts = {"vision_tower": "model.vision_tower.", "projector": "model.multi_modal_projector."}
     block_classes = ("Qwen2DecoderLayer", "SiglipEncoderLayer")
+    fused_classes = {"Qwen2RMSNorm": "rms_norm", "Qwen2MLP": "swiglu", "Qwen2Attention": "rope"}
 
     def prepare(self, model: PreTrainedModel, processor: Any = None) -> PreTrainedModel:
         """Switch off the cache, which would join a pack's documents; ValueError for tokens that the tower has not."""

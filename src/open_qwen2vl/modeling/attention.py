@@ -8,7 +8,6 @@ Without `cu_seq_lens_q` (generation, padded batches, the vision tower) it is tra
 """
 
 import inspect
-from functools import lru_cache
 
 import torch
 from torch import nn
@@ -70,7 +69,7 @@ def packed_varlen_attention(
     flat = [states.to(dtype).transpose(1, 2).flatten(0, 1) for states in (query, key, value)]
     if key_positions is None:
         cu_seq_lens_k, max_length_k = cu_seq_lens_q, max_length_q
-    if query.is_cuda and dtype in (torch.float16, torch.bfloat16):
+    if runs_varlen(query.device, dtype):
         if key_positions is not None:
             flat[1:] = [states.index_select(0, key_positions) for states in flat[1:]]
         output = _flash_varlen(*flat, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, scaling)
@@ -79,19 +78,20 @@ def packed_varlen_attention(
     return output.view(packs, sequence, heads, head_dim), None
 
 
-@lru_cache(maxsize=1)
-def _varlen_options() -> tuple[bool, bool]:
-    """Whether torch's `varlen_attn` has `window_size` (2.12 on) rather than `is_causal`, and `enable_gqa`."""
-    parameters = inspect.signature(varlen_attn).parameters
-    return "window_size" in parameters, "enable_gqa" in parameters
+# torch 2.11 has no `enable_gqa`.
+_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def runs_varlen(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's varlen kernels take tensors of this kind."""
+    return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
 
 
 def _flash_varlen(query, key, value, cu_queries, cu_keys, max_queries, max_keys, scaling) -> torch.Tensor:
     # Causal is aligned at the end: the last query of a branch sees all of its keys.
-    has_window, has_gqa = _varlen_options()
-    options = {"window_size": (-1, 0)} if has_window else {"is_causal": True}
+    options = {"window_size": (-1, 0)}
     if key.shape[1] != query.shape[1]:
-        if has_gqa:
+        if _HAS_GQA:
             options["enable_gqa"] = True
         else:
             key, value = (s.repeat_interleave(query.shape[1] // s.shape[1], dim=1) for s in (key, value))

@@ -12,6 +12,7 @@ from transformers.trainer_utils import SchedulerType
 
 from .options import (
     MUON,
+    check_fused_step,
     check_loader,
     check_report_to,
     check_values,
@@ -64,6 +65,11 @@ class PackedArguments:
             Run the Python code and templates of `eval_tasks_path`, which is refused without it.
         profile (`bool`, *optional*, defaults to `False`):
             Record a few steps with torch's profiler into `output_dir/profile`.
+        bf16_residual (`bool`, *optional*, defaults to `False`):
+            Add up the language model's blocks in bf16 where `bf16` is set, as FSDP2 does in any case; weights, norms
+            and RoPE stay in fp32.
+        float8 (`bool`, *optional*, defaults to `False`):
+            Compute the large products of the language model's blocks in float8, by torchao. Needs `torch_compile`.
         per_device_train_batch_size (`int`, *optional*, defaults to 1):
             Packs, not documents: one pack of 4096 positions already holds about 23 captioned images.
         per_device_eval_batch_size (`int`, *optional*, defaults to 1):
@@ -138,6 +144,12 @@ class PackedArguments:
     profile: bool = field(
         default=False, metadata={"help": "Record a few steps with torch's profiler into output_dir/profile."}
     )
+    bf16_residual: bool = field(
+        default=False, metadata={"help": "Add up the language model's blocks in bf16, instead of fp32, under bf16."}
+    )
+    float8: bool = field(
+        default=False, metadata={"help": "Compute the language model's large products in float8 (torchao)."}
+    )
 
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Packs per device and micro-batch."})
     per_device_eval_batch_size: int = field(default=1, metadata={"help": "Packs per device in evaluation."})
@@ -186,6 +198,7 @@ class PackedArguments:
         check_what_is_built(self)
         # `accelerate launch --mixed_precision` counts too: the tower's type and the checkpoint's record go by these.
         self.bf16, self.fp16 = self.mixed_precision == "bf16", self.mixed_precision == "fp16"
+        check_fused_step(self)
         if not (self.train_projector or self.train_language_model or self.train_vision_tower):
             raise ValueError("nothing to train: switch on train_projector, train_language_model or train_vision_tower")
         if self.dataloader_num_workers == 0:

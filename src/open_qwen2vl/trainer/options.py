@@ -4,6 +4,7 @@ An option without effect would be a training other than the one that was asked f
 the installed libraries, so that an option of a later version is decided upon and not overlooked.
 """
 
+import importlib.util
 import math
 import os
 from typing import Any
@@ -26,8 +27,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "bf16_full_eval": ((False,), "weights stay as they are in evaluation, which computes as training does (bf16)"),
     "fp16_full_eval": ((False,), "weights stay as they are in evaluation, which computes as training does (fp16)"),
     "average_tokens_across_devices": ((True,), "every label weighs the same on whichever device it lies"),
-    "use_liger_kernel": ((False,), "its fused loss would take the place of the loss at labelled positions"),
-    "liger_kernel_config": ((None,), "use_liger_kernel is not supported"),
+    "liger_kernel_config": ((None,), "use_liger_kernel takes all that computes the same; the loss is the model's own"),
     "use_cache": ((False,), "a cache would join the documents of a pack"),
     "auto_find_batch_size": (
         (False,),
@@ -83,7 +83,7 @@ output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate 
 warmup_steps optim optim_args optim_target_modules weight_decay adam_beta1 adam_beta2 adam_epsilon
 gradient_accumulation_steps max_grad_norm bf16 fp16 tf32 activation_checkpointing activation_checkpointing_kwargs
 gradient_checkpointing gradient_checkpointing_kwargs torch_compile torch_compile_backend torch_compile_mode
-neftune_noise_alpha torch_empty_cache_steps full_determinism seed data_seed use_cpu accelerator_config
+use_liger_kernel neftune_noise_alpha torch_empty_cache_steps full_determinism seed data_seed use_cpu accelerator_config
 logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level log_level_replica
 disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id
 eval_strategy eval_steps eval_delay per_device_eval_batch_size prediction_loss_only eval_on_start do_eval
@@ -236,3 +236,33 @@ def check_report_to(names: list[str]) -> None:
 
         if not wandb.api.api_key:
             raise ValueError("report_to: wandb has no API key: `wandb login`, or WANDB_MODE=offline")
+
+
+def check_fused_step(args: Any) -> None:
+    """Raise ValueError for an option that this environment, device or another option makes useless or impossible."""
+    if args.use_liger_kernel:
+        _check_installed("use_liger_kernel", "liger_kernel", "liger-kernel")
+        if args.torch_compile:
+            raise ValueError("use_liger_kernel and torch_compile fuse the same operations: choose one of them")
+        # Triton's interpreter runs the kernels on a CPU, slowly, which is what tests do.
+        if args.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError("use_liger_kernel needs a GPU: Liger's kernels are written in Triton")
+    if args.torch_compile and args.torch_compile_mode not in (None, "default", "max-autotune-no-cudagraphs"):
+        raise ValueError(
+            f"torch_compile_mode {args.torch_compile_mode} is neither default nor max-autotune-no-cudagraphs; others "
+            "record CUDA graphs, which packs of ever other documents would record anew"
+        )
+    if args.bf16_residual and not args.bf16:
+        raise ValueError("bf16_residual needs bf16: without it the model computes in the type of its weights")
+    if args.float8:
+        _check_installed("float8", "torchao", "torchao")
+        if not args.torch_compile:
+            raise ValueError("float8 needs torch_compile: uncompiled, the casts cost more than the products gain")
+        if args.device.type == "cuda" and torch.cuda.get_device_capability(args.device) < (8, 9):
+            name = torch.cuda.get_device_name(args.device)
+            raise ValueError(f"float8 needs a GPU with float8 units (sm_89 or later), this is {name}")
+
+
+def _check_installed(option: str, module: str, package: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(f"{option} needs the package {package} (pip install {package})")

@@ -36,6 +36,7 @@ from .figures.summary import training_summary
 from .figures.throughput import ThroughputCallback
 from .figures.verdicts import StepEnd, account
 from .figures.work import step_work
+from .fused_step import keep_whole_model_uncompiled, liger_off, prepare_fused_step
 from .model_card import write_trainer_card
 from .muon import muon_and_adamw
 from .options import MUON
@@ -54,6 +55,7 @@ class PackedTraining:
         self._family.prepare(base, kwargs.get("processing_class"))
         optimization.choose_trained_parts(model, args, self._family.parts)
         optimization.check_what_trains(model, args)
+        prepare_fused_step(base, args, self._family)
         args.dataloader_prefetch_factor = loading.prefetch_factor(args, kwargs.get("train_dataset"))
         self._gives_row_losses = "return_row_losses" in inspect.signature(base.forward).parameters
         self._parts_of_groups: list[str] = []
@@ -68,10 +70,8 @@ class PackedTraining:
         )
         # Of every family; some of transformers' classes say no, and Trainer would average micro-batches.
         self.model_accepts_loss_kwargs = True
-        sharding.configure_ddp(self.accelerator.ddp_handler)
-        sharding.check_fsdp_is_on(self.is_fsdp_enabled)
-        if self.is_fsdp_enabled:
-            sharding.configure_fsdp(self.accelerator.state.fsdp_plugin, self.model, self._family, args)
+        keep_whole_model_uncompiled(self.accelerator, args)
+        sharding.configure(self.accelerator, self.is_fsdp_enabled, self.model, self._family, args)
         loading.keep_video_options(self.processing_class, kwargs.get("train_dataset"))
         self._tasks = TaskEvaluation(args, self.processing_class, self.is_fsdp_enabled or self.is_deepspeed_enabled)
         self._add_own_callbacks()
@@ -301,7 +301,7 @@ class PackedTraining:
         checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
         self.interrupted = False
         alone = only_run_in(self.args.output_dir, self.args.should_save)
-        with alone, self.stop_request.listening(), self._staging.finishing():
+        with alone, self.stop_request.listening(), self._staging.finishing(), liger_off():
             return super().train(checkpoint, *args, **kwargs)
 
     def _finalize_training(self, *args, **kwargs) -> Any:

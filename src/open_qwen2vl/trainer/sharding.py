@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, StateDictType
 from transformers import Trainer
@@ -14,6 +15,16 @@ from ..families.interface import PackedModel
 from .arguments import PackedArguments
 from .optimization import Parts, base_model, part_of
 from .options import MUON
+
+
+def configure(
+    accelerator: Accelerator, fsdp_enabled: bool, model: nn.Module, family: PackedModel, args: PackedArguments
+) -> None:
+    """Check and complete accelerate's options of DDP and FSDP, before the model is wrapped."""
+    check_fsdp_is_on(fsdp_enabled)
+    configure_ddp(accelerator.ddp_handler)
+    if fsdp_enabled:
+        configure_fsdp(accelerator.state.fsdp_plugin, model, family, args)
 
 
 def check_fsdp_is_on(enabled: bool) -> None:

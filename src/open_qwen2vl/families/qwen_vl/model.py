@@ -148,6 +148,12 @@ class QwenVL:
         *("Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"),
         *("Qwen3VLTextDecoderLayer", "Qwen3VLVisionBlock"),
     )
+    # Of all three. Norms and MLPs of 2.5's tower are such, too; RoPE of the towers is another function.
+    fused_classes = {
+        **dict.fromkeys(("Qwen2VLRMSNorm", "Qwen2_5_VLRMSNorm", "Qwen3VLTextRMSNorm"), "rms_norm"),
+        **dict.fromkeys(("Qwen2MLP", "Qwen2_5_VLMLP", "Qwen3VLTextMLP"), "swiglu"),
+        **dict.fromkeys(("Qwen2VLAttention", "Qwen2_5_VLAttention", "Qwen3VLTextAttention"), "rope"),
+    }
 
     def prepare(self, model: PreTrainedModel, processor: Any = None) -> PreTrainedModel:
         """Give a stock model the packed forward, with the pixels' statistics of its processor."""

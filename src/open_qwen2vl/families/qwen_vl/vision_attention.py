@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 
+from ...modeling.attention import runs_varlen
+
 
 class Segments:
     """Lengths of the segments of one forward, known on the host: those of whole images, and those of windows."""
@@ -65,15 +67,16 @@ def segment_attention(
     scaling: float,
 ) -> torch.Tensor:
     """Full attention within each segment of `(patches, heads, head_dim)` states."""
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+    if runs_varlen(query.device, query.dtype):
         options = {} if scaling == query.shape[-1] ** -0.5 else {"scale": scaling}
         return varlen_attn(query, key, value, boundaries, boundaries, longest, longest, **options)
-    return _by_length(query, key, value, segments.lengths(boundaries), scaling)
+    return _by_length(query, key, value, boundaries, segments, scaling)
 
 
 # Out of compiled graphs: the lengths of one batch would be compiled into them.
 @torch.compiler.disable
-def _by_length(query, key, value, lengths: list[int], scaling: float) -> torch.Tensor:
+def _by_length(query, key, value, boundaries: torch.Tensor, segments: Segments, scaling: float) -> torch.Tensor:
+    lengths = segments.lengths(boundaries)
     # Images of one size, or a single one: a view, nothing is copied.
     if len(set(lengths)) == 1:
         shape = (len(lengths), lengths[0])

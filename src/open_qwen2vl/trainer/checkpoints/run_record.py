@@ -37,6 +37,8 @@ OPTIMISATION = (
     "data_seed",
     "bf16",
     "fp16",
+    "bf16_residual",
+    "float8",
     "train_projector",
     "train_language_model",
     "train_vision_tower",
