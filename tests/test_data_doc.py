@@ -21,7 +21,11 @@ COMMANDS = [
     for line in block.replace("\\\n", "").splitlines()
 ]
 QUESTION = "how many of the people who are standing beside the river wear a hat that is blue"
-WORKERS = {"decontaminate": ["--num-workers", "1", "--self-test", "2"], "filter": ["--threads", "1"]}
+OPTIONS = {
+    "decontaminate": ["--num-workers", "1", "--self-test", "2"],
+    "score": ["--num-workers", "1"],
+    "filter": ["--threads", "1"],
+}
 
 
 @pytest.fixture
@@ -49,7 +53,10 @@ def numbers(path: Path) -> list[int]:
 def test_the_chapter_runs_as_it_stands(place, capsys):
     for command in COMMANDS:
         assert command[0] == "open-qwen2vl"
-        assert cli.main([*command[1:], *WORKERS.get(command[1], [])]) == 0, capsys.readouterr().err
+        assert cli.main([*command[1:], *OPTIONS.get(command[1], [])]) == 0, capsys.readouterr().err
     assert numbers(place / "clean.npy") == [number for number in range(30) if number not in (3, 5)]
     report = capsys.readouterr().out
     assert "found      1 pictures and 0 texts of evaluation_pictures" in report
+    assert (
+        numbers(place / "balanced.npy") == numbers(place / "clean.npy") and "0 concepts of more than 20,000" in report
+    )

@@ -14,6 +14,8 @@ EXPR joins clauses with and, or, not and parentheses:
                      characters, smaller side at least 200 pixels, sides at most 3 : 1
   contaminated()     from `decontaminate`: a copy of an evaluation picture (similarity 0.85), or half of an evaluation
                      text is in the caption; contaminated(D): pictures within distance D, from 0 to 1
+  balance(NAME, T)   from `score --scorer concepts`: of each concept about T pairs at most, of rarer ones all; pairs
+                     that name no concept do not pass
 A clause about a score that a pair does not have is neither true nor false, and so is its `not`; a pair is kept where
 the whole of EXPR is true. Example:  --keep "basic() and (top(clip, 0.3) or in(dfn.npy))"
 """

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from open_qwen2vl.data.filtering import FilterOptions, SelectionReport, select_pairs
-from open_qwen2vl.data.scoring.score_files import HASH_SCHEMA, SCHEMA, write_scores
+from open_qwen2vl.data.scoring.score_files import DETAIL, HASH_SCHEMA, SCHEMA, write_scores
 from open_qwen2vl.data.storage.uids import UID_DTYPE, parse_uid, read_uids
 
 
@@ -22,7 +22,14 @@ def uid_of(number: int) -> str:
 def write_score_file(tmp_path) -> Callable[..., Path]:
     """`write_score_file("clip", {uid: value or reason}, tar="00000", model="m")`: a file in `tmp_path/scores`."""
 
-    def write(name: str, values: Mapping[str, float | str | None], tar: str = "00000", model: str = "m", **metadata):
+    def write(
+        name: str,
+        values: Mapping[str, float | str | None],
+        tar: str = "00000",
+        model: str = "m",
+        details: list[str] | None = None,
+        **metadata,
+    ):
         path = tmp_path / "scores" / name / f"{tar}.parquet"
         numbers = [value if isinstance(value, float | int) else None for value in values.values()]
         reasons = [value if isinstance(value, str) else None for value in values.values()]
@@ -30,7 +37,10 @@ def write_score_file(tmp_path) -> Callable[..., Path]:
         arrays = [
             pa.array(column, field.type) for column, field in zip([*columns, numbers, reasons], SCHEMA, strict=True)
         ]
-        write_scores(path, pa.table(arrays, schema=SCHEMA), {"recipe": {}, **metadata})
+        table = pa.table(arrays, schema=SCHEMA)
+        if details is not None:
+            table = table.append_column(DETAIL, pa.array(details, pa.string()))
+        write_scores(path, table, {"recipe": {}, **metadata})
         return path
 
     return write

@@ -238,14 +238,16 @@ def many_tars(tmp_path, make_tar, sample, photo):
     ("scorer", "workers", "kills"),
     [
         ("basic", "1", 3),
+        ("concepts", "1", 3),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("clip", "1", 30), ("image-hash", "1", 30), ("basic", "2", 10))
+            for case in (("clip", "1", 30), ("image-hash", "1", 30), ("concepts", "1", 20), ("basic", "2", 10))
         ),
     ],
 )
 def test_a_killed_run_leaves_nothing_half_written(many_tars, tmp_path, clip_folder, scorer, workers, kills):
     model = ["--model", f"local-dir:{clip_folder}", "--batch-size", "5"] if scorer == "clip" else []
     command = ["score", str(many_tars), "--scorer", scorer, *model, "--num-workers", workers, "--output", OUTPUT]
-    preload = ["open_qwen2vl.data.scoring.basic"] + ["open_clip"] * (scorer == "clip")
+    preload = ["open_qwen2vl.data.scoring.basic", "open_qwen2vl.data.scoring.concepts"]
+    preload += ["open_clip"] * (scorer == "clip")
     check_killed_step(command, tmp_path / "outputs", kills=kills, preload=preload)

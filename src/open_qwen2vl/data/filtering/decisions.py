@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .expression import Comparison, Group, Term, Top, clauses
+from .expression import Balance, Comparison, Group, Listed, Term, Top, clauses
 from .tables import Columns, Scores, fetch_row
 
 if TYPE_CHECKING:
@@ -112,6 +112,8 @@ class Statement:
             plain = f"(s{self._columns.scores[term.name]} {term.operator} {self.parameter(term.number)})"
         elif isinstance(term, Top):
             plain = self._is_top(term)
+        elif isinstance(term, Balance):
+            plain = f"b{self._columns.balances[term.name, term.target]}"
         else:
             plain = f"f{self._columns.files[term.path]}"
         return f"(NOT {plain})" if term.negated else plain
@@ -146,7 +148,7 @@ class Statement:
         )
 
     def _shown(self, clause: Any) -> str:
-        if not isinstance(clause, Comparison | Top):
+        if isinstance(clause, Listed):
             return f"{self.parameter(clause.text + ': ')} || CASE WHEN f{self._columns.files[clause.path]} " + (
                 "THEN 'yes' ELSE 'no' END"
             )

@@ -4,6 +4,7 @@
     and_terms: term ("and" term)*
     term:      "not" term | "(" or_terms ")" | NAME OPERATOR NUMBER | "top" "(" NAME "," FRACTION ")"
                | "in" "(" FILE ")" | "basic" "(" ")" | "contaminated" "(" [DISTANCE] ")"
+               | "balance" "(" NAME "," NUMBER ")"
 
 Names may hold `-` and `.`; a file name with a parenthesis stands in quotes. `not` is pushed down to the clauses while
 reading (`not (a and b)` is `not a or not b`), which leaves a tree of two kinds of nodes.
@@ -61,6 +62,15 @@ class Listed(NamedTuple):
     negated: bool  # whether `not` stands before it
 
 
+class Balance(NamedTuple):
+    """`balance(NAME, PAIRS)`: about so many pairs at most of each concept of `score --scorer concepts`."""
+
+    name: str  # a value of the score files' column `scorer`
+    target: int  # pairs of a concept, at least 1
+    text: str  # the clause as it is shown
+    negated: bool  # whether `not` stands before it
+
+
 class Group(NamedTuple):
     """Several terms, at least two."""
 
@@ -68,7 +78,7 @@ class Group(NamedTuple):
     terms: "tuple[Term, ...]"  # clauses, and groups of the other kind
 
 
-Clause = Comparison | Top | Listed
+Clause = Comparison | Top | Listed | Balance
 Term = Clause | Group
 
 
@@ -162,7 +172,9 @@ class _Parser:
 
     def _clause(self, negated: bool) -> Term:
         if self._token.kind != "name" or self._token.text in ("and", "or"):
-            self._fail("expected a score's name, top(...), in(...), basic(), contaminated(...), 'not' or '('")
+            self._fail(
+                "expected a score's name, top(...), in(...), basic(), contaminated(...), balance(...), 'not' or '('"
+            )
         if self._text[self._place :].lstrip().startswith("("):
             return self._function(negated)
         name = self._next().text
@@ -172,8 +184,9 @@ class _Parser:
 
     def _function(self, negated: bool) -> Term:
         function = self._token.text
-        if function not in ("top", "in", "basic", "contaminated"):
-            self._fail("there are top(NAME, FRACTION), in(FILE), basic() and contaminated(): expected one of them")
+        if function not in ("top", "in", "basic", "contaminated", "balance"):
+            known = "top(NAME, FRACTION), in(FILE), basic(), contaminated() and balance(NAME, PAIRS)"
+            self._fail(f"there are {known}: expected one of them")
         if function == "in":
             return self._listed(negated)
         self._next()
@@ -181,7 +194,8 @@ class _Parser:
         if function == "basic":
             self._expect(")")
             return _join(not negated, [_comparison(f"basic.{part}", *rest, negated) for part, *rest in BASIC])
-        term = self._contaminated(negated) if function == "contaminated" else self._top(negated)
+        read = {"contaminated": self._contaminated, "balance": self._balance, "top": self._top}[function]
+        term = read(negated)
         self._expect(")")
         return term
 
@@ -196,11 +210,23 @@ class _Parser:
         terms = [_comparison(f"contaminated.{part}", ">=", limit, negated) for part, limit in limits.items()]
         return _join(negated, terms)
 
-    def _top(self, negated: bool) -> Top:
+    def _balance(self, negated: bool) -> Balance:
+        name = self._name_and_comma()
+        token, text = self._token, self._number()
+        if not re.fullmatch("0*[1-9][0-9]{0,17}", text):
+            self._token = token
+            self._fail("expected a number of pairs, at least 1")
+        return Balance(name, int(text), _shown(f"balance({name}, {text})", negated), negated)
+
+    def _name_and_comma(self) -> str:
         if self._token.kind != "name":
             self._fail("expected a score's name")
         name = self._next().text
         self._expect(",")
+        return name
+
+    def _top(self, negated: bool) -> Top:
+        name = self._name_and_comma()
         token = self._token
         text = self._number()
         if not 0 < float(text) <= 1:

@@ -1,8 +1,9 @@
 """How many pairs a selection keeps and drops, and where: counted on the table `decided`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from .balance import Tail, measure_tails
 from .coverage import MANY_PASSES, Coverage
 from .decisions import Selection, steps
 from .expression import Clause, Top, clauses, show
@@ -39,6 +40,7 @@ class SelectionReport:
             them with fewer than `SHORT_WORDS` words; `None` where the expression does not use both scores.
         coverage ([`Coverage`], *optional*): of the captions; `None` where they are not at hand.
         train_samples (`int`, *optional*): pairs that the training will read.
+        tails (`list[Tail]`): concepts of each `balance` clause, before and after.
     """
 
     expression: str
@@ -54,6 +56,7 @@ class SelectionReport:
     short_foreign: tuple[int, int] | None = None
     coverage: Coverage | None = None
     train_samples: int | None = None
+    tails: list[Tail] = field(default_factory=list)
 
     @property
     def passes(self) -> float | None:
@@ -72,6 +75,7 @@ class SelectionReport:
         if self.bad_uids:
             lines.append(("skipped", f"{self.bad_uids:,} rows of score files: bad_uid"))
         lines.append(("kept", f"{self.kept:,} ({self.kept / max(1, self.pairs):.1%})"))
+        lines += [("balance", _tail_line(tail)) for tail in self.tails]
         lines += self.training_lines()
         return "\n".join(f"{name:<12}{value}" for name, value in lines)
 
@@ -90,6 +94,13 @@ class SelectionReport:
             much = f"; above about {MANY_PASSES} they teach little, and a larger selection often trains better"
             lines.append(("passes", f"{self.passes:.1f} over each kept pair{much * (self.passes > MANY_PASSES)}"))
         return lines
+
+
+def _tail_line(tail: Tail) -> str:
+    common = sum(count > tail.target for count in tail.before)
+    heads = ", ".join(f"{name} {before:,} to {after:,}" for name, before, after in tail.heads[:3])
+    rest = f"the {len(tail.before) - common:,} others {tail.whole[0]:,} to {tail.whole[1]:,}"
+    return f"{common:,} concepts of more than {tail.target:,} pairs: {heads}; {rest}"
 
 
 def _read(coverage: Coverage) -> str:
@@ -126,6 +137,7 @@ def measure(selection: Selection, unscored: dict[str, int], without_hash: int) -
         unscored=unscored,
         bad_uids=selection.scores.bad_uids,
         short_foreign=_short_foreign(selection),
+        tails=measure_tails(selection),
     )
 
 

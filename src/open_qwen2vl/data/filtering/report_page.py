@@ -4,11 +4,13 @@ Text that comes from the data is escaped, pictures are embedded, nothing is load
 itself), and the same selection gives the same bytes.
 """
 
+import math
 import re
 from collections.abc import Sequence
 
 from ... import pages
 from ...pages import escape
+from .balance import Tail
 from .examples import Content, Example
 from .histograms import Histogram
 from .report import ClauseCounts, SelectionReport
@@ -57,6 +59,7 @@ def report_page(report: SelectionReport, histograms: Sequence[Histogram], exampl
         f"<h2>Step by step</h2><table>{funnel_head}{_funnel(report)}</table>",
         f"<h2>Each clause alone</h2><table>{clause_head}{''.join(map(_clause, report.clauses))}</table>",
         *(f'<p class="note">{escape(note)}</p>' for note in _notes(report)),
+        *map(_tail, report.tails),
         _plots(histograms),
         _examples(report, examples),
     )
@@ -146,6 +149,33 @@ def _plot(plot: Histogram) -> str:
             f"<title>{escape(text)}: {value:.6g}</title></line>"
         )
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'
+
+
+def _tail(tail: Tail) -> str:
+    """The pairs of each concept, the commonest first, before and after: both axes logarithmic; and the commonest."""
+    highest, ranks = math.log(max(2, *tail.before)), math.log(max(2, len(tail.before)))
+
+    def line(counts: Sequence[int], kind: str) -> str:
+        shown = [(math.log(rank) / ranks, math.log(count) / highest) for rank, count in enumerate(counts, 1) if count]
+        base = _HEIGHT - _MARGIN
+        points = " ".join(f"{x * _WIDTH:.1f},{base - y * (base - 14):.1f}" for x, y in shown)
+        return f'<polyline points="{points}" fill="none" stroke="var(--{kind})" stroke-width="2"/>'
+
+    head = '<tr><th>concept</th><th class="n">pairs before</th><th class="n">after</th></tr>'
+    rows = (
+        f'<tr><td>{escape(name)}</td><td class="n">{before:,}</td><td class="n">{after:,}</td></tr>'
+        for name, before, after in tail.heads
+    )
+    note = (
+        f"{len(tail.before):,} concepts, the commonest first: 1 to {max(tail.before, default=0):,} pairs, logarithmic"
+    )
+    plot = f"{line(tail.before, 'dropped')}{line(tail.after, 'kept')}"
+    key = '<span class="hint key"><i class="d"></i>before<i class="k"></i>after</span>'
+    return (
+        f"<h2>The long tail of <code>{escape(tail.text)}</code> {key}</h2>"
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" style="max-width:{_WIDTH}px">{plot}</svg>'
+        f'<p class="note">{note}</p><table>{head}{"".join(rows)}</table>'
+    )
 
 
 def _bar(x: float, y: float, width: float, height: float, kind: str) -> str:

@@ -20,11 +20,12 @@ from ...output_lock import only_writer
 from ...pages import write_page
 from ..storage.tars import find_tars
 from ..storage.uids import UID_DTYPE, write_uids
+from .balance import mark_balanced
 from .coverage import measure_coverage
 from .decisions import Selection, find_cuts
 from .duplicates import find_duplicates
 from .examples import find_examples
-from .expression import Listed, Term, clauses, parse_expression
+from .expression import Balance, Listed, Term, clauses, parse_expression
 from .histograms import histograms
 from .options import FilterOptions
 from .report import SelectionReport, measure
@@ -80,6 +81,8 @@ def _select(
         columns = _columns(term, found)
         unscored = make_pairs(connection, found, columns)
         columns = make_details(connection, found, columns)
+        for clause in {(c.name, c.target): c for c in clauses(term) if isinstance(c, Balance)}.values():
+            mark_balanced(connection, found, columns, clause, options.seed)
         _advance(bar, "deciding")
         cuts = find_cuts(connection, term, columns)
         selection = Selection(connection, term, found, columns, cuts, options.seed, options.deduplicate)
@@ -106,15 +109,17 @@ def _advance(bar: tqdm, description: str) -> None:
 
 def _columns(term: Term, scores: Scores) -> Columns:
     """A column for each score and file of the expression; raises for a score that no file has."""
-    names, files = {}, {}
+    names, files, balances = {}, {}, {}
     for clause in clauses(term):
         if isinstance(clause, Listed):
             files.setdefault(clause.path, len(files))
         elif clause.name in scores.names:
             names.setdefault(clause.name, len(names))
+            if isinstance(clause, Balance):
+                balances.setdefault((clause.name, clause.target), len(balances))
         else:
             raise ValueError(f"--keep: no score is called {clause.name}; there are {', '.join(scores.names)}")
-    return Columns(names, files)
+    return Columns(names, files, balances)
 
 
 def _decide(selection: Selection, near_distance: int) -> int:

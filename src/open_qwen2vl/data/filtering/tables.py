@@ -53,12 +53,14 @@ class Columns(NamedTuple):
 
     scores: dict[str, int]  # number of the columns `s` and `r` by the name of the score
     files: dict[str, int]  # number of the column `f` by the file of uids
+    balances: dict[tuple[str, int], int]  # number of the column `b` by score and pairs of a concept
     details: tuple[int, ...] = ()  # numbers of the scores that have a column `d`, of `decided`
 
     def names(self) -> list[str]:
         """The columns' names in order."""
         scored = [f"{kind}{number}" for number in self.scores.values() for kind in "sr"]
-        return scored + [f"f{number}" for number in self.files.values()]
+        files, balances = ([f"{kind}{n}" for n in d.values()] for kind, d in (("f", self.files), ("b", self.balances)))
+        return scored + files + balances
 
 
 @contextmanager
@@ -179,7 +181,7 @@ def make_details(connection: "duckdb.DuckDBPyConnection", scores: Scores, column
         f"""
         CREATE TABLE details AS SELECT uid{gathered} FROM (
             SELECT {UID} AS uid, {_numbered("scorer", list(columns.scores))} AS part, value, detail
-            FROM {rows} WHERE detail IS NOT NULL AND value IS NOT NULL
+            FROM {rows} WHERE detail <> '' AND value IS NOT NULL
         ) WHERE uid IS NOT NULL AND part IS NOT NULL GROUP BY uid
         """
     )

@@ -2,7 +2,7 @@
 
     tars, or DataComp's tables ─ kinds.py: a task for each ─ engine.py ─► OUTPUT/NAME/TAR.parquet (score_files.py)
                                     │
-      clip.py, mlm_filter.py: models │ basic.py, image_hash.py: cheap measures │ metadata.py: others' scores
+      clip.py, mlm_filter.py: models │ basic.py, image_hash.py, concepts.py: cheap │ metadata.py: others' scores
 
 scoring.py walks a tar for any of the first three, pairs.py reads it, with threads where a model is to be fed.
 """

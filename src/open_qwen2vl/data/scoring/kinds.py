@@ -78,6 +78,8 @@ def _make_worker(
         return functools.partial(TarHasher, name, recipe)
     if scorer == "clip":
         from .clip import ClipScorer as kind
+    elif scorer == "concepts":
+        from .concepts import ConceptScorer as kind
     elif scorer == "basic":
         from .basic import BasicScorer as kind
     else:

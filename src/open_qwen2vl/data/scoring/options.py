@@ -6,15 +6,17 @@ from typing import Any, Literal
 
 from ...options import flag, option
 
-SCORERS = {  # by name, the options that each takes; the first of some cannot be left out
+SCORERS = {  # by name, the options that each takes; the first of those in `_NEEDED` cannot be left out
     "clip": ("model", "pretrained", "batch_size", "device"),
     "mlm-filter": ("model", "metric", "prompts", "decode", "batch_size", "device"),
     "metadata": ("columns",),
     "basic": (),
     "image-hash": (),
+    "concepts": ("concepts",),
 }
 WITH_MODEL = ("clip", "mlm-filter")
-_OF_SCORERS = ("model", "pretrained", "prompts", "device", "metric", "decode", "columns", "batch_size")
+_NEEDED = (*WITH_MODEL, "metadata")
+_OF_SCORERS = ("model", "pretrained", "prompts", "device", "metric", "decode", "columns", "concepts", "batch_size")
 _NAME = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
 _ONE, _WORK = "of one scorer", "how it is run"
 
@@ -34,10 +36,10 @@ class ScoreOptions:
         metavar="POOL",
     )
     output: str = option(help="the scores go to DIR/NAME/TAR.parquet", metavar="DIR")
-    scorer: Literal["clip", "mlm-filter", "metadata", "basic", "image-hash"] = option(
+    scorer: Literal["clip", "mlm-filter", "metadata", "basic", "image-hash", "concepts"] = option(
         help="clip: cosine similarity by a model of open_clip; mlm-filter: what an image-text-to-text model answers; "
         "metadata: columns of the pool's tables; basic: words, characters, smaller_side, aspect_ratio and english; "
-        "image-hash: what the filter finds duplicates by"
+        "image-hash: what the filter finds duplicates by; concepts: things that the caption names, for balance()"
     )
     name: str | None = option(None, help="what the filter calls the scores (default: the scorer)", metavar="NAME")
     model: str | None = option(
@@ -72,6 +74,12 @@ class ScoreOptions:
     columns: tuple[str, ...] | None = option(
         None, help="metadata: columns of the tables", metavar="A,B", form="commas", group=_ONE
     )
+    concepts: str | None = option(
+        None,
+        help="concepts: a name a line (default: 3,500 things of WordNet, ImageNet and COCO, in English)",
+        metavar="FILE",
+        group=_ONE,
+    )
     batch_size: int | None = option(None, help="clip, mlm-filter: pairs scored together", metavar="N", group=_ONE)
     num_workers: int | None = option(
         None,
@@ -92,7 +100,7 @@ class ScoreOptions:
         if strangers:
             raise ValueError(f"--scorer {self.scorer} takes no {', '.join(strangers)}")
         for name in taken[:1]:
-            if not given.get(name):
+            if self.scorer in _NEEDED and not given.get(name):
                 raise ValueError(f"--scorer {self.scorer} needs {flag(name)}")
         for name in ("batch_size", "num_workers"):
             if (getattr(self, name) or 1) < 1 or getattr(self, name) == 0:

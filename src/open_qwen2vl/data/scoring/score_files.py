@@ -40,6 +40,7 @@ HASH_SCHEMA = pa.schema(
 )
 
 DETAIL = pa.field("detail", pa.string())  # of some scores: what a value comes from, shown with it in reasons
+SEPARATOR = ", "  # between the concepts of a caption, in that column
 
 
 def score_table(

@@ -21,7 +21,7 @@ from ...files import describe_shard
 from ..engine.engine import Outcome, ShardTask
 from ..storage.tars import Sample, index_shard
 from .pairs import Pair, PreparedSample, RawPair, decode_pair, read_pairs
-from .score_files import score_table, write_scores
+from .score_files import DETAIL, score_table, write_scores
 
 __all__ = ["Pair", "Scorer", "TarScorer", "find_device", "value_names"]
 
@@ -34,6 +34,7 @@ class Scorer(Protocol):
     recipe: dict[str, Any]  # what its values depend on beyond the options that it was made with; json-able
     batch_size: int  # pairs that are scored together
     missing_reason: str = "nan_score"  # the reason written where `score` returned NaN
+    detail: Callable[[Any], str] | None = None  # of a scorer of one value: what of an item is written beside it
 
     def prepare(self, pair: RawPair) -> Any:
         """Make an item of a pair, or a [`SampleError`]; in several threads; by default a decoded [`Pair`]."""
@@ -70,8 +71,10 @@ class TarScorer:
                 _keep(values, *waiting)
                 waiting = following
             _keep(values, *waiting)
-        keys, uids, _, reasons = zip(*samples, strict=True) if samples else ((),) * 4
+        keys, uids, details, reasons = zip(*samples, strict=True) if samples else ((),) * 4
         table = score_table(self._labels, scorer.model, keys, uids, values, reasons, scorer.missing_reason)
+        if scorer.detail is not None:
+            table = table.append_column(DETAIL, pa.array(details, pa.string()))
         skipped = list(index.skipped)
         for sample, whole in zip(samples, np.isfinite(values).all(axis=1), strict=True):
             if not whole:
@@ -82,14 +85,14 @@ class TarScorer:
     def _batches(
         self, tar: Path, samples: Sequence[Sample], seen: list[PreparedSample]
     ) -> Iterator[tuple[list[int], Any]]:
-        """Rows and content of each batch; every sample is added to `seen`, without its item."""
-        rows, items = [], []
+        """Rows and content of each batch; every sample is added to `seen`, with its detail in place of its item."""
+        rows, items, detail = [], [], self._scorer.detail
         ahead = 2 * self._scorer.batch_size + self._num_threads
         for sample in read_pairs(tar, samples, self._scorer.prepare, self._num_threads, ahead):
             if sample.reason is None:
                 rows.append(len(seen))
                 items.append(sample.item)
-            seen.append(sample._replace(item=None))
+            seen.append(sample._replace(item=detail(sample.item) if detail and sample.reason is None else None))
             if len(rows) == self._scorer.batch_size:
                 yield rows, self._scorer.collate(items)
                 rows, items = [], []
