@@ -207,7 +207,7 @@ class PackedArguments:
         if self.device.type == "cpu":
             # There is nothing to pin memory for, and torch warns of it.
             self.dataloader_pin_memory = False
-        # Pinned batches go to the device while it computes.
+        # Of evaluations; a training copies its batches itself.
         self.accelerator_config.non_blocking = self.dataloader_pin_memory
 
 

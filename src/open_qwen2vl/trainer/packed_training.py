@@ -22,7 +22,7 @@ from ..data.packing.mixture import PackMixture
 from ..data.packing.pack_order import PackOrder
 from ..families import packed_model
 from . import loading, optimization, sharding
-from .accumulation import MicroBatches, correct_gradients
+from .accumulation import DeviceCopies, MicroBatches, correct_gradients
 from .averaging import WeightAverage
 from .checkpoints import background, resuming, saving
 from .checkpoints.interruption import StopRequest, only_run_in
@@ -81,7 +81,7 @@ class PackedTraining:
         self._order: PackOrder | None = None
         self._meter = StepMeter(args.device, args.world_size, len(self.source_names))
         self._evaluated, self._staging = Evaluated([]), saving.Staging(args.async_save)
-        self._average = WeightAverage(args.ema_decay)
+        self._average, self._copies = WeightAverage(args.ema_decay), DeviceCopies(args.device)
         self._row_losses: torch.Tensor | None = None
         self._grad_norm, self._micro_batch_flops, self._step_is_empty, self._labels_are_planned = 0.0, 0, False, False
 
@@ -131,6 +131,8 @@ class PackedTraining:
         if self._order is not None:
             # Where several ranks resume within an epoch, neither Trainer nor accelerate reaches the sampler.
             self._order.set_epoch(kwargs["epoch"])
+        # Batches stay on the host until their turn, where accelerate would copy them in the stream that computes.
+        kwargs["train_dataloader"].device = None
         super()._run_epoch(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -174,10 +176,9 @@ class PackedTraining:
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Any = None) -> torch.Tensor:
         """Run a micro-batch as `Trainer` does and count it; `packing_stats` is taken out of it."""
-        stats = inputs.pop("packing_stats")
-        config = optimization.base_model(self.model).config
+        stats, config = inputs.pop("packing_stats"), optimization.base_model(self.model).config
         self._micro_batch_flops = self._family.step_flops(config, step_work(stats), self._trained)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, self._copies(inputs), num_items_in_batch)
         self._meter.micro_batch(stats, self._micro_batch_flops, loss, self._row_losses)
         if self._labels_are_planned and self.accelerator.sync_gradients:
             self._step_is_empty = correct_gradients(model.parameters(), self._meter)
@@ -298,8 +299,7 @@ class PackedTraining:
             CheckpointError: if a checkpoint cannot be written.
             TrainingStopped: for a loss that is not finite or rose too far, no labels, or too many lost documents.
         """
-        checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
-        self.interrupted = False
+        checkpoint, self.interrupted = self.checkpoint_to_resume(resume_from_checkpoint), False
         alone = only_run_in(self.args.output_dir, self.args.should_save)
         with alone, self.stop_request.listening(), self._staging.finishing(), liger_off():
             return super().train(checkpoint, *args, **kwargs)
