@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.qwen2.modeling_qwen2 import eager_attention_forward
 
+from open_qwen2vl import PackingCollator
 from open_qwen2vl.modeling.attention import packed_varlen_attention
 
 from .models import SIZES, Bench
@@ -46,6 +47,7 @@ class Layer:
         self.states = [each.requires_grad_() for each in values[:3]]
         self.weight = values[3].transpose(1, 2)  # of the output, in the sum that is differentiated
         self.bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=bench.device)
+        self.packed = {"cu_seq_lens_q": self.bounds, "max_length_q": max(lengths)}
         self.module = SimpleNamespace(num_key_value_groups=heads // kv_heads, is_causal=True, training=True)
         self.scaling = head_dim**-0.5
 
@@ -64,8 +66,7 @@ class Layer:
                     *self.states,
                     None,
                     self.scaling,
-                    cu_seq_lens_q=self.bounds,
-                    max_length_q=max(self.lengths),
+                    **self.packed,
                 )[0]
         mask = self._mask_of(backend)
         return MASKED[backend](self.module, *self.states, mask, scaling=self.scaling)[0]
@@ -96,13 +97,42 @@ class Layer:
         return [output.detach(), *torch.autograd.grad((output * self.weight.float()).sum(), states)]
 
 
+class Branches(Layer):
+    """The same lengths as conversations that share pictures: of five the first holds the picture of all."""
+
+    def __init__(self, bench: Bench):
+        super().__init__(bench)
+        image = SIZES[bench.size]["image_seq_length"]
+        starts = [0 if number % 5 == 0 else image for number in range(len(self.lengths))]
+        positions = [torch.arange(start, start + own) for start, own in zip(starts, self.lengths, strict=True)]
+        position_ids = torch.cat(positions)
+        nothing = torch.zeros_like(position_ids)
+        batch = PackingCollator()([{"input_ids": nothing, "labels": nothing, "position_ids": position_ids}])
+        self.seen = batch["key_positions"].split(batch["cu_seq_lens_k"].diff().tolist())
+        names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "key_positions")
+        self.packed = {name: batch[name] for name in names}
+        self.packed |= {n: v.to(bench.device) for n, v in self.packed.items() if isinstance(v, torch.Tensor)}
+
+    def alone(self) -> list[torch.Tensor]:
+        """Every conversation by itself, with its picture, in fp32."""
+        states = [each.detach().float().requires_grad_() for each in self.states]
+        outputs = []
+        for seen, length in zip(self.seen, self.lengths, strict=True):
+            part = [each[:, :, seen.to(each.device)] for each in states]
+            visible = torch.ones(len(seen), len(seen), dtype=torch.bool, device=self.bounds.device).tril()
+            mask = torch.zeros(visible.shape, device=visible.device).masked_fill(~visible, -math.inf)
+            outputs.append(eager_attention_forward(self.module, *part, mask, scaling=self.scaling)[0][:, -length:])
+        output = torch.cat(outputs, dim=1)
+        return [output.detach(), *torch.autograd.grad((output * self.weight.float()).sum(), states)]
+
+
 def relative_error(ours: torch.Tensor, expected: torch.Tensor) -> float:
     return ((ours.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30)).item()
 
 
-def exactness(bench: Bench, backend: str) -> dict:
+def exactness(bench: Bench, backend: str, kind: type[Layer] = Layer) -> dict:
     """Errors of a backend against every document alone."""
-    layer = Layer(bench)
+    layer = kind(bench)
     output, *gradients = zip(layer.step(backend), layer.alone(), strict=True)
     errors = [relative_error(*output), max(relative_error(*pair) for pair in gradients)]
     return {"output error": errors[0], "gradient error": errors[1], "right": max(errors) <= MOST_ERROR}

@@ -90,4 +90,7 @@ def case(options: dict[str, Any]) -> Callable[[Bench], dict]:
 
 
 CASES = {f"attention: {name}": run for name, run in attention.cases(attention.exactness).items()}
+CASES["attention: varlen, shared pictures"] = lambda bench: attention.exactness(
+    bench, "varlen, flash", attention.Branches
+)
 CASES["packed step"] = case({})

@@ -54,7 +54,8 @@ def test_every_stage_runs_on_a_cpu(gpu_check, record):
     }
     assert not failed
     assert record.of("right", "packed step")["done"]["right"] is True
-    assert record.of("right", "attention: varlen, flash")["done"]["right"] is True
+    for name in ("varlen, flash", "varlen, shared pictures"):
+        assert record.of("right", f"attention: {name}")["done"]["right"] is True
     assert record.of("step", "2 packs")["done"]["tokens/s"] > 0
     assert 0 <= record.of("loader", "loading beside computing, accumulation 128")["done"]["waiting"] <= 1
     assert record.of("waits", "an optimizer step")["done"]["micro-batches"] == 2
