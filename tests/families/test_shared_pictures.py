@@ -24,10 +24,10 @@ TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 class Case:
     """A family's model, random conversations planned with and without sharing, and what the model says of each."""
 
-    def __init__(self, family: str, folder, load):
+    def __init__(self, family: str, seed: int, folder, load):
         self.load = load
         self.model, self.processor = load("sdpa")
-        source = write_conversations(folder, seed=len(family), clips=int(family != "open_qwen2vl"))
+        source = write_conversations(folder, seed, clips=int(family != "open_qwen2vl"))
         for name, shares in (("alone", False), ("shared", True)):
             plan_packs([source], folder / name, self.processor, images=(folder / "images",), max_length=400,
                        num_workers=1, share_images=shares)  # fmt: skip
@@ -73,19 +73,26 @@ def run(model, dataset: PackedDataset, labels: int, one_by_one: bool = False):
     return total, found, {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.fixture(scope="module", params=["open_qwen2vl", *FAMILIES])
+CASES = [(family, 0) for family in ("open_qwen2vl", *FAMILIES)]
+# Other random conversations.
+SLOW = [pytest.param((family, seed), marks=pytest.mark.slow) for seed in range(1, 5) for family, _ in CASES]
+
+
+@pytest.fixture(scope="module", params=[*CASES, *SLOW], ids=lambda case: f"{case[0]}-{case[1]}")
 def case(request, tmp_path_factory, backbones, qwen_vl_folder, processor) -> Case:
+    family, seed = request.param
+
     def load(attention: str):
-        if request.param == "open_qwen2vl":
+        if family == "open_qwen2vl":
             torch.manual_seed(0)
             options = {"image_seq_length": 4, "attn_implementation": attention}
             return OpenQwen2VLForConditionalGeneration.from_vision_text_pretrained(**backbones, **options), processor
-        own = AutoProcessor.from_pretrained(qwen_vl_folder(request.param))
-        model = AutoModelForImageTextToText.from_pretrained(qwen_vl_folder(request.param))
+        own = AutoProcessor.from_pretrained(qwen_vl_folder(family))
+        model = AutoModelForImageTextToText.from_pretrained(qwen_vl_folder(family))
         prepare_for_packing(model, own).set_attn_implementation(attention)
         return model, own
 
-    return Case(request.param, tmp_path_factory.mktemp("shared"), load)
+    return Case(family, seed, tmp_path_factory.mktemp("shared"), load)
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
