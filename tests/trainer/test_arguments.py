@@ -5,6 +5,7 @@ from dataclasses import MISSING, dataclass, field, fields
 
 import pytest
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
 from open_qwen2vl import PackedSFTConfig, PackedTrainingArguments
@@ -76,6 +77,12 @@ def test_no_is_a_strategy(config, word):
     path = config(f"packs: x\nsave_strategy: {word}\neval_strategy: {word}\nlogging_strategy: {word}\n")
     _, args = parse(path)
     assert (args.save_strategy, args.eval_strategy, args.logging_strategy) == ("no", "no", "no")
+
+
+def test_muon_is_an_optimizer_beside_transformers_own(config):
+    assert parse(config("packs: x\noptim: muon\n"))[1].optim == "muon"
+    assert parse("--packs", "x", "--optim", "adamw_torch")[1].optim == OptimizerNames.ADAMW_TORCH
+    assert parse("--packs", "x")[1].optim == OptimizerNames.ADAMW_TORCH_FUSED
 
 
 def test_yes_and_on_are_booleans_and_words(config):
@@ -159,6 +166,8 @@ def test_help_shows_defaults(capsys):
         (["--packs", "x", "--optim_args", "eps=1"], "optim_args has no effect on this optim"),
         (["--packs", "x", "--optim_target_modules", "all-linear"], "optim_target_modules is for optimizers of low"),
         (["--packs", "x", "--optim", "adalomo"], "optim: "),
+        (["--packs", "x", "--optim", "muonn"], "optim is 'muonn', none of muon, adamw_torch"),
+        (["--packs", "x", "--ema_decay", "1"], "ema_decay must be below 1"),
         (["--packs", "x", "--lr_scheduler_kwargs", '{"num_cycle": 1}'], "'num_cycle'"),
         (["--packs", "x", "--lr_scheduler_kwargs", '{"num_cycles": "x"}'], "lr_scheduler_kwargs: "),
         (["--packs", "x", "--activation_checkpointing_kwargs", '{"reentrant": true}'], "reentrant is none of"),

@@ -38,6 +38,8 @@ class PackedArguments:
             The same for the language model.
         vision_tower_learning_rate (`float`, *optional*):
             The same for the vision tower.
+        optim (`str`, *optional*, defaults to `"adamw_torch_fused"`):
+            One of transformers' optimizers, or `muon`: matrices of hidden layers by Muon, all else by AdamW.
         ema_decay (`float`, *optional*):
             Keep a moving average of the weights that train, with this decay (0.999, shorter at first). Evaluations and
             the final model are of the average; each checkpoint has it as a model in `ema/`.
@@ -102,6 +104,10 @@ class PackedArguments:
     )
     vision_tower_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the vision tower; learning_rate where not given."}
+    )
+    optim: str = field(
+        default=TrainingArguments.default_optim,
+        metadata={"help": "The optimizer: one of transformers', or muon (Muon for matrices, AdamW for the rest)."},
     )
     ema_decay: float | None = field(
         default=None, metadata={"help": "Decay of a moving average of the weights, which is evaluated and saved."}

@@ -29,6 +29,7 @@ HYPERPARAMETERS = (
     "optim",
     "adam_beta1",
     "adam_beta2",
+    "ema_decay",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "num_train_epochs",

@@ -13,7 +13,7 @@ import torch
 from transformers import Trainer, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from transformers.training_args import trainer_log_levels
+from transformers.training_args import OptimizerNames, trainer_log_levels
 
 _ORDER = "packs come in an order of their own, which resuming and equal loads rest on"
 _METRICS = "evaluation is the loss per label, without predictions to gather"
@@ -183,9 +183,11 @@ def check_values(args: Any) -> None:
         raise ValueError(f"ema_decay must be below 1, got {args.ema_decay}")
     if args.max_dropped_share > 1:
         raise ValueError(f"max_dropped_share is a share, at most 1, got {args.max_dropped_share}")
-    for name in ("log_level", "log_level_replica"):
-        if getattr(args, name) not in trainer_log_levels:
-            raise ValueError(f"{name} is {getattr(args, name)!r}, none of {', '.join(trainer_log_levels)}")
+    optimizers = (MUON, *(kind.value for kind in OptimizerNames))
+    words = {"log_level": trainer_log_levels, "log_level_replica": trainer_log_levels, "optim": optimizers}
+    for name, known in words.items():
+        if getattr(args, name) not in known:
+            raise ValueError(f"{name} is {getattr(args, name)!r}, none of {', '.join(known)}")
     if not (args.adam_beta1 < 1 and args.adam_beta2 < 1):
         raise ValueError(f"adam_beta1 and adam_beta2 must be below 1, got {args.adam_beta1} and {args.adam_beta2}")
 

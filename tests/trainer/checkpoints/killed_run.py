@@ -1,12 +1,14 @@
 """A training that `test_kills.py` kills.
 
 Usage: killed_run.py CONFIG.json OUTPUT_DIR, with `packs` (a list of {path, weight}), `model` (a folder) and
-`arguments` in the config. It trains or resumes in OUTPUT_DIR. Every pack read is noted in OUTPUT_DIR/reads.txt.
+`arguments` in the config. It trains or resumes in OUTPUT_DIR. Every pack read is noted in OUTPUT_DIR/reads.txt. With
+`held`, the name of a checkpoint, that one never comes to its end: OUTPUT_DIR/held tells when it is written but unnamed.
 """
 
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ import torch
 from open_qwen2vl import PackedTrainer, PackedTrainingArguments
 from open_qwen2vl.data.packing.mixture import PackMixture, parse_sources
 from open_qwen2vl.trainer import run_recipe
+from open_qwen2vl.trainer.checkpoints import saving
 from open_qwen2vl.trainer.model_loading import load_pretrained
 
 
@@ -37,8 +40,22 @@ def build_trainer(config: dict, args: PackedTrainingArguments) -> PackedTrainer:
     return PackedTrainer(model=model, args=args, train_dataset=packs, processing_class=processor)
 
 
+def hold(checkpoint: str) -> None:
+    publish = saving.publish_folder
+
+    def held(staged: Path, final: Path) -> None:
+        if final.name == checkpoint:
+            (final.parent / "held").touch()
+            time.sleep(3600)
+        publish(staged, final)
+
+    saving.publish_folder = held
+
+
 def main(config: str, output_dir: str) -> None:
     settings = json.loads(Path(config).read_text())
+    if "held" in settings:
+        hold(settings["held"])
     args = PackedTrainingArguments(output_dir, use_cpu=True, disable_tqdm=True, **settings["arguments"])
     run_recipe("killed_run.py", lambda: build_trainer(settings, args), args)
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from open_qwen2vl import OpenQwen2VLForConditionalGeneration, OpenQwen2VLProcessor, cli
-from open_qwen2vl.trainer.checkpoints.folders import checkpoints_by_step
+from open_qwen2vl.trainer.checkpoints.completeness import missing_part
+from open_qwen2vl.trainer.checkpoints.folders import checkpoints_by_step, newest_complete_checkpoint
 from tests.fork_server import fork_program, has_ended
 from tests.qwen_vl import FAMILIES
 from tests.tars import write_caption_tar
@@ -37,19 +38,32 @@ class Runs:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def live(self, output_dir: Path, packs=None, seconds=0.0, sign=signal.SIGKILL, file_limit=0) -> int:
+    def live(
+        self, output_dir: Path, packs=None, seconds=0.0, sign=signal.SIGKILL, file_limit=0, config="config"
+    ) -> int:
         """One life; `sign` comes `seconds` after it has read `packs`, if at all. Returns the exit code."""
         notes = output_dir / "reads.txt"
         before = count_lines(notes)
-        log, variables = output_dir.with_name(f"{output_dir.name}.log"), {"TOKENIZERS_PARALLELISM": "false"}
-        arguments = [SCRIPT, self.folder / "config.json", output_dir]
-        child = fork_program("python", *arguments, log=log, environment=variables, file_limit=file_limit)
+        child = self.start(output_dir, config, file_limit)
         if packs is not None:
             while count_lines(notes) < before + packs and not has_ended(child):
                 time.sleep(0.002)
             time.sleep(seconds)
             os.kill(child, sign)  # nothing, if it has come to its end
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    def start(self, output_dir: Path, config="config", file_limit=0) -> int:
+        log, variables = output_dir.with_name(f"{output_dir.name}.log"), {"TOKENIZERS_PARALLELISM": "false"}
+        arguments = [SCRIPT, self.folder / f"{config}.json", output_dir]
+        return fork_program("python", *arguments, log=log, environment=variables, file_limit=file_limit)
+
+    def config(self, name: str, **changes) -> str:
+        """Another config: the same but for some `arguments`, or with `held`."""
+        settings = json.loads((self.folder / "config.json").read_text())
+        held = {"held": changes.pop("held")} if "held" in changes else {}
+        settings = {**settings, **held, "arguments": {**settings["arguments"], **changes}}
+        (self.folder / f"{name}.json").write_text(json.dumps(settings))
+        return name
 
 
 def count_lines(path: Path) -> int:
@@ -130,6 +144,30 @@ def test_a_kill_a_sigterm_and_a_full_disk(runs):
     # The last life begins where the newest checkpoint stood and reads nothing that came before.
     last = reads(run)[-1]
     assert last == order[len(order) - len(last) :] and len(last) < len(order)
+
+
+@pytest.mark.slow
+def test_kills_while_a_thread_writes(runs):
+    """A checkpoint that is written but has no name yet is none; then kills and full disks at random moments."""
+    run, whole = runs.folder / "beside", runs.folder / "whole"
+    child = runs.start(run, runs.config("held", async_save=True, held="checkpoint-8"))
+    while not (run / "held").exists():
+        assert not has_ended(child), (runs.folder / "beside.log").read_text()[-3000:]
+        time.sleep(0.01)
+    assert missing_part(run / ".saving" / "checkpoint-8") is None
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    (run / "held").unlink()
+    assert newest_complete_checkpoint(run) == str(run / "checkpoint-4")
+
+    config, rng = runs.config("async", async_save=True), random.Random(2)
+    for _ in range(4):
+        assert runs.live(run, rng.randrange(24), rng.uniform(0, 0.2), config=config) in (0, -signal.SIGKILL)
+        assert runs.live(run, file_limit=rng.choice([2_000, 20_000, 60_000]), config=config) in (0, 1)
+        assert runs.live(run, rng.randrange(24), 0, signal.SIGTERM, config=config) in (0, 143, -signal.SIGTERM)
+    while runs.live(run, config=config) != 0:
+        pass
+    assert_same(run, whole)
 
 
 @pytest.mark.slow
