@@ -1,8 +1,8 @@
 """A training that `test_kills.py` kills.
 
 Usage: killed_run.py CONFIG.json OUTPUT_DIR, with `packs` (a list of {path, weight}), `model` (a folder) and
-`arguments` in the config. It trains or resumes in OUTPUT_DIR. Every pack read is noted in OUTPUT_DIR/reads.txt. With
-`held`, the name of a checkpoint, that one never comes to its end: OUTPUT_DIR/held tells when it is written but unnamed.
+`arguments` in the config. It trains or resumes in OUTPUT_DIR. Every pack read is noted in OUTPUT_DIR/reads.txt.
+With `held`, the name of a checkpoint, that one gets no name: OUTPUT_DIR/held tells when it is written.
 """
 
 import json
