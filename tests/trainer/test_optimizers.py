@@ -1,14 +1,17 @@
 """Muon for the matrices of hidden layers, 8-bit AdamW: what they move, at what rate; a run resumes exactly."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.fsdp import StateDictType
 from transformers import AutoModelForImageTextToText
 
 from open_qwen2vl.trainer.lora import add_lora
 from open_qwen2vl.trainer.muon import hidden_matrices, muon_and_adamw
 from open_qwen2vl.trainer.optimization import check_what_trains
+from open_qwen2vl.trainer.sharding import check_state
 from tests.qwen_vl import FAMILIES
 
 SLOW = pytest.param("adamw_torch_8bit", marks=pytest.mark.slow)  # compiles its step
@@ -125,6 +128,18 @@ def test_muon_is_refused_where_it_cannot_be_meant(tiny_model, arguments):
         check_what_trains(add_lora(tiny_model), arguments(optim="muon"))
     with pytest.raises(ValueError, match="optim_args has no effect on this optim"):
         arguments(optim="muon", optim_args="momentum=0.9")
+
+
+def test_what_knows_no_shards_is_refused_under_fsdp(tiny_model, arguments):
+    sharded = SimpleNamespace(state_dict_type=StateDictType.SHARDED_STATE_DICT)
+    full = SimpleNamespace(state_dict_type=StateDictType.FULL_STATE_DICT)
+    check_state(sharded, tiny_model, arguments(optim="muon", async_save=True, ema_decay=0.9))
+    with pytest.raises(ValueError, match="optim adamw_8bit is bitsandbytes', which takes no shards"):
+        check_state(sharded, tiny_model, arguments(optim="adamw_8bit"))
+    with pytest.raises(ValueError, match="async_save needs fsdp_state_dict_type: SHARDED_STATE_DICT"):
+        check_state(full, tiny_model, arguments(async_save=True))
+    with pytest.raises(ValueError, match="ema_decay is not supported for an adapter under FSDP2"):
+        check_state(sharded, add_lora(tiny_model), arguments(ema_decay=0.9))
 
 
 def test_states_that_cannot_be_copied_are_refused(arguments):

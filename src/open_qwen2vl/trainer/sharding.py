@@ -24,7 +24,8 @@ def configure(
     check_fsdp_is_on(fsdp_enabled)
     configure_ddp(accelerator.ddp_handler)
     if fsdp_enabled:
-        configure_fsdp(accelerator.state.fsdp_plugin, model, family, args)
+        check_state(accelerator.state.fsdp_plugin, model, args)
+        configure_fsdp(accelerator.state.fsdp_plugin, model, family)
 
 
 def check_fsdp_is_on(enabled: bool) -> None:
@@ -43,9 +44,8 @@ def configure_ddp(handler: Any) -> None:
         handler.gradient_as_bucket_view = True
 
 
-def configure_fsdp(plugin: Any, model: nn.Module, family: PackedModel, args: PackedArguments) -> None:
+def configure_fsdp(plugin: Any, model: nn.Module, family: PackedModel) -> None:
     """Complete accelerate's FSDP plugin before the model is wrapped."""
-    _check_state(plugin, model, args)
     if plugin.fsdp_version == 1:
         raise ValueError(
             "FSDP version 1 flattens parameters, so that weight decay finds no matrix; use fsdp_version: 2"
@@ -73,15 +73,13 @@ def _within(name: str, modules: list[str]) -> bool:
     return any(name == outer or name.startswith(f"{outer}.") for outer in modules)
 
 
-def _check_state(plugin: Any, model: nn.Module, args: PackedArguments) -> None:
+def check_state(plugin: Any, model: nn.Module, args: PackedArguments) -> None:
     """Refuse an optimizer or a way of saving that does not know shards."""
     if args.optim != MUON and not args.optim_target_modules:
         kind, _ = Trainer.get_optimizer_cls_and_kwargs(args)
         if kind.__module__.startswith("bitsandbytes"):
             name = str(getattr(args.optim, "value", args.optim))
-            raise ValueError(
-                f"optim {name} is bitsandbytes', which takes no shards: under FSDP2 use adamw_torch_8bit (torchao)"
-            )
+            raise ValueError(f"optim {name} is bitsandbytes', which takes no shards: use DDP or another optimizer")
     if args.async_save and plugin.state_dict_type != StateDictType.SHARDED_STATE_DICT:
         raise ValueError("async_save needs fsdp_state_dict_type: SHARDED_STATE_DICT in accelerate's config")
     for name in ("async_save", "ema_decay"):
