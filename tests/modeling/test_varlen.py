@@ -82,7 +82,7 @@ def loss_and_gradients(model, batch):
 def test_after_two_packs_nothing_is_compiled_anew(
     family, gpu_backbones, tokenizer, qwen_vl_tokenizer, monkeypatch, fresh_compiler
 ):
-    """Packs of other lengths, documents and images; decoder blocks are one graph, loss and gradients the same."""
+    """Packs of other lengths, documents and images; each block is one graph, loss and gradients are the same."""
     made = open_qwen2vl(gpu_backbones, tokenizer) if family == "open_qwen2vl" else qwen_vl(family, qwen_vl_tokenizer)
     model, batches = made
     expected = [loss_and_gradients(model, batch) for batch in batches]
@@ -93,6 +93,4 @@ def test_after_two_packs_nothing_is_compiled_anew(
             with torch.compiler.set_stance("fail_on_recompile" if number >= 2 else "default"):
                 found = loss_and_gradients(compiled, batch)
             torch.testing.assert_close(found, expected[number], atol=1e-4, rtol=1e-4)
-    # The towers of Qwen-VL attend outside of a graph, by lengths that a program would have to know.
-    assert bool(counters["graph_break"]) == (family != "open_qwen2vl")
-    assert counters["stats"]["unique_graphs"] > 0
+    assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
