@@ -34,9 +34,10 @@ from open_qwen2vl import (
     PackedTrainer,
     PackedTrainingArguments,
 )
-from open_qwen2vl.data.packing.mixture import PackMixture, parse_sources
+from open_qwen2vl.data.packing.mixture import parse_sources
 from open_qwen2vl.data.packing.plan_files import read_plan
 from open_qwen2vl.trainer import parse_arguments, run_recipe
+from open_qwen2vl.trainer.loading import read_packs
 from open_qwen2vl.trainer.model_loading import check_dtype, load_pretrained, tokens_per_image
 
 logger = logging.getLogger("pretrain")
@@ -127,8 +128,8 @@ def build_trainer(
     return PackedTrainer(
         model=model,
         args=args,
-        train_dataset=PackMixture(sources, processor),
-        eval_dataset=PackMixture(parse_sources(data_args.eval_packs), processor) if data_args.eval_packs else None,
+        train_dataset=read_packs(data_args.train_packs, processor),
+        eval_dataset=read_packs(data_args.eval_packs, processor) if data_args.eval_packs else None,
         processing_class=processor,
     )
 

@@ -28,10 +28,11 @@ from pyarrow import ArrowException
 from transformers import BitsAndBytesConfig, PreTrainedModel, ProcessorMixin, set_seed
 
 from open_qwen2vl import PackedSFTConfig, PackedSFTTrainer
-from open_qwen2vl.data.packing.mixture import PackMixture, parse_sources
+from open_qwen2vl.data.packing.mixture import parse_sources
 from open_qwen2vl.data.packing.plan_files import read_plan
 from open_qwen2vl.data.packing.unpacked_dataset import UnpackedConversations
 from open_qwen2vl.trainer import parse_arguments, run_recipe
+from open_qwen2vl.trainer.loading import read_packs
 from open_qwen2vl.trainer.lora import ATTENTION_MODULES, MLP_MODULES, UNQUANTISED_MODULES, lora_config
 from open_qwen2vl.trainer.model_loading import load_pretrained, tokens_per_image
 
@@ -166,8 +167,8 @@ def load_packs(data_args: DataArguments, args: PackedSFTConfig, processor: Proce
     """The packs to train on and those for evaluation, if any."""
     if bool(data_args.eval_packs) == (args.eval_strategy == "no"):
         raise ValueError("eval_packs and eval_strategy (steps or epoch) go together")
-    evaluation = PackMixture(parse_sources(data_args.eval_packs), processor) if data_args.eval_packs else None
-    return PackMixture(parse_sources(data_args.train_packs), processor), evaluation
+    evaluation = read_packs(data_args.eval_packs, processor) if data_args.eval_packs else None
+    return read_packs(data_args.train_packs, processor), evaluation
 
 
 def load_rows(data_args: DataArguments, args: PackedSFTConfig, processor: ProcessorMixin) -> tuple:

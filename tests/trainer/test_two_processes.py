@@ -4,6 +4,7 @@ import json
 import os
 import random
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -311,6 +312,21 @@ def wait_for(path: Path, ranks: list[subprocess.Popen]) -> None:
     while not path.exists():
         assert all(rank.poll() is None for rank in ranks), ranks[0].communicate()[1][-3000:]
         time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_a_changed_file_is_told_by_the_first_rank(folder, backbones, tmp_path):
+    shutil.copytree(folder / "first-tars", tmp_path / "first-tars")
+    shutil.copytree(folder / "first", tmp_path / "first")
+    (tar,) = (tmp_path / "first-tars").iterdir()
+    os.utime(tar, (0, 0))
+    options = {f"{part}_model": path for part, path in backbones.items()}
+    options |= {"train_packs": str(tmp_path / "first"), "output_dir": str(tmp_path / "run"), "use_cpu": True}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(options))
+    ranks = start_ranks(tmp_path / "config.yaml")
+    errors = [rank.communicate(timeout=1200)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], errors
+    assert "pretrain.py: error: " in errors[0] and "has changed since it was planned (mtime_ns" in errors[0]
 
 
 @pytest.mark.slow

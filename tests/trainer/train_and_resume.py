@@ -22,9 +22,9 @@ from open_qwen2vl import (
     PackedTrainer,
     PackedTrainingArguments,
 )
-from open_qwen2vl.data.packing.mixture import PackMixture, parse_sources
 from open_qwen2vl.families.open_qwen2vl_model import OpenQwen2VLPackedModel
 from open_qwen2vl.trainer import save_final_model
+from open_qwen2vl.trainer.loading import read_packs
 from open_qwen2vl.trainer.optimization import part_of
 
 FSDP = os.environ.get("ACCELERATE_USE_FSDP") == "true"
@@ -67,7 +67,7 @@ def make_trainer(folder: Path, output_dir: Path, data: str, **options) -> Packed
     processor = OpenQwen2VLProcessor.from_vision_text_pretrained(**backbones, image_seq_length=4)
     if data == "mixture":
         sources = [{"path": str(folder / "first")}, {"path": str(folder / "second"), "epochs": 1.5}]
-        dataset = PackMixture(parse_sources(sources), processor)
+        dataset = read_packs(sources, processor)
     else:
         dataset = torch.load(folder / f"{data}.pt", weights_only=True)
     trainer = PackedTrainer(

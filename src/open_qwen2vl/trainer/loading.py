@@ -6,18 +6,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
-from ..data.packing.mixture import PackMixture
+from ..data.packing.mixture import PackMixture, parse_sources
 from ..data.packing.pack_order import PackOrder
-from ..data.packing.packed_dataset import PackedDataset
+from ..data.packing.packed_dataset import PackedDataset, check_files
+from ..data.packing.plan_files import read_plan
 from ..families import document_processor
 from ..processing.collator import PackingCollator
 
 # Of a patch of 16 x 16 pixels, the largest of the known families; what else a pack holds is small beside its pixels.
 _PATCH_BYTES = 3 * 16**2
 _SHARED_MEMORY = Path("/dev/shm")
+
+
+def read_packs(packs: str | list[dict[str, Any]], processor: Any) -> PackMixture:
+    """The packs that an option of a recipe names; every rank must call.
+
+    The first rank looks whether their files are as they were planned, and tells the others: a large plan has so many
+    files that a file system would answer all ranks for minutes.
+
+    Raises:
+        ValueError: as [`PackMixture`], on all ranks alike.
+    """
+    sources = parse_sources(packs)
+    outcome: list[str | None] = [None]
+    if PartialState().is_main_process:
+        try:
+            for source in sources:
+                check_files(Path(source.path), read_plan(Path(source.path)))
+        except (ValueError, OSError) as error:
+            outcome = [str(error)]
+    broadcast_object_list(outcome)
+    if outcome[0] is not None:
+        raise ValueError(outcome[0])
+    return PackMixture(sources, processor, files_checked=True)
 
 
 def prefetch_factor(args: TrainingArguments, train_dataset: Dataset | None) -> int | None:

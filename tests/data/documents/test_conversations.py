@@ -223,7 +223,7 @@ def test_workers_and_reruns_make_the_same_plan(images, write_json, tmp_path, pro
     plan([source], tmp_path / "packs1", processor, **options)
     plan([source], tmp_path / "packs2", processor, **options, num_workers=2)
     whole = read_bytes(tmp_path / "packs1")
-    assert read_bytes(tmp_path / "packs2") == whole and len(whole) == 4 * 2 + 1
+    assert read_bytes(tmp_path / "packs2") == whole and len(whole) == 4 * 2 + 2
     times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "packs1").iterdir()}
     (tmp_path / "packs1/part-00002.parquet").unlink()
     (tmp_path / "packs1/image-index.raw").write_bytes(b"left by a killed run")

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from open_qwen2vl import PackedDataset, PackingCollator
 from open_qwen2vl.data import plan_packs
+from open_qwen2vl.data.packing.plan_files import FIGURES, FIGURES_NAME
 from open_qwen2vl.data.storage import open_files as reading
 from open_qwen2vl.data.storage.tars import index_shard
 from tests.documents import caption_document
@@ -272,6 +273,23 @@ def test_what_does_not_match_the_plan_is_refused(caption_tars, packs, processor,
         PackedDataset(folder, processor)
     with pytest.raises(ValueError, match="nowhere does not exist; a folder that"):
         PackedDataset(tmp_path / "nowhere", processor)
+
+
+def test_figures_of_packs_come_from_one_file(caption_tars, packs, processor):
+    """Written beside the parts and equal to their columns; without it, as in an older plan, the parts are read."""
+    folder = packs(caption_tars, shards_per_group=1)
+    dataset = PackedDataset(folder, processor)
+    found = {name: dataset.per_pack(name).tolist() for name in FIGURES}
+    assert len(dataset.plan["parts"]) > 1 and all(len(figures) == len(dataset) for figures in found.values())
+    (folder / FIGURES_NAME).unlink()
+    assert {name: dataset.per_pack(name).tolist() for name in FIGURES} == found
+    packs(caption_tars, shards_per_group=1)
+    for part in folder.glob("part-*.parquet"):
+        part.unlink()
+    assert {name: PackedDataset(folder, processor).per_pack(name).tolist() for name in FIGURES} == found
+    np.save(folder / FIGURES_NAME, np.load(folder / FIGURES_NAME)[:, 1:])
+    with pytest.raises(ValueError, match="figures.npy is of another plan than plan.json beside it"):
+        dataset.per_pack("tokens")
 
 
 def test_a_saved_processor_has_the_plans_tokenizer(caption_tars, packs, processor, tmp_path):

@@ -148,14 +148,15 @@ class PackMixture(Dataset):
     Args:
         sources (`list[Source]`): from [`parse_sources`].
         processor (`ProcessorMixin`): its tokenizer must be the plans'.
+        files_checked (`bool`, *optional*, defaults to `False`): as of [`PackedDataset`].
 
     Raises:
         ValueError: as [`PackedDataset`] and [`source_phases`], or for a source without packs.
     """
 
-    def __init__(self, sources: list[Source], processor: Any):
+    def __init__(self, sources: list[Source], processor: Any, files_checked: bool = False):
         self.sources = list(sources)
-        self.datasets = [PackedDataset(source.path, processor) for source in self.sources]
+        self.datasets = [PackedDataset(source.path, processor, files_checked) for source in self.sources]
         for source, dataset in zip(self.sources, self.datasets, strict=True):
             if not len(dataset):
                 raise ValueError(f"{source.path} holds no packs")

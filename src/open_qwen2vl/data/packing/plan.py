@@ -35,10 +35,12 @@ from ..storage.image_files import describe_images, index_archives, remove_index
 from .bins import pack_lengths
 from .options import PackOptions
 from .plan_files import (
+    FIGURES_NAME,
     FORMAT_VERSION,
     PLAN_NAME,
     packs_table,
     read_part_metadata,
+    write_figures,
     write_part,
     write_plan,
     write_skipped,
@@ -120,7 +122,8 @@ def _plan(
     ]
     if not tasks:
         raise ValueError(f"{shards[0]}: not a single record in it")
-    remove_temporaries([folder / PLAN_NAME, *(path for task in tasks for path in (task.part, task.skipped))])
+    whole = [folder / PLAN_NAME, folder / FIGURES_NAME]
+    remove_temporaries([*whole, *(path for task in tasks for path in (task.part, task.skipped))])
     missing = _missing_parts(folder, tasks)
     if missing and chosen.images:
         index_archives(folder, settings["images"])
@@ -283,5 +286,6 @@ def _finish(folder: Path, plan: dict[str, Any], tasks: list[_Task]) -> PlanRepor
     if not total.packs:
         raise ValueError(f"none of {total.samples} samples can be packed: {total.skipped}")
     parts = [{"name": task.part.name, "packs": report.packs} for task, report in zip(tasks, reports, strict=True)]
+    write_figures(folder, [task.part for task in tasks])
     write_plan(folder, {**plan, "parts": parts, "totals": {**asdict(total), "fill": total.fill}})
     return total
