@@ -105,9 +105,11 @@ def test_the_command_prints_a_table(recipe, capsys):
     lines = capsys.readouterr().out.splitlines()
     by_name = {line.split()[0]: line for line in lines if line}
     assert by_name["vision"].endswith("frozen") and by_name["projector"].endswith("trains")
-    assert by_name["MiB"].split()[-2:] == ["DDP", "FSDP2"]
+    assert next(line for line in lines if line.startswith("MiB")).split()[-2:] == ["DDP", "FSDP2"]
     assert by_name["of"].split()[1:] == ["24,064.0", "fits", "fits"]
-    assert "no price is known" in by_name["cost"] and "MFU 50% (--mfu)" in by_name["assumed"]
+    assert "no price is known" in by_name["cost"] and by_name["MFU"].endswith("predicted: not measured on a GPU")
+    # So small a model waits for its four workers, and gains by more of them alone.
+    assert "step" in by_name and by_name["8"].split()[:2] == ["8", "dataloader_num_workers"]
     assert len({len(line) for line in lines if line.endswith(("DDP     FSDP2", "fits      fits"))}) == 1
 
 
@@ -126,9 +128,16 @@ def test_a_gpu_is_found_by_any_way_to_write_it_and_may_be_of_any_kind():
     assert {way: find_gpu(EstimateOptions("", way))[0] for way in ways} == ways
     assert {"a6000", "a10", "a40", "l4", "l40s", "rtx4090", "v100-32gb", "h200", "b200"} <= {*GPUS}
     name, gpu = find_gpu(EstimateOptions("", "Abacus 1", tflops=3, memory=0.5))
-    assert name == "Abacus 1" and (gpu.peak_flops, gpu.memory) == (3e12, 0.5)
-    assert find_gpu(EstimateOptions("", "h100", tflops=700))[1][1:] == (700e12, 79)
-    assert find_gpu(EstimateOptions("", tflops=3, memory=0.5))[1][1:] == (3e12, 0.5)
+    assert name == "Abacus 1" and (gpu.peak_flops, gpu.memory, gpu.bandwidth) == (3e12, 0.5, 1e10)
+    assert find_gpu(EstimateOptions("", "h100", tflops=700, network=7))[1][1:] == (
+        700e12,
+        79,
+        3.35e12,
+        450e9,
+        7e9,
+        True,
+    )
+    assert find_gpu(EstimateOptions("", tflops=3, memory=0.5, bandwidth=2))[1][1:4] == (3e12, 0.5, 2e12)
     with pytest.raises(ValueError, match="by --gpu, or give both --tflops and --memory"):
         EstimateOptions("", tflops=3)
 
@@ -194,7 +203,9 @@ def test_the_recipes_can_be_estimated(path):
         ({}, ["--gpu", "a100"], "--gpu a100 is not known; near it are a100-40gb, a100-80gb; or give"),
         ({}, ["--gpu", "abacus", "--tflops", "3"], "--gpu abacus is not known; known are gb200, b200"),
         ({}, ["--memory", "-1"], "--memory must be above 0"),
-        ({}, ["--mfu", "38"], "--mfu within 0 and 1"),
+        ({}, ["--mfu", "38"], "--mfu must be within 0 and 1, got 38"),
+        ({}, ["--network", "0"], "--network must be above 0, got 0"),
+        ({}, ["--gpus-per-machine", "0"], "--gpus-per-machine must be at least 1, got 0"),
         ({}, ["--num-gpus", "0"], "--num-gpus must be at least 1"),
         ({}, ["--pairs", "1e6", "--tokens-per-pair", "4"], "--tokens-per-pair 4 leaves no room for text"),
         ({"train_packs": None}, [], "packs must be a folder or a list"),
@@ -243,7 +254,7 @@ def test_the_advice_is_the_cheapest_that_fits_with_room(gpu, num_gpus, layout, p
         return
     assert (advised.layout, advised.batch_size, advised.checkpoint_every) == (layout, packs, every)
     assert advised.batch_size * advised.accumulation * num_gpus == estimate.packs_per_step == 32 * num_gpus
-    assert advised.bytes <= 0.95 * estimate.gpu_memory and f"advice     {advised}" in str(estimate)
+    assert advised.bytes <= 0.92 * estimate.gpu_memory and f"advice     {advised}" in str(estimate)
     # Every cheaper layout is named with what it takes, which is too much.
     assert bool(advised.reason) == (layout != "ddp")
     # What is advised, put into the recipe, takes what it says.

@@ -1,9 +1,10 @@
 """What a run will need, before it starts: memory, speed, hours and cost of a recipe on a kind of GPU.
 
-    inputs.py ─►          options, config ─► parameters, memory of a step (memory.py)
-                       └► tokens, images ─► FLOPs (flops.py, as for the MFU) ─► hours ─► cost (figures.py)
+    inputs.py ─► options, config ─► parameters, memory of a step (memory.py) ─┐
+              └► tokens, images ─► time of a step by a roofline (time.py) ────┼► the best layout (placement.py)
+                                   └► hours ─► cost (figures.py)              └► what options would gain (levers.py)
 
-The MFU and the price are assumptions, and printed as such.
+What is assumed is printed: the rates that a GPU reaches, or an MFU that is given, and the price.
 """
 
 import difflib
@@ -16,13 +17,15 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..families import packed_model
-from ..families.interface import StepWork
+from ..families.interface import StepWork, VisionWork
 from ..trainer.figures.flops import GPUS, Gpu
 from .figures import Estimate
-from .inputs import PARTS, Work, assumed_work, number_of, planned_work, read_config, read_recipe, read_training
-from .memory import GIB, MicroBatch, Training, parameters_by_part, step_memory
+from .inputs import Work, assumed_work, number_of, planned_work, read_config, read_recipe, read_training
+from .levers import predict_levers
+from .memory import GIB, PARTS, MicroBatch, Training, parameters_by_part
 from .options import EstimateOptions
-from .placement import best_placement
+from .placement import ROOM, best_placement, layout_memory
+from .time import Roofline
 
 # Dollars per GPU-hour on demand, by the vendors' public lists on this day. No list has all kinds.
 PRICES = {
@@ -33,6 +36,7 @@ PRICES = {
     "l40s": (1.95, "Modal"),
 }
 PRICES_OF = "2026-05-07"
+FLOPS_OF_A_BYTE = 300  # of a kind that is not known; 200 to 420 of those of a data centre that are
 _VENDORS = re.compile(r"nvidia|amd|geforce|instinct|tesla|rtx|[^a-z0-9]")
 
 
@@ -77,10 +81,12 @@ def find_gpu(options: EstimateOptions) -> tuple[str, Gpu]:
         near = [known for plain, known in names.items() if asked and plain.startswith(asked)] or near
         advice = f"near it are {', '.join(near)}" if near else f"known are {', '.join(GPUS)}"
         raise ValueError(f"--gpu {options.gpu} is not known; {advice}; or give both --tflops and --memory")
-    return name, Gpu(
-        gpu.device_name,
-        gpu.peak_flops if options.tflops is None else options.tflops * 1e12,
-        gpu.memory if options.memory is None else options.memory,
+    peak = gpu.peak_flops if options.tflops is None else options.tflops * 1e12
+    return name, gpu._replace(
+        peak_flops=peak,
+        memory=gpu.memory if options.memory is None else options.memory,
+        bandwidth=options.bandwidth * 1e12 if options.bandwidth else gpu.bandwidth or peak / FLOPS_OF_A_BYTE,
+        network=gpu.network if options.network is None else options.network * 1e9,
     )
 
 
@@ -96,20 +102,38 @@ def estimate_run(
     trained = {part: int(part in training.trained) for part in PARTS}
     flops = epochs * sum(packed_model(config).step_flops(config, _step_work(config, each), trained) for each in work)
     tokens, images = (epochs * sum(getattr(each, field) for each in work) for field in ("tokens", "images"))
-    seconds = flops / (num_gpus * gpu.peak_flops * options.mfu)
+    roofline = _roofline(config, work, gpu, options)
+    micro_batch, capacity = functools.partial(_micro_batch, config, work), gpu.memory * GIB
+
+    def memory(layout: str, training: Training = training, packs: int = batch_size) -> dict[str, float]:
+        return layout_memory(roofline, training, micro_batch(packs), layout)
+
+    layout = _layout(roofline, {name: sum(memory(name).values()) <= capacity for name in roofline.layouts})
+    time = roofline.step(layout, training, batch_size)
+    peak_seconds = flops / (num_gpus * gpu.peak_flops)
+    seconds = steps * time.step if options.mfu is None else peak_seconds / options.mfu
     price, source = _price(name, options.price_per_hour)
-    micro_batch, counts = functools.partial(_micro_batch, config, work), parameters_by_part(config)
     return Estimate(
         gpu=name,
         num_gpus=num_gpus,
-        mfu=options.mfu,
-        parameters=counts,
+        mfu=peak_seconds / seconds,
+        assumed_mfu=options.mfu is not None,
+        parameters=roofline.counts,
         trained=sorted(training.trained),
-        gpu_memory=gpu.memory * GIB,
-        memory=_memory(config, training, micro_batch(batch_size), num_gpus, counts),
-        placement=best_placement(
-            config, training, micro_batch, packs_per_step // num_gpus, num_gpus, gpu.memory * GIB, counts
+        gpu_memory=capacity,
+        memory={name: memory(name) for name in roofline.layouts},
+        layout=layout,
+        packs_per_micro_batch=batch_size,
+        time=time,
+        levers=predict_levers(
+            roofline,
+            layout,
+            training,
+            batch_size,
+            peak_seconds / steps,
+            lambda training, packs: sum(memory(layout, training, packs).values()) <= ROOM * capacity,
         ),
+        placement=best_placement(roofline, training, micro_batch, packs_per_step // num_gpus, capacity),
         packs_per_step=packs_per_step,
         steps=steps,
         tokens=tokens,
@@ -121,6 +145,29 @@ def estimate_run(
         price_per_hour=price,
         price_source=source,
     )
+
+
+def _roofline(config: PreTrainedConfig, work: list[Work], gpu: Gpu, options: EstimateOptions) -> Roofline:
+    """Of a mean pack of the work."""
+    packs = sum(each.packs for each in work)
+    done = [_step_work(config, each) for each in work]
+    tokens, squared, media = (sum(each[i] for each in done) / packs for i in range(3))
+    vision = VisionWork(*(sum(figures) / packs for figures in zip(*(each.vision for each in done), strict=True)))
+    return Roofline(
+        config=config,
+        counts=parameters_by_part(config),
+        gpu=gpu,
+        num_gpus=options.num_gpus,
+        gpus_per_machine=options.gpus_per_machine,
+        pack=StepWork(tokens, squared, media, vision),
+        labels=sum(each.labels for each in work) / packs,
+        loader_rate=options.loader_rate,
+    )
+
+
+def _layout(roofline: Roofline, fits: dict[str, bool]) -> str:
+    """The one that a recipe runs in with its own micro-batch: the simplest that fits."""
+    return next((name for name in roofline.layouts if fits[name]), roofline.layouts[-1])
 
 
 def _price(gpu: str, given: float | None) -> tuple[float | None, str]:
@@ -157,14 +204,3 @@ def _micro_batch(config: PreTrainedConfig, work: list[Work], batch_size: int) ->
         labels=round(batch_size * max(each.labels / each.packs for each in work)),
         vision=packed_model(config).vision_work(config, images, images * per_image),
     )
-
-
-def _memory(
-    config: PreTrainedConfig, training: Training, batch: MicroBatch, num_gpus: int, counts: dict[str, int]
-) -> dict[str, dict[str, float]]:
-    if num_gpus == 1:
-        return {"one_gpu": step_memory(config, training, batch, counts=counts)}
-    return {
-        name: step_memory(config, training, batch, num_gpus, sharded, counts)
-        for name, sharded in (("ddp", False), ("fsdp2", True))
-    }

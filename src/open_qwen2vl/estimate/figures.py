@@ -3,8 +3,10 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .levers import Lever
 from .memory import GIB
-from .placement import Placement
+from .placement import TITLES, Placement
+from .time import StepTime
 
 SMALL_BYTES = 10 * GIB  # on a GPU; below it the parts are told in MiB
 
@@ -16,13 +18,18 @@ class Estimate:
     Attributes:
         gpu (`str`): kind of GPU.
         num_gpus (`int`): their number.
-        mfu (`float`): assumed, 0 to 1.
+        mfu (`float`): predicted, or assumed where it was given, 0 to 1.
+        assumed_mfu (`bool`): whether it was given.
         parameters (`dict[str, int]`): by part of the model.
         trained (`list[str]`): the parts that train.
         gpu_memory (`float`): bytes of a GPU.
         memory (`dict[str, dict[str, float]]`): bytes on each GPU, as [`step_memory`] gives them, by `one_gpu`, or
-            `ddp` and `fsdp2`.
-        placement ([`Placement`], *optional*): the cheapest layout of the step that fits; None where none does.
+            `ddp`, `fsdp2` and, of several machines, `hsdp`.
+        layout (`str`): that of the predicted time, the simplest that fits with the recipe's micro-batch.
+        packs_per_micro_batch (`int`): on a GPU.
+        time ([`StepTime`]): of a step, as predicted.
+        levers (`list[Lever]`): the recipe as it is, then with options that make it faster.
+        placement ([`Placement`], *optional*): the best layout of the step that fits; None where none does.
         packs_per_step (`int`): packs of an optimizer step.
         steps (`int`): optimizer steps of the run.
         tokens (`float`): real positions of the run.
@@ -38,10 +45,15 @@ class Estimate:
     gpu: str
     num_gpus: int
     mfu: float
+    assumed_mfu: bool
     parameters: dict[str, int]
     trained: list[str]
     gpu_memory: float
     memory: dict[str, dict[str, float]]
+    layout: str
+    packs_per_micro_batch: int
+    time: StepTime
+    levers: list[Lever]
     placement: Placement | None
     packs_per_step: int
     steps: int
@@ -65,7 +77,8 @@ class Estimate:
         }
 
     def __str__(self) -> str:
-        return "\n".join([*self._model_lines(), "", *self._memory_lines(), "", *self._run_lines()])
+        parts = (self._model_lines(), self._memory_lines(), self._time_lines(), self._lever_lines(), self._run_lines())
+        return "\n\n".join("\n".join(lines) for lines in parts)
 
     def _model_lines(self) -> list[str]:
         lines = [f"{'parameters':<16}{sum(self.parameters.values()):>15,}"]
@@ -76,10 +89,9 @@ class Estimate:
         return lines
 
     def _memory_lines(self) -> list[str]:
-        titles = {"one_gpu": "one GPU", "ddp": "DDP", "fsdp2": "FSDP2"}
         sums = [sum(parts.values()) for parts in self.memory.values()]
         unit, size = ("GiB", GIB) if max(sums) > SMALL_BYTES else ("MiB", 2**20)
-        lines = [f"{unit + ' on each GPU':<16}" + "".join(f"{titles[name]:>10}" for name in self.memory)]
+        lines = [f"{unit + ' on each GPU':<16}" + "".join(f"{TITLES[name]:>10}" for name in self.memory)]
         for part in next(iter(self.memory.values())):
             figures = [parts[part] / size for parts in self.memory.values()]
             if any(round(figure, 1) for figure in figures):
@@ -88,6 +100,26 @@ class Estimate:
         verdicts = ["fits" if figure <= self.gpu_memory else "too much" for figure in sums]
         capacity = f"{self.gpu_memory / size:,.1f}"
         lines.append(f"  of {capacity:<11}" + "".join(f"{verdict:>10}" for verdict in verdicts))
+        return lines
+
+    def _time_lines(self) -> list[str]:
+        time, title = self.time, f"ms, {TITLES[self.layout]}"
+        parts = ("products", "attention", "operators", "casts", "gathers", "loading", "micro_batch")
+        figures = [(name.replace("_", "-"), getattr(time, name)) for name in parts]
+        figures += [(f"x {time.accumulation}", time.accumulation * time.micro_batch)]
+        figures += [("exchange", time.exchange), ("optimizer", time.optimizer), ("step", time.step)]
+        lines = [f"  {name:<14}{1e3 * seconds:>10,.1f}" for name, seconds in figures if round(1e3 * seconds, 1)]
+        return [f"{title:<16}{'predicted':>10}", *lines]
+
+    def _lever_lines(self) -> list[str]:
+        """A row for each lever: time of a pack on a GPU, MFU, time of the run, and what it gains."""
+        packs, first = self.packs_per_step / self.num_gpus, self.levers[0]
+        lines = [f"{'with':<41}{'ms a pack':>10}{'MFU':>6}{'time':>12}{'gain':>6}"]
+        for lever in self.levers:
+            gain = f"{1 - lever.seconds / first.seconds:.0%}" if lever.options else ""
+            time = duration(self.steps * lever.seconds / 3600)
+            name = lever.options or "the recipe as it is"
+            lines.append(f"  {name:<39}{1e3 * lever.seconds / packs:>10,.1f}{lever.mfu:>6.0%}{time:>12}{gain:>6}")
         return lines
 
     def _run_lines(self) -> list[str]:
@@ -102,11 +134,10 @@ class Estimate:
             "cost": "no price is known for this kind of GPU: give --price-per-hour"
             if self.price_per_hour is None
             else f"${figures['cost']:,.{2 if figures['cost'] < 10 else 0}f}",
-            "assumed": f"MFU {self.mfu:.0%} (--mfu)"
-            + (
-                "" if self.price_per_hour is None else f", ${self.price_per_hour:.2f} a GPU-hour ({self.price_source})"
-            ),
+            "MFU": f"{self.mfu:.0%}, {'assumed (--mfu)' if self.assumed_mfu else 'predicted: not measured on a GPU'}",
         }
+        if self.price_per_hour is not None:
+            lines["price"] = f"${self.price_per_hour:.2f} a GPU-hour ({self.price_source})"
         nothing = f"nothing fits {self.gpu_memory / GIB:,.1f} GiB: take more GPUs, larger ones or LoRA"
         lines["advice"] = str(self.placement or nothing)
         return [f"{name:<11}{value}" for name, value in lines.items()]

@@ -17,10 +17,9 @@ from ..model_folders import model_folder
 from ..modeling.configuration_open_qwen2vl import OpenQwen2VLConfig
 from ..options import load_yaml
 from ..trainer.arguments import PackedTrainingArguments
-from .memory import Training
+from .memory import PARTS, Training
 
 FORWARD_OPTIONS = ("image_seq_length",)  # of a plan's `vision` what a batch has one of
-PARTS = ("vision_tower", "projector", "language_model")
 DEFAULTS = {name: field.default for name, field in PackedTrainingArguments.__dataclass_fields__.items()}
 
 
@@ -150,6 +149,10 @@ def read_training(options: dict[str, Any]) -> Training:
         accumulation=int(number_of(options, "gradient_accumulation_steps")),
         checkpoint_every=every if options["activation_checkpointing"] else 0,
         averaged=options["ema_decay"] is not None,
+        fused_by="compiled" if options["torch_compile"] else "kernels" if options["use_liger_kernel"] else "",
+        bf16_residual=bool(options.get("bf16_residual")),
+        float8=bool(options.get("float8")),
+        workers=int(number_of(options, "dataloader_num_workers")),
     )
 
 

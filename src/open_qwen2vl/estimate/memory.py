@@ -24,6 +24,9 @@ STATES[MUON] = 1  # of a matrix; embeddings and head are AdamW's
 BYTES_OF_8_BIT = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "adamw_torch_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1}
 
 
+PARTS = ("vision_tower", "projector", LANGUAGE_MODEL)
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """What one device works on at a time."""
@@ -45,6 +48,10 @@ class Training:
     accumulation: int = 1  # micro-batches of an optimizer step
     checkpoint_every: int = 0  # every n-th block is computed again in the backward pass; 0 for none
     averaged: bool = False  # whether a moving average of the weights is kept
+    fused_by: str = ""  # norms, RoPE and SwiGLU: `kernels` (Liger's), `compiled`; what follows is for the time alone
+    bf16_residual: bool = False  # whether blocks are added up in bf16
+    float8: bool = False  # whether the language model's products are in float8
+    workers: int = 0  # of the loader
 
 
 def parameters_by_part(config: PreTrainedConfig) -> dict[str, int]:
@@ -114,11 +121,11 @@ def _gradient_bytes(trained: int, size: int, shards: int, accumulation: int) -> 
 
 def _optimizer_bytes(config: PreTrainedConfig, training: Training, trained: int) -> int:
     size = training.dtype.itemsize
-    of_adamw = _embeddings(config) if training.optim == MUON and LANGUAGE_MODEL in training.trained else 0
+    of_adamw = embedding_parameters(config) if training.optim == MUON and LANGUAGE_MODEL in training.trained else 0
     return trained * optimizer_bytes(training.optim, size) + of_adamw * size
 
 
-def _embeddings(config: PreTrainedConfig) -> int:
+def embedding_parameters(config: PreTrainedConfig) -> int:
     """Parameters of the embeddings, and of the head where it is not tied to them."""
     text = config.text_config
     tied = getattr(text, "tie_word_embeddings", False) or getattr(config, "tie_word_embeddings", False)
@@ -127,7 +134,7 @@ def _embeddings(config: PreTrainedConfig) -> int:
 
 def _gathered_bytes(config: PreTrainedConfig, parameters: int, trained: int, training: Training) -> float:
     """FSDP2: weights of the root and two blocks, and their fp32 gradients where they are not kept whole anyway."""
-    embeddings = _embeddings(config)
+    embeddings = embedding_parameters(config)
     block = (parameters - embeddings) / config.text_config.num_hidden_layers
     weights = (2 if training.bf16 else training.dtype.itemsize) * (embeddings + 2 * block)
     return weights + (0 if training.accumulation > 1 else 4 * min(trained, embeddings + 2 * block))

@@ -20,7 +20,19 @@ class EstimateOptions:
     num_gpus: int = option(1, help="data-parallel GPUs", metavar="N")
     tflops: float | None = option(None, help="dense bf16 peak of a GPU (default: its data sheet's)", metavar="X")
     memory: float | None = option(None, help="GiB of a GPU (default: its data sheet's)", metavar="X")
-    mfu: float = option(0.5, help="share of the peak to reckon with, 0 to 1", metavar="X")
+    bandwidth: float | None = option(
+        None,
+        help="TB/s of a GPU's memory (default: its data sheet's; of a kind that is not known a byte for 300 FLOPs)",
+        metavar="X",
+    )
+    gpus_per_machine: int = option(8, help="of the GPUs, how many a machine has", metavar="N")
+    network: float | None = option(
+        None, help="GB/s a GPU to other machines (default: what is usual beside the kind)", metavar="X"
+    )
+    loader_rate: float = option(
+        100.0, help="images a second that a worker of the loader gives (100: photographs of 1024 px)", metavar="X"
+    )
+    mfu: float | None = option(None, help="share of the peak, 0 to 1, instead of the predicted one", metavar="X")
     pairs: float | None = option(None, help="image-text pairs, instead of the recipe's packs", metavar="N")
     tokens_per_pair: float = option(
         176.0, help="with --pairs: mean tokens of a pair, its images included", metavar="X"
@@ -35,11 +47,12 @@ class EstimateOptions:
     def __post_init__(self):
         if self.gpu is None and not (self.tflops and self.memory):
             raise ValueError("name the kind of GPU by --gpu, or give both --tflops and --memory")
-        if self.num_gpus < 1 or not 0 < self.mfu <= 1:
-            raise ValueError(
-                f"--num-gpus must be at least 1 and --mfu within 0 and 1, got {self.num_gpus} and {self.mfu}"
-            )
-        for name in ("tflops", "memory"):
+        if self.mfu is not None and not 0 < self.mfu <= 1:
+            raise ValueError(f"--mfu must be within 0 and 1, got {self.mfu}")
+        for name in ("num_gpus", "gpus_per_machine"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        for name in ("tflops", "memory", "bandwidth", "network", "loader_rate"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"--{name} must be above 0, got {value}")
+                raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {value}")
