@@ -79,6 +79,16 @@ class LiveBytes(TorchDispatchMode):
             yield
 
 
+def config_of(recipe: str) -> OpenQwen2VLConfig:
+    """The 2B model's, or with the widths of Qwen2.5-0.5B: no config can be fetched here."""
+    config = OpenQwen2VLConfig()
+    if "0.5b" in recipe:
+        text = config.text_config
+        text.hidden_size, text.intermediate_size, text.num_attention_heads = 896, 4864, 14
+        text.num_hidden_layers, text.layer_types = 24, text.layer_types[:24]
+    return config
+
+
 def with_blocks(config: OpenQwen2VLConfig, blocks: int) -> OpenQwen2VLConfig:
     """The same widths with so many blocks in each backbone."""
     config = copy.deepcopy(config)

@@ -17,6 +17,7 @@ from open_qwen2vl.estimate.options import EstimateOptions
 from open_qwen2vl.families.interface import StepWork
 from open_qwen2vl.families.open_qwen2vl_model import OpenQwen2VLPackedModel
 from open_qwen2vl.trainer.figures.flops import GPUS
+from tests.estimate.fake_step import config_of
 from tests.tars import write_caption_tar
 
 ROOT = Path(__file__).parents[2]
@@ -194,6 +195,26 @@ RECIPES = [path for path in sorted((ROOT / "recipes").rglob("*.yaml")) if path.p
 @pytest.mark.parametrize("path", [path for path in RECIPES if "lora" not in path.stem], ids=lambda path: path.stem)
 def test_the_recipes_can_be_estimated(path):
     assert read_training(read_recipe(path)).trained
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpu", "num_gpus", "layout"),
+    [
+        ("pretrain_2b", "a100-40gb", 8, "fsdp2"),
+        ("pretrain_2b_h100", "h100", 1, "one_gpu"),
+        ("pretrain_2b_8h100", "h100", 8, "ddp"),
+        ("pretrain_0.5b", "rtx4090", 1, "one_gpu"),
+    ],
+)
+def test_recipes_leave_room_on_the_gpus_that_they_are_for(recipe, gpu, num_gpus, layout):
+    """At least 8 % of the memory, laid out as advised; on all of them together the paper's 256 packs a step."""
+    options, config = read_recipe(ROOT / "recipes" / f"{recipe}.yaml"), config_of(recipe)
+    on = EstimateOptions("", gpu, num_gpus)
+    estimate = estimate_run(options, config, assumed_work(28.4e6, 176, 1, 144), on)
+    assert sum(estimate.memory[layout].values()) <= 0.92 * estimate.gpu_memory and estimate.packs_per_step == 256
+    advised = estimate.placement
+    assert (advised.layout, advised.batch_size) == (layout, options["per_device_train_batch_size"])
+    assert advised.checkpoint_every == 0 and estimate.layout == layout
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from open_qwen2vl import OpenQwen2VLConfig
 from open_qwen2vl.estimate.estimate import _micro_batch
 from open_qwen2vl.estimate.inputs import assumed_work, read_recipe, read_training
 from open_qwen2vl.estimate.memory import Training, step_memory
-from tests.estimate.fake_step import fake_ranks, make_model, peak_bytes, shard, with_blocks
+from tests.estimate.fake_step import config_of, fake_ranks, make_model, peak_bytes, shard, with_blocks
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PRETRAINING = Training(frozenset({"projector", "language_model"}), accumulation=2)
@@ -39,16 +39,6 @@ def test_a_frozen_tower_is_whole_on_each_rank_and_in_no_unit(trains_tower, units
     assert {isinstance(parameter, DTensor) for parameter in tower.parameters()} == {trains_tower}
     assert any(isinstance(module, FSDPModule) for module in tower.modules()) == trains_tower
     assert sum(isinstance(module, FSDPModule) for module in model.modules()) == units
-
-
-def config_of(recipe: str) -> OpenQwen2VLConfig:
-    """The 2B model's, or with the widths of Qwen2.5-0.5B: no config can be fetched here."""
-    config = OpenQwen2VLConfig()
-    if "0.5b" in recipe:
-        text = config.text_config
-        text.hidden_size, text.intermediate_size, text.num_attention_heads = 896, 4864, 14
-        text.num_hidden_layers, text.layer_types = 24, text.layer_types[:24]
-    return config
 
 
 def estimated_and_counted(recipe: str, config: OpenQwen2VLConfig, blocks: tuple[int, ...] = ()) -> tuple[float, float]:

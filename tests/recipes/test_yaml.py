@@ -49,7 +49,7 @@ def plans(tmp_path_factory, processor) -> Path:
 
 
 def test_all_of_them_are_found():
-    assert len(NAMES) == 7 and "stages/align.yaml" in NAMES and "pretrain_2b.yaml" in NAMES
+    assert len(NAMES) == 9 and "stages/align.yaml" in NAMES and "pretrain_2b.yaml" in NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
