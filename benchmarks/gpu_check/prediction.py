@@ -39,4 +39,5 @@ def predict(bench: Bench, options: dict[str, Any]) -> Prediction:
     recipe = {**DEFAULTS, "dtype": "float32", "bf16": True, "max_steps": 1, **options}
     work = planned_work(str(bench.small_packs()))
     estimate = estimate_run(recipe, make_config(bench.size), work, EstimateOptions(recipe="", gpu=kind_of_card()))
-    return Prediction(sum(estimate.memory["one_gpu"].values()) / GIB, None, None)
+    seconds = estimate.time.step / estimate.packs_per_step
+    return Prediction(sum(estimate.memory["one_gpu"].values()) / GIB, 1e3 * seconds, estimate.mfu)

@@ -4,7 +4,8 @@
     step          micro-batches + the exchange of gradients, where the last backward does not hide it, + optimizer
 
 Rates are shares of the vendors' figures. On an H100 they are the 650 TFLOP/s and 2.95 TB/s that matrix products of the
-2B model's sizes and copies reach by reports; nothing of it has been measured with this code.
+2B model's sizes and copies reach by reports; nothing of it has been measured with this code. Of Muon only what AdamW
+does is counted.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from ..families import packed_model
 from ..families.interface import StepWork
 from ..trainer.figures.flops import Gpu
 from ..trainer.optimization import LANGUAGE_MODEL
-from .memory import PARTS, Training, embedding_parameters
+from .memory import PARTS, Training, embedding_parameters, optimizer_bytes
 from .traffic import OPTIMIZER_BYTES, WEIGHT_BYTES, block_bytes, float8_bytes, loss_bytes, tower_bytes
 
 # Shares of the peak, of the memory's bandwidth, and of link and network.
@@ -112,6 +113,7 @@ class Roofline:
         if training.float8:
             casts, of_weights = float8_bytes(self.config, packs * self.pack.tokens)
             moved, weights = moved + casts, weights + of_weights
+        updated = OPTIMIZER_BYTES + 2 * optimizer_bytes(training.optim, training.dtype.itemsize)
         memory = BANDWIDTH * self.gpu.bandwidth
         compute = products + attention + (moved + weights) / memory
         gathers = max(0.0, self._gathers(layout, training) - compute)
@@ -127,7 +129,7 @@ class Roofline:
             loading=loading,
             accumulation=training.accumulation,
             exchange=max(0.0, self._exchange(layout, trained) - HIDDEN_EXCHANGE * compute),
-            optimizer=OPTIMIZER_BYTES * trained / self.shards(layout) / memory,
+            optimizer=updated * trained / self.shards(layout) / memory,
         )
 
     def _compute(self, training: Training, packs: int) -> tuple[float, float]:

@@ -25,9 +25,9 @@ SHARDED_BLOCK: Factors = ((104, 10, 20), (256, 18, 36))  # eager, with the bf16 
 # A block of the vision tower, for each patch: factors of its two widths; frozen in bf16, or trained under autocast.
 TOWER = {False: ((20, 4), (0, 0)), True: ((60, 4), (118, 8))}
 LOGIT_BYTES = 20  # softmax, its exponential and what becomes of it in the gradient, for each logit
-# For each trained weight: cast to bf16 and its gradient from it (6 bytes each), added to the fp32 sum (12). And AdamW:
-# weight, gradient, two moments read, all but the gradient written (28), after clipping has read it twice (12).
-WEIGHT_BYTES, OPTIMIZER_BYTES = 24, 40
+# For each trained weight: cast to bf16 and its gradient from it (6 bytes each), added to the fp32 sum (12). In the
+# optimizer's step: weight read and written, gradient read (12), beside the states, after clipping (12).
+WEIGHT_BYTES, OPTIMIZER_BYTES = 24, 24
 
 
 def block_bytes(config: PreTrainedConfig, training: Training, positions: float, sharded: bool) -> float:
