@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers.initialization import no_init_weights
 
-from open_qwen2vl import OpenQwen2VLConfig, OpenQwen2VLForConditionalGeneration
+from open_qwen2vl import OpenQwen2VLConfig, OpenQwen2VLForConditionalGeneration, PackedTrainingArguments
 from open_qwen2vl.estimate.memory import MicroBatch, Training
 from open_qwen2vl.families import packed_model
 from open_qwen2vl.modeling import attention, loss
@@ -99,17 +99,16 @@ def with_blocks(config: OpenQwen2VLConfig, blocks: int) -> OpenQwen2VLConfig:
 
 
 @contextlib.contextmanager
-def _as_on_a_gpu(longest: int) -> Iterator[None]:
-    def varlen(query, key, value, cu_seq_lens, scaling):
-        return attention._flash_varlen(query, key, value, cu_seq_lens, longest, scaling)
-
-    with mock.patch.object(attention, "_bucketed_sdpa", varlen), mock.patch.object(loss, "CACHED_ROWS", 10**9):
+def _as_on_a_gpu() -> Iterator[None]:
+    varlen = mock.patch.object(attention, "runs_varlen", lambda device, dtype: True)
+    with varlen, mock.patch.object(loss, "CACHED_ROWS", 10**9):
         yield
 
 
 @contextlib.contextmanager
 def fake_ranks(replicas: int, shards: int) -> Iterator[SimpleNamespace]:
-    """What accelerate's function asks of an accelerator, on rank 0 of ranks that do nothing."""
+    """What accelerate's function asks of an accelerator, and `arguments`, on rank 0 of ranks that do nothing."""
+    arguments = PackedTrainingArguments("unused", use_cpu=True)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=replicas * shards)
     try:
         parallelism = ParallelismConfig(dp_replicate_size=replicas, dp_shard_size=shards)
@@ -122,6 +121,7 @@ def fake_ranks(replicas: int, shards: int) -> Iterator[SimpleNamespace]:
             device=torch.device("cpu"),
             mixed_precision="bf16",
             is_main_process=True,
+            arguments=arguments,
         )
     finally:
         dist.destroy_process_group()
@@ -151,7 +151,7 @@ def make_model(config: OpenQwen2VLConfig, training: Training) -> nn.Module:
 
 def shard(model: nn.Module, accelerator: SimpleNamespace) -> nn.Module:
     """Shard by our configuration and accelerate's own function."""
-    configure_fsdp(accelerator.state.fsdp_plugin, model, packed_model(model.config))
+    configure_fsdp(accelerator.state.fsdp_plugin, model, packed_model(model.config), accelerator.arguments)
     with mock.patch.object(type(model.model.vision_tower), "to", lambda module, *args, **kwargs: module):
         return fsdp2_prepare_model(accelerator, model)
 
@@ -186,7 +186,7 @@ def peak_bytes(
 ) -> int:
     """Of the second step of two, when the optimizer has its states, in as many micro-batches as it takes to tell."""
     counter, documents = LiveBytes(), max(1, work.images)
-    with _as_on_a_gpu(work.positions // documents), FakeTensorMode(allow_non_fake_inputs=True), counter.watching():
+    with _as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True), counter.watching():
         model = make_model(config, training)
         if accelerator is not None:
             model = shard(model, accelerator)
