@@ -80,4 +80,4 @@ def test_equal_files_keep_the_smallest_uid_of_the_chosen(write_score_file, write
     assert found == [b, d, e]  # a was not chosen, so b stays; what has no hash is no duplicate
     assert report.duplicates == 1 and report.without_hash == 2
     assert decisions()[c] == (False, f"same image file as {b}")
-    assert "1 (2 pairs without an image hash)" in str(report)
+    assert "1 (2 pairs without an image hash or embedding)" in str(report)

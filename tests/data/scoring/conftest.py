@@ -19,12 +19,9 @@ ANIMALS = ("cat", "two dogs", "a very small horse", "elephants at night", "fish"
 PREPROCESSING = {"mean": [0.3, 0.4, 0.5], "std": [0.2, 0.3, 0.4], "interpolation": "bilinear", "resize_mode": "squash"}
 
 
-@pytest.fixture(scope="session")
-def clip_folder(tmp_path_factory) -> Path:
-    """Folder of a tiny random model, for `local-dir:`, with preprocessing of its own."""
+def save_tiny_clip(folder: Path) -> Path:
     import open_clip
 
-    folder = tmp_path_factory.mktemp("clip")
     (folder / "open_clip_config.json").write_text(
         json.dumps({"model_cfg": TINY_CLIP, "preprocess_cfg": PREPROCESSING})
     )
@@ -32,6 +29,12 @@ def clip_folder(tmp_path_factory) -> Path:
     model = open_clip.CLIP(**TINY_CLIP)
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     return folder
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory) -> Path:
+    """Folder of a tiny random model, for `local-dir:`, with preprocessing of its own."""
+    return save_tiny_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from open_qwen2vl.data.scoring import ScoreOptions, score_pool
+from open_qwen2vl.cli import main
+from open_qwen2vl.data.scoring import ScoreOptions, find_score_files, score_pool
 from open_qwen2vl.data.scoring.clip import ClipScorer
 from open_qwen2vl.data.scoring.pairs import RawPair
 from open_qwen2vl.data.storage.tars import index_shard, read_member
@@ -160,3 +161,20 @@ def test_scores_that_are_nan(clip_folder, tmp_path, pool):
     report = score_pool(ScoreOptions([pool], tmp_path, "clip", model=f"local-dir:{folder}"))
     assert dict(report.skipped) == {"nan_score": 21}
     assert {(row["value"], row["reason"]) for row in rows(tmp_path / "clip/00000.parquet")} == {(None, "nan_score")}
+
+
+def test_kept_embeddings_are_those_of_the_scores(pool, tmp_path, clip_folder, capsys):
+    command = ["score", str(pool), "--scorer", "clip", "--model", f"local-dir:{clip_folder}", "--batch-size", "4"]
+    command += ["--output", str(tmp_path / "scores"), "--device", "cpu"]
+    assert main([*command, "--keep-embeddings"]) == 0
+    scored = {row["uid"]: row["value"] for row in rows(tmp_path / "scores/clip/00000.parquet")}
+    kept = rows(tmp_path / "scores/clip/embeddings/00000.parquet")
+    assert [row["uid"] for row in kept] == list(scored)
+    for row in kept:
+        assert np.dot(row["image"], row["text"]) == pytest.approx(scored[row["uid"]], abs=2e-3)
+        assert np.linalg.norm(row["image"]) == pytest.approx(1, abs=1e-3) and len(row["text"]) == 16
+    assert find_score_files([tmp_path / "scores"]) == sorted((tmp_path / "scores/clip").glob("*.parquet"))
+    assert main(command) == 2
+    assert "--keep-embeddings" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--scorer basic takes no --keep-embeddings"):
+        ScoreOptions([pool], tmp_path, "basic", keep_embeddings=True)

@@ -246,7 +246,9 @@ def many_tars(tmp_path, make_tar, sample, photo):
     ],
 )
 def test_a_killed_run_leaves_nothing_half_written(many_tars, tmp_path, clip_folder, scorer, workers, kills):
-    model = ["--model", f"local-dir:{clip_folder}", "--batch-size", "5"] if scorer == "clip" else []
+    model = (
+        ["--model", f"local-dir:{clip_folder}", "--batch-size", "5", "--keep-embeddings"] if scorer == "clip" else []
+    )
     command = ["score", str(many_tars), "--scorer", scorer, *model, "--num-workers", workers, "--output", OUTPUT]
     preload = ["open_qwen2vl.data.scoring.basic", "open_qwen2vl.data.scoring.concepts"]
     preload += ["open_clip"] * (scorer == "clip")

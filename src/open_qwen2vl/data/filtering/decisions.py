@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DUPLICATE_REASONS = {"exact": "same image file as ", "near": "near duplicate of "}
+DUPLICATE_REASONS = {
+    "exact": "same image file as ",
+    "near": "near duplicate of ",
+    "semantic": "semantic duplicate of ",
+}
 
 
 class Cut(NamedTuple):
@@ -38,7 +42,7 @@ class Selection(NamedTuple):
     columns: Columns  # of `pairs`
     cuts: dict[Top, Cut]  # of the `top` clauses
     seed: int  # which of the ties stay
-    deduplicate: str | None  # `"exact"` or `"near"`
+    deduplicate: str | None  # `"exact"`, `"near"` or `"semantic"`
 
     @property
     def kept(self) -> int:

@@ -42,20 +42,29 @@ class FilterOptions:
     memory_limit: str = option("4GB", help="of the process; more goes to the output's disk", metavar="SIZE")
     threads: int | None = option(None, help="default: one per core", metavar="N")
     seed: int = option(42, help="which of equal scores at a top() threshold stay", metavar="N")
-    deduplicate: Literal["exact", "near"] | None = option(
+    deduplicate: Literal["exact", "near", "semantic"] | None = option(
         None,
-        help="of chosen pairs with equal image files, or similar pictures, keep the smallest uid; needs scores of "
-        "image-hash",
+        help="of chosen pairs with equal image files, similar pictures (both need scores of image-hash), or like "
+        "embeddings (score --keep-embeddings), keep the smallest uid",
     )
     near_distance: int = option(3, help="most bits of the hash's 64 in which similar pictures differ", metavar="N")
 
+    min_similarity: float = option(
+        0.95, help="cosine from which embeddings are semantic duplicates; with --joint the mean of two", metavar="X"
+    )
+    joint: bool = option(False, help="semantic duplicates are alike in image and text, not in the image alone")
+
     def __post_init__(self):
+        if not 0 < self.min_similarity <= 1:
+            raise ValueError(f"--min-similarity must be above 0 and at most 1, got {self.min_similarity}")
+        if self.joint and self.deduplicate != "semantic":
+            raise ValueError("--joint is for --deduplicate semantic")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"--threads must be at least 1, got {self.threads}")
         if self.train_samples is not None and self.train_samples < 1:
             raise ValueError(f"--train-samples must be at least 1, got {self.train_samples}")
-        if self.deduplicate not in (None, "exact", "near"):
-            raise ValueError(f"--deduplicate {self.deduplicate}: there are exact and near")
+        if self.deduplicate not in (None, "exact", "near", "semantic"):
+            raise ValueError(f"--deduplicate {self.deduplicate}: there are exact, near and semantic")
         if not 0 <= self.near_distance <= MAX_DISTANCE:
             raise ValueError(f"--near-distance must be from 0 to {MAX_DISTANCE} of 64 bits, got {self.near_distance}")
         if Path(self.output).suffix != ".npy":

@@ -31,7 +31,7 @@ class SelectionReport:
         kept (`int`): of them chosen.
         steps (`list[tuple[str, int]]`): what pairs had to pass one after the other, and how many failed there.
         duplicates (`int`, *optional*): pairs dropped for another with an equal image; `None` if none were looked for.
-        without_hash (`int`): pairs of which no image hash is known; they are no duplicates.
+        without_hash (`int`): pairs of which no image hash, or embedding, is known; they are no duplicates.
         clauses (`list[ClauseCounts]`): each clause alone.
         no_score (`dict[str, dict[str, int]]`): by score, how many pairs do not have it, by reason.
         unscored (`dict[str, int]`): by file of an `in` clause, uids in it that no score file names.
@@ -67,7 +67,7 @@ class SelectionReport:
         lines = [("pairs", f"{self.pairs:,}")]
         lines += [("dropped", f"{count:,} by {text}") for text, count in self.steps if count]
         if self.duplicates is not None:
-            unknown = f" ({self.without_hash:,} pairs without an image hash)" if self.without_hash else ""
+            unknown = f" ({self.without_hash:,} pairs without an image hash or embedding)" if self.without_hash else ""
             lines.append(("duplicates", f"{self.duplicates:,}{unknown}"))
         for name, reasons in self.no_score.items():
             lines += [("no score", f"{count:,} of {name}: {reason}") for reason, count in reasons.items()]

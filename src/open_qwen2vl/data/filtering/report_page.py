@@ -100,7 +100,9 @@ def _notes(report: SelectionReport) -> list[str]:
             why = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
             notes.append(f"Pairs without {name}: {why}.")
     if report.without_hash:
-        notes.append(f"Pairs without an image hash, which count as no duplicates: {report.without_hash:,}.")
+        notes.append(
+            f"Pairs without an image hash or embedding, which count as no duplicates: {report.without_hash:,}."
+        )
     notes += [f"{name.capitalize()}: {text}." for name, text in report.training_lines()]
     if report.bad_uids:
         notes.append(f"Rows of the score files left out, their uid is not 32 hex digits: {report.bad_uids:,}.")

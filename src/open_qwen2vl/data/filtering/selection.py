@@ -30,10 +30,22 @@ from .histograms import histograms
 from .options import FilterOptions
 from .report import SelectionReport, measure
 from .report_page import report_page
-from .tables import FILE_FACTOR, Columns, Scores, find_scores, keys_of_rows, make_details, make_pairs, open_database
+from .semantic import find_semantic_duplicates
+from .tables import (
+    FILE_FACTOR,
+    Columns,
+    Scores,
+    find_scores,
+    keys_of_rows,
+    make_details,
+    make_pairs,
+    open_database,
+    parse_size,
+)
 
 DECISIONS_NAME, PAGE_NAME = "decisions.parquet", "index.html"
 _ROWS_AT_ONCE = 1 << 17
+_VECTOR_SHARE = 0.1  # of the memory limit, for embeddings beside DuckDB's tables and the process
 DECISIONS = pa.schema(
     [
         ("uid", pa.string()),  # 32 lower-case hex digits, sorted
@@ -86,7 +98,7 @@ def _select(
         _advance(bar, "deciding")
         cuts = find_cuts(connection, term, columns)
         selection = Selection(connection, term, found, columns, cuts, options.seed, options.deduplicate)
-        without_hash = _decide(selection, options.near_distance)
+        without_hash = _decide(selection, options, work)
         figures = measure(selection, unscored, without_hash)
         _advance(bar, "writing decisions")
         folder.mkdir(parents=True, exist_ok=True)
@@ -122,8 +134,11 @@ def _columns(term: Term, scores: Scores) -> Columns:
     return Columns(names, files, balances)
 
 
-def _decide(selection: Selection, near_distance: int) -> int:
-    """Make the table `decided`: `pairs` with `step` and `keeper`; returns how many candidates have no image hash."""
+def _decide(selection: Selection, options: FilterOptions, work: Path) -> int:
+    """Make the table `decided`: `pairs` with `step`, `keeper` and details.
+
+    Returns how many candidates have no image hash, or no embedding.
+    """
     connection, without_hash, kept = selection.connection, 0, selection.kept
     statement = selection.statement()
     if selection.deduplicate is None:
@@ -131,7 +146,13 @@ def _decide(selection: Selection, near_distance: int) -> int:
     else:
         chosen = f"{statement.condition(selection.term)} IS TRUE"
         connection.execute(f"CREATE TABLE candidates AS SELECT uid FROM pairs WHERE {chosen}", statement.parameters)
-        without_hash = find_duplicates(connection, selection.scores.hash_files, selection.deduplicate, near_distance)
+        if selection.deduplicate == "semantic":
+            memory = int(parse_size(options.memory_limit) * _VECTOR_SHARE)
+            like = (options.min_similarity, options.joint, memory, options.threads)
+            without_hash = find_semantic_duplicates(connection, selection.scores.files, work, *like)
+        else:
+            hashed = selection.scores.hash_files
+            without_hash = find_duplicates(connection, hashed, selection.deduplicate, options.near_distance)
     statement = selection.statement()
     step = f"CASE WHEN keeper IS NOT NULL THEN {kept + 1} ELSE {statement.first_failing(selection.term)} END"
     details = [f"d{number}" for number in selection.columns.details]

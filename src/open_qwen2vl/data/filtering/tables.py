@@ -70,7 +70,7 @@ def open_database(folder: Path, memory_limit: str, threads: int | None) -> "Iter
         import duckdb
     except ImportError as error:
         raise ValueError('filter needs duckdb: pip install "open-qwen2vl[data]"') from error
-    limit = int(_parse_size(memory_limit) * _DUCKDB_SHARE)
+    limit = int(parse_size(memory_limit) * _DUCKDB_SHARE)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
@@ -220,7 +220,8 @@ def _mark_listed(connection: "duckdb.DuckDBPyConnection", path: str, number: int
     return len(uids) - fetch_row(connection, f"SELECT count(*) FROM pairs WHERE f{number}")[0]
 
 
-def _parse_size(text: str) -> float:
+def parse_size(text: str) -> float:
+    """Bytes of a size, as `4GB`."""
     match = _MEMORY.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"--memory-limit {text}: give a size, as 4GB or 500MB")

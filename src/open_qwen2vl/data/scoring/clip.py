@@ -21,7 +21,14 @@ class ClipScorer(Scorer):
 
     parts = ("",)
 
-    def __init__(self, model: str, pretrained: str | None = None, batch_size: int = 256, device: str | None = None):
+    def __init__(
+        self,
+        model: str,
+        pretrained: str | None = None,
+        batch_size: int = 256,
+        device: str | None = None,
+        keep_embeddings: bool = False,
+    ):
         self.model = f"{model}/{pretrained}" if pretrained else model
         self.batch_size = batch_size
         self._device = find_device(device)
@@ -33,6 +40,7 @@ class ClipScorer(Scorer):
         sides = self._model.visual.image_size
         self._image_size = max(sides) if isinstance(sides, (tuple, list)) else sides
         self._tokenizer_lock = threading.Lock()
+        self.embeddings = self._embedding_size() if keep_embeddings else 0
 
     def prepare(self, pair: RawPair) -> tuple[torch.Tensor, torch.Tensor]:
         """Pixels `(3, H, W)` in the model's dtype and int64 token ids `(context,)`; or a [`SampleError`]."""
@@ -50,11 +58,18 @@ class ClipScorer(Scorer):
 
     @torch.inference_mode()
     def score(self, batch: tuple[torch.Tensor, torch.Tensor]) -> np.ndarray:
-        """Cosine similarities, float64 `(items, 1)`."""
+        """Cosine similarities, float64 `(items, 1)`; with embeddings those of image and text behind them."""
         pixels, tokens = (column.to(self._device, non_blocking=True) for column in batch)
         image = F.normalize(self._model.encode_image(pixels).float(), dim=-1)
         text = F.normalize(self._model.encode_text(tokens).float(), dim=-1)
-        return (image * text).sum(dim=-1, keepdim=True).double().cpu().numpy()
+        cosines = (image * text).sum(dim=-1, keepdim=True)
+        found = torch.cat([cosines, image, text], dim=-1) if self.embeddings else cosines
+        return found.double().cpu().numpy()
+
+    @torch.inference_mode()
+    def _embedding_size(self) -> int:
+        (tokens,) = self._tokenizer(["a"])
+        return self._model.encode_text(tokens[None].to(self._device)).shape[-1]
 
 
 def load_clip(

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from ...options import flag, option
 
 SCORERS = {  # by name, the options that each takes; the first of those in `_NEEDED` cannot be left out
-    "clip": ("model", "pretrained", "batch_size", "device"),
+    "clip": ("model", "pretrained", "batch_size", "device", "keep_embeddings"),
     "mlm-filter": ("model", "metric", "prompts", "decode", "batch_size", "device"),
     "metadata": ("columns",),
     "basic": (),
@@ -16,7 +16,18 @@ SCORERS = {  # by name, the options that each takes; the first of those in `_NEE
 }
 WITH_MODEL = ("clip", "mlm-filter")
 _NEEDED = (*WITH_MODEL, "metadata")
-_OF_SCORERS = ("model", "pretrained", "prompts", "device", "metric", "decode", "columns", "concepts", "batch_size")
+_OF_SCORERS = (
+    "model",
+    "pretrained",
+    "prompts",
+    "device",
+    "metric",
+    "decode",
+    "columns",
+    "concepts",
+    "batch_size",
+    "keep_embeddings",
+)
 _NAME = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
 _ONE, _WORK = "of one scorer", "how it is run"
 
@@ -81,6 +92,12 @@ class ScoreOptions:
         group=_ONE,
     )
     batch_size: int | None = option(None, help="clip, mlm-filter: pairs scored together", metavar="N", group=_ONE)
+    keep_embeddings: bool = option(
+        False,
+        help="clip: keep those of images and texts, 16 bits a number, in DIR/NAME/embeddings, for the filter's "
+        "--deduplicate semantic",
+        group=_ONE,
+    )
     num_workers: int | None = option(
         None,
         help="clip, mlm-filter: threads that decode for a model; others: processes (default: one per core)",
@@ -119,4 +136,4 @@ class ScoreOptions:
 
     def of_scorer(self) -> dict[str, Any]:
         """The options of one scorer that are given."""
-        return {name: getattr(self, name) for name in _OF_SCORERS if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in _OF_SCORERS if getattr(self, name) not in (None, False)}

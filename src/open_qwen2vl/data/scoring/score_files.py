@@ -40,6 +40,7 @@ HASH_SCHEMA = pa.schema(
 )
 
 DETAIL = pa.field("detail", pa.string())  # of some scores: what a value comes from, shown with it in reasons
+EMBEDDINGS = "embeddings"  # the folder of what is kept of them, beside the score files
 SEPARATOR = ", "  # between the concepts of a caption, in that column
 
 
@@ -112,7 +113,9 @@ def find_score_files(paths: Iterable[str | Path]) -> list[Path]:
     for path in map(Path, paths):
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder of scores")
-        files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+        files = [path]
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*.parquet") if file.parent.name != EMBEDDINGS)
         if not files:
             raise ValueError(f"{path}: no .parquet file in this folder or below it")
         for file in files:

@@ -17,9 +17,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ...files import describe_shard
+from ...files import describe_shard, remove_temporaries
 from ..engine.engine import Outcome, ShardTask
 from ..storage.tars import Sample, index_shard
+from .embeddings import embeddings_file, write_embeddings
 from .pairs import Pair, PreparedSample, RawPair, decode_pair, read_pairs
 from .score_files import DETAIL, score_table, write_scores
 
@@ -34,6 +35,7 @@ class Scorer(Protocol):
     recipe: dict[str, Any]  # what its values depend on beyond the options that it was made with; json-able
     batch_size: int  # pairs that are scored together
     missing_reason: str = "nan_score"  # the reason written where `score` returned NaN
+    embeddings: int = 0  # numbers of an image's and of a text's embedding that `score` gives behind the values
     detail: Callable[[Any], str] | None = None  # of a scorer of one value: what of an item is written beside it
 
     def prepare(self, pair: RawPair) -> Any:
@@ -62,16 +64,20 @@ class TarScorer:
         """Score a tar."""
         recipe = {**self._recipe, "source": describe_shard(task.source, task.output.parent)}
         index, scorer = index_shard(task.source), self._scorer
-        values = np.full((len(index.samples), len(self._labels)), np.nan)
+        parts = len(self._labels)
+        scored = np.full((len(index.samples), parts + 2 * scorer.embeddings), np.nan)
         samples: list[PreparedSample] = []
         with ThreadPoolExecutor(1) as runner:
             waiting: tuple = ()
             for rows, batch in self._batches(task.source, index.samples, samples):
                 following = rows, runner.submit(scorer.score, batch)
-                _keep(values, *waiting)
+                _keep(scored, *waiting)
                 waiting = following
-            _keep(values, *waiting)
+            _keep(scored, *waiting)
         keys, uids, details, reasons = zip(*samples, strict=True) if samples else ((),) * 4
+        values = scored[:, :parts]
+        if scorer.embeddings:
+            self._write_embeddings(task, uids, scored)
         table = score_table(self._labels, scorer.model, keys, uids, values, reasons, scorer.missing_reason)
         if scorer.detail is not None:
             table = table.append_column(DETAIL, pa.array(details, pa.string()))
@@ -81,6 +87,15 @@ class TarScorer:
                 skipped.append((sample.key, sample.reason or scorer.missing_reason))
         total = len(samples) + len(index.skipped)
         return write_tar_scores(task, table, total, skipped, recipe, scorer.recipe)
+
+    def _write_embeddings(self, task: ShardTask, uids: Sequence[str], scored: np.ndarray) -> None:
+        """Before the scores, whose file marks the tar as done."""
+        whole = np.flatnonzero(np.isfinite(scored).all(axis=1))
+        image, text = np.split(scored[whole, len(self._labels) :], 2, axis=1)
+        named = [uids[row] for row in whole]
+        path = embeddings_file(task.output)
+        remove_temporaries([path])
+        write_embeddings(path, named, image, text, self._scorer.model)
 
     def _batches(
         self, tar: Path, samples: Sequence[Sample], seen: list[PreparedSample]

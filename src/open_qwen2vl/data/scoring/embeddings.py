@@ -1,0 +1,91 @@
+"""The embeddings that `score --keep-embeddings` keeps: `OUTPUT/NAME/embeddings/TAR.parquet`, 16 bits a number.
+
+One row for each sample that has a score; the model stands in the metadata. No score file: the filter looks for them
+beside those.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ...files import renamed_when_whole
+from .score_files import EMBEDDINGS
+
+_METADATA_KEY = b"open_qwen2vl_embeddings"
+_ROWS = 1 << 15
+
+
+def embeddings_file(score_file: Path) -> Path:
+    """Where the embeddings of a score file's samples are."""
+    return score_file.parent / EMBEDDINGS / score_file.name
+
+
+def write_embeddings(path: Path, uids: Sequence[str], image: np.ndarray, text: np.ndarray, model: str) -> None:
+    """Write unit vectors `(samples, numbers)` of images and texts, as float16."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = pa.list_(pa.float16(), image.shape[1])
+    columns = [pa.FixedSizeListArray.from_arrays(_halves(vectors), type=kind) for vectors in (image, text)]
+    table = pa.table({"uid": pa.array(uids, pa.string()), "image": columns[0], "text": columns[1]})
+    table = table.replace_schema_metadata({_METADATA_KEY: json.dumps({"model": model}).encode()})
+    with renamed_when_whole(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", row_group_size=_ROWS)
+
+
+def _halves(vectors: np.ndarray) -> pa.Array:
+    return pa.array(np.ascontiguousarray(vectors, np.float16).reshape(-1), pa.float16())
+
+
+def embeddings_of(path: Path) -> tuple[str, int]:
+    """Model and size of the vectors of a file; a `ValueError` for one that holds none."""
+    with _readable(path):
+        schema = pq.read_schema(path)
+        model = json.loads(schema.metadata[_METADATA_KEY])["model"]
+        size = schema.field("image").type.list_size
+        if schema.field("text").type != schema.field("image").type or schema.field("uid").type != pa.string():
+            raise ValueError("its columns are of other types")
+        return model, size
+
+
+def read_embeddings(path: Path, joint: bool) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Uids and unit vectors float32 `(rows, numbers)`, some rows at a time; what is not finite or 0 is left out.
+
+    With `joint` image and text side by side: a product of two is the mean of the cosines of both.
+    """
+    with _readable(path), pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(_ROWS, columns=["uid", "image", "text"] if joint else ["uid", "image"]):
+            parts = [_unit(batch[name]) for name in batch.schema.names[1:]]
+            vectors = np.concatenate(parts, axis=1) / np.sqrt(len(parts), dtype=np.float32)
+            whole = np.isfinite(vectors).all(axis=1)
+            uids = batch["uid"].filter(pa.array(whole))
+            if pc.sum(pc.invert(pc.match_substring_regex(uids, "^[0-9a-f]{32}$"))).as_py():
+                raise ValueError("a uid is not 32 hex digits")
+            yield uids.to_pylist(), vectors[whole]
+
+
+def _unit(column: pa.FixedSizeListArray) -> np.ndarray:
+    if column.null_count:
+        raise ValueError("a vector is missing")
+    vectors = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(column), -1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+class _readable:
+    """What is wrong with a file, as a ValueError with its name."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        damage = (pa.ArrowException, KeyError, TypeError, AttributeError, ValueError, UnicodeDecodeError)
+        if isinstance(error, OSError) and error.errno is None or isinstance(error, damage):
+            raise ValueError(f"{self._path}: no embeddings of score --keep-embeddings: {error}") from error
