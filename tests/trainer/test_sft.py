@@ -374,3 +374,24 @@ def test_rows_that_cannot_be_used_are_counted(rows, processor, tmp_path, caplog)
     assert "dropped row 5: too_long" in caplog.text
     stats = PackingCollator()([items[number] for number in range(6)])["packing_stats"]
     assert stats["documents"] == 1 and sum(stats["dropped"].values()) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [False, True])
+def test_compiled_blocks_learn_the_same(packs, make_trainer, adapter):
+    """Beside TRL's changes of the model and activation checkpointing, which is on by default."""
+    runs = []
+    for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        torch.manual_seed(0)
+        trainer = make_trainer(packs, peft_config=lora_config() if adapter else None, **compiled)
+        trainer.train()
+        runs.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert runs[1] == pytest.approx(runs[0], rel=1e-5)
+
+
+def test_liger_leaves_the_forward_of_packs(packs, make_trainer, monkeypatch):
+    pytest.importorskip("liger_kernel", reason="needs the package liger-kernel")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    model = make_trainer(packs, use_liger_kernel=True).model
+    assert "forward" not in vars(model) and type(model).forward is FORWARD
+    assert "Liger" in str(type(model.model.language_model.norm).forward.__code__.co_freevars)
