@@ -95,6 +95,8 @@ def main(arguments: list[str] | None = None) -> None:
     args, bench = parse(arguments)
     if args.one:
         return run_cases(Record.read(bench.record), args.one, STAGES[args.one], bench)
+    # Of several cards the first: Trainer would spread a process over all of them.
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     bench.folder.mkdir(parents=True, exist_ok=True)
     try:
         if bench.gpu or bench.tiny:

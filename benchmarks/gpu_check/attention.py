@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.qwen2.modeling_qwen2 import eager_attention_forward
 
@@ -19,6 +19,7 @@ from open_qwen2vl import PackingCollator
 from open_qwen2vl.modeling.attention import packed_varlen_attention
 
 from .models import SIZES, Bench
+from .running import Skip
 
 MOST_ERROR = 0.02  # in bf16, whose numbers are 0.4 % apart; kernels differ in the order of their sums
 _FLASH, _CUDNN = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
@@ -59,17 +60,24 @@ class Layer:
     def attend(self, backend: str) -> torch.Tensor:
         """Output `(1, S, heads, head_dim)`."""
         if backend in VARLEN:
-            choice = sdpa_kernel(VARLEN[backend]) if self.bounds.is_cuda else contextlib.nullcontext()
-            with choice:
-                return packed_varlen_attention(
-                    self.module,
-                    *self.states,
-                    None,
-                    self.scaling,
-                    **self.packed,
-                )[0]
+            return self._varlen(backend)
         mask = self._mask_of(backend)
         return MASKED[backend](self.module, *self.states, mask, scaling=self.scaling)[0]
+
+    def _varlen(self, backend: str) -> torch.Tensor:
+        if not self.bounds.is_cuda:
+            choice = contextlib.nullcontext()
+        elif _CUDNN in VARLEN[backend] and not hasattr(varlen, "_select_backend"):
+            raise Skip(f"varlen_attn of torch {torch.__version__} has flash alone")
+        else:
+            choice = sdpa_kernel(VARLEN[backend])
+        try:
+            with choice:
+                return packed_varlen_attention(self.module, *self.states, None, self.scaling, **self.packed)[0]
+        except RuntimeError as refused:
+            if "CUDNN_ATTENTION was requested" not in str(refused):
+                raise
+            raise Skip(" ".join(str(refused).split())) from refused
 
     def _mask_of(self, backend: str) -> torch.Tensor:
         if not hasattr(self, "_masks"):

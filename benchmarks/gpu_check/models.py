@@ -3,6 +3,7 @@
 A run's figures are the trainer's own (`tokens_per_second`, `mfu`, `data_wait`), of the steps after a warm-up.
 """
 
+import gc
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,6 +135,9 @@ class Bench:
 
 def build_model(bench: Bench, attention: str, layers: int | None = None) -> OpenQwen2VLForConditionalGeneration:
     """Random fp32 weights, the same in every process on the same device."""
+    if bench.gpu:  # what a case before could not be built of
+        gc.collect()
+        torch.cuda.empty_cache()
     config = make_config(bench.size, layers)
     config.image_token_id = size_processor(bench.size).image_token_id
     torch.manual_seed(0)
@@ -167,7 +171,7 @@ def build_trainer(
             # Random weights and endless epochs of the same photographs: the loss means nothing here.
             max_loss_rise=0,
             dataloader_num_workers=bench.workers,
-            **{"bf16": bench.gpu, **options},
+            **{"bf16": bench.gpu or options.get("bf16_residual", False), **options},
         )
         packs_of_run = steps * args.gradient_accumulation_steps * args.per_device_train_batch_size
         # Within one epoch, whose last step would else be filled up with empty packs.

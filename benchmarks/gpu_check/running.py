@@ -89,12 +89,15 @@ class Record:
 
 
 def run_cases(record: Record, name: str, stage: Stage, bench: Any) -> None:
-    """In the stage's process: every open case."""
+    """In the stage's process: every open case, up to one that fails.
+
+    The next process goes on: a CUDA context may answer nothing any more, and what was allocated may not be free.
+    """
     for case in record.open_cases(name, stage.cases):
         record.settle(name, case, {"running": True})
         outcome = run_case(stage.cases[case], bench)
         record.settle(name, case, outcome)
-        if "device_lost" in outcome:
+        if "failed" in outcome:
             return
 
 
@@ -107,10 +110,8 @@ def run_case(case: Callable[[Any], Outcome], bench: Any) -> Outcome:
         return {"skipped": str(skip)}
     except Exception as error:
         traceback.print_exc()
-        message = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        # After an error of its own a CUDA context answers nothing any more.
-        lost = {"device_lost": True} if type(error).__name__ == "AcceleratorError" else {}
-        return {"failed": message[:300], **lost}
+        first = str(error).strip().partition("\n")[0]
+        return {"failed": f"{type(error).__name__}: {first}"[:300]}
 
 
 def run_stage(path: Path, name: str, stage: Stage, command: list[str], log: Path, budget: float) -> Record:

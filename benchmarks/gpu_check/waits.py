@@ -65,7 +65,8 @@ def step_waits(bench: Bench) -> dict:
         trainer.train()
     release(trainer)
     lines = "; ".join(f"{line} ({times}x)" for line, times in found.most_common())
-    return {"micro-batches": ACCUMULATION * watch.watched, "waits": found.total(), "lines": lines or "none"}
+    nothing = "none" if bench.gpu else "no device to wait for"
+    return {"micro-batches": ACCUMULATION * watch.watched, "waits": found.total(), "lines": lines or nothing}
 
 
 CASES = {"an optimizer step": step_waits}
