@@ -138,7 +138,7 @@ MUON = "muon"  # ours, beside transformers' names of optimizers
 _NO_OPTIM_ARGS = ("adamw_torch", "adamw_torch_fused", "adafactor", MUON)
 _EVALUATED = ("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "eval_on_start")
 _CHECKPOINT_OPTIONS = frozenset(
-    ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop", "context_fn")
+    ("every_n_layers", "use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop", "context_fn")
 )
 _LOADER = {"split_batches": False, "dispatch_batches": None, "even_batches": True, "use_seedable_sampler": True}
 
