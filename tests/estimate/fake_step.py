@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers.initialization import no_init_weights
 
-from open_qwen2vl import OpenQwen2VLConfig, OpenQwen2VLForConditionalGeneration, PackedTrainingArguments
+from open_qwen2vl import OpenQwen2VLConfig, OpenQwen2VLForConditionalGeneration
 from open_qwen2vl.estimate.memory import MicroBatch, Training
 from open_qwen2vl.families import packed_model
 from open_qwen2vl.modeling import attention, loss
@@ -107,8 +107,7 @@ def _as_on_a_gpu() -> Iterator[None]:
 
 @contextlib.contextmanager
 def fake_ranks(replicas: int, shards: int) -> Iterator[SimpleNamespace]:
-    """What accelerate's function asks of an accelerator, and `arguments`, on rank 0 of ranks that do nothing."""
-    arguments = PackedTrainingArguments("unused", use_cpu=True)
+    """What accelerate's function asks of an accelerator, on rank 0 of ranks that do nothing."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=replicas * shards)
     try:
         parallelism = ParallelismConfig(dp_replicate_size=replicas, dp_shard_size=shards)
@@ -121,7 +120,6 @@ def fake_ranks(replicas: int, shards: int) -> Iterator[SimpleNamespace]:
             device=torch.device("cpu"),
             mixed_precision="bf16",
             is_main_process=True,
-            arguments=arguments,
         )
     finally:
         dist.destroy_process_group()
@@ -151,7 +149,7 @@ def make_model(config: OpenQwen2VLConfig, training: Training) -> nn.Module:
 
 def shard(model: nn.Module, accelerator: SimpleNamespace) -> nn.Module:
     """Shard by our configuration and accelerate's own function."""
-    configure_fsdp(accelerator.state.fsdp_plugin, model, packed_model(model.config), accelerator.arguments)
+    configure_fsdp(accelerator.state.fsdp_plugin, model, packed_model(model.config))
     with mock.patch.object(type(model.model.vision_tower), "to", lambda module, *args, **kwargs: module):
         return fsdp2_prepare_model(accelerator, model)
 
