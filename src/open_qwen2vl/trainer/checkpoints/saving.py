@@ -143,7 +143,7 @@ def pushed_apart(args: TrainingArguments) -> Iterator[None]:
 
 def push_to_hub(trainer: Trainer, *args, **kwargs) -> Any:
     """Push model, processor and card as `Trainer.push_to_hub` does, and nothing else of `output_dir`."""
-    with pushed_apart(trainer.args):
+    with pushed_apart(trainer.args), trainer._average.in_model(trainer.model):
         return Trainer.push_to_hub(trainer, *args, **kwargs)
 
 
