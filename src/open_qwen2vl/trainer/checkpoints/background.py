@@ -55,12 +55,12 @@ def save_weights(
 
 def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights to save, copied where they train; of an adapter's model those alone, all that PEFT takes of it."""
-    weights, frozen = model.state_dict(keep_vars=True), {}
-    for name, weight in list(weights.items()):
-        if isinstance(weight, nn.Parameter) and not weight.requires_grad:
-            frozen[name] = weights.pop(name).detach()
-    copied = in_host_memory({name: weight.detach() for name, weight in weights.items()})
-    return copied if hasattr(model, "peft_config") else {**copied, **frozen}
+    weights = model.state_dict(keep_vars=True)
+    if hasattr(model, "peft_config"):
+        weights = {name: weight for name, weight in weights.items() if getattr(weight, "requires_grad", False)}
+    frozen = {n: w.detach() for n, w in weights.items() if isinstance(w, nn.Parameter) and not w.requires_grad}
+    moving = {name: weight.detach() for name, weight in weights.items() if name not in frozen}
+    return {**in_host_memory(moving), **frozen}
 
 
 def in_host_memory(state: dict[str, Any]) -> dict[str, Any]:
