@@ -182,7 +182,8 @@ def test_compiled_blocks_are_the_same_training(folder, one, launcher):
     compiled = {**SAVED, "torch_compile": True, "torch_compile_backend": "aot_eager"}
     compiled["activation_checkpointing"] = True
     bf16 = {**BF16, "torch_compile": True, "torch_compile_backend": "aot_eager", "bf16_residual": True}
-    two = launch(launcher, folder, {"compiled": compiled, "residual": bf16})
+    pytest.importorskip("torchao", reason="needs the package torchao")
+    two = launch(launcher, folder, {"compiled": compiled, "residual": bf16, "float8": {**bf16, "float8": True}})
     resumed = {**compiled, "resume": f"{launcher}/compiled/checkpoint-3"}
     two |= launch(launcher, folder, {"resumed": resumed})
     assert_same_training(two["compiled"], one["mixture"])
@@ -190,6 +191,9 @@ def test_compiled_blocks_are_the_same_training(folder, one, launcher):
     assert two["resumed"]["losses"] == two["compiled"]["losses"]
     assert two["residual"]["losses"] == pytest.approx(one["bf16"]["losses"], rel=2**-7)
     assert two["residual"]["stream"] == ["torch.bfloat16"]
+    # Scaled by the largest number of each rank, in 3 bits.
+    assert two["float8"]["losses"] == pytest.approx(one["bf16"]["losses"], rel=2e-2)
+    assert two["float8"]["losses"] != two["residual"]["losses"]
 
 
 @pytest.mark.slow
