@@ -40,4 +40,8 @@ def predict(bench: Bench, options: dict[str, Any]) -> Prediction:
     work = planned_work(str(bench.small_packs()))
     estimate = estimate_run(recipe, make_config(bench.size), work, EstimateOptions(recipe="", gpu=kind_of_card()))
     seconds = estimate.time.step / estimate.packs_per_step
-    return Prediction(sum(estimate.memory["one_gpu"].values()) / GIB, 1e3 * seconds, estimate.mfu)
+    # The plan is read again and again here; what it lacks of a step is not filled up with empty packs.
+    packs = sum(each.packs for each in work) * estimate.tokens / sum(each.tokens for each in work)
+    return Prediction(
+        sum(estimate.memory["one_gpu"].values()) / GIB, 1e3 * seconds, estimate.mfu * estimate.packs_per_step / packs
+    )
