@@ -38,6 +38,7 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/loading.py
+	$(BIN)/python benchmarks/decoding.py
 	$(BIN)/python benchmarks/sft.py
 	$(BIN)/python benchmarks/generate.py
 	$(BIN)/python benchmarks/data_scoring.py

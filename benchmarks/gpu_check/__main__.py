@@ -25,15 +25,15 @@ from .running import Record, Stage, run_cases, run_stage
 from .table import write_report
 
 STAGES = {
-    "right": Stage("Attention and kernels, right or wrong", 75, {**right.CASES, **steps.NUMERICS_CASES}),
-    "waits": Stage("Waits for the device", 35, waits.CASES),
+    "right": Stage("Attention and kernels, right or wrong", 90, {**right.CASES, **steps.NUMERICS_CASES}),
+    "waits": Stage("Waits for the device", 30, waits.CASES),
     "step": Stage("The step, packs at a time", 75, steps.STEP_CASES),
-    "levers": Stage("Levers, one by one", 140, steps.LEVER_CASES),
-    "attention": Stage("Attention backends, one layer", 25, attention.CASES),
+    "levers": Stage("Levers, one by one", 130, steps.LEVER_CASES),
+    "attention": Stage("Attention backends, one layer", 20, attention.CASES),
     "loader": Stage("Loading beside computing", 75, steps.LOADER_CASES),
-    "fp8": Stage("fp8", 90, steps.FP8_CASES),
+    "fp8": Stage("fp8", 85, steps.FP8_CASES),
     "rates": Stage("What the card does, beside what is assumed", 20, rates.CASES),
-    "together": Stage("What won, together", 45, steps.TOGETHER_CASES),
+    "together": Stage("What won, together", 40, steps.TOGETHER_CASES),
 }
 RESULTS = Path(__file__).parents[1] / "results"
 PACKAGES = ("transformers", "accelerate", "triton", "liger-kernel", "torchao")

@@ -175,8 +175,11 @@ def build_trainer(
             learning_rate=1e-5,
             # Random weights and endless epochs of the same photographs: the loss means nothing here.
             max_loss_rise=0,
-            dataloader_num_workers=bench.workers,
-            **{"bf16": bench.gpu or options.get("bf16_residual", False), **options},
+            **{
+                "bf16": bench.gpu or options.get("bf16_residual", False),
+                "dataloader_num_workers": bench.workers,
+                **options,
+            },
         )
     except (ImportError, TypeError, ValueError) as refused:
         raise Skip(str(refused).splitlines()[0]) from refused

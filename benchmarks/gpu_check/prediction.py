@@ -10,19 +10,20 @@ from open_qwen2vl.estimate.estimate import estimate_run
 from open_qwen2vl.estimate.inputs import DEFAULTS, planned_work
 from open_qwen2vl.estimate.memory import GIB
 from open_qwen2vl.estimate.options import EstimateOptions
+from open_qwen2vl.estimate.time import BANDWIDTH, PRODUCTS
 from open_qwen2vl.trainer.figures.flops import GPUS
 
 from .models import Bench, make_config
 
-ASSUMED = "h100"  # where there is no card
+ASSUMED, RECIPE_WORKERS = "h100", 8  # where there is no card
 
 
 class Prediction(NamedTuple):
     """Of a step of a case."""
 
     gib: float  # at the fullest moment, with the reserve
-    milliseconds: float | None  # a pack
-    mfu: float | None
+    milliseconds: float  # a pack
+    mfu: float
 
 
 @functools.cache
@@ -36,12 +37,19 @@ def kind_of_card() -> str:
 
 def predict(bench: Bench, options: dict[str, Any]) -> Prediction:
     """What a run of these options takes on this kind of card."""
-    recipe = {**DEFAULTS, "dtype": "float32", "bf16": True, "max_steps": 1, **options}
-    work = planned_work(str(bench.small_packs()))
-    estimate = estimate_run(recipe, make_config(bench.size), work, EstimateOptions(recipe="", gpu=kind_of_card()))
+    workers = bench.workers if bench.gpu else RECIPE_WORKERS
+    recipe = {"dtype": "float32", "bf16": True, "max_steps": 1, "dataloader_num_workers": workers, **options}
+    # So often that steps are whole at any accumulation.
+    work = planned_work([{"path": str(bench.small_packs()), "epochs": 128}])
+    asked = EstimateOptions(recipe="", gpu=kind_of_card())
+    estimate = estimate_run({**DEFAULTS, **recipe}, make_config(bench.size), work, asked)
     seconds = estimate.time.step / estimate.packs_per_step
-    # The plan is read again and again here; what it lacks of a step is not filled up with empty packs.
-    packs = sum(each.packs for each in work) * estimate.tokens / sum(each.tokens for each in work)
-    return Prediction(
-        sum(estimate.memory["one_gpu"].values()) / GIB, 1e3 * seconds, estimate.mfu * estimate.packs_per_step / packs
-    )
+    return Prediction(sum(estimate.memory["one_gpu"].values()) / GIB, 1e3 * seconds, estimate.mfu)
+
+
+def assumed_rates() -> dict[str, float]:
+    """What predictions go by, for the cases of rates.py: TFLOP/s, and TB/s."""
+    gpu = GPUS[kind_of_card()]
+    products = PRODUCTS * gpu.peak_flops / 1e12
+    fp8 = {"fp8 products": 2 * products} if gpu.float8 else {}
+    return {"bf16 products": products, **fp8, "copies": BANDWIDTH * gpu.bandwidth / 1e12}

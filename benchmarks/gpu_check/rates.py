@@ -59,6 +59,4 @@ def memory(bench: Bench) -> dict:
     return {"TB/s": 2 * 4 * count / milliseconds(lambda: target.copy_(source), bench) / 1e9}
 
 
-# What predictions go by on an H100.
-ASSUMED = {"bf16 products": 650.0, "copies": 2.95}
 CASES = {"bf16 products": bf16, "fp8 products": fp8, "copies": memory}

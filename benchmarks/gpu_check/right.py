@@ -40,7 +40,7 @@ class KeepGradients(TrainerCallback):
 def packed_step(bench: Bench, options: dict[str, Any]) -> tuple[float, Gradients, dict]:
     """Loss and gradients of the trainer's first step, and its batch."""
     kept = KeepGradients()
-    options = {"gradient_accumulation_steps": 1, "max_grad_norm": 0.0, **options}
+    options = {"gradient_accumulation_steps": 1, "max_grad_norm": 0.0, "dataloader_num_workers": 0, **options}
     trainer = build_trainer(bench, bench.small_packs(), options, 1, [kept], layers=LAYERS)
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.train()

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import yaml
 
-from . import rates, steps
+from . import steps
 from .models import SIZES, Bench
-from .prediction import Prediction, kind_of_card, predict
+from .prediction import assumed_rates, kind_of_card, predict
 from .running import Outcome, Record, Stage
 
 TRAINED = ("step", "levers", "loader", "fp8", "together")
@@ -30,7 +30,7 @@ def report(record: Record, stages: dict[str, Stage], bench: Bench) -> list[str]:
         if name in TRAINED:
             lines += _steps_table(outcomes, bench)
         else:
-            lines += _plain_table(outcomes, rates.ASSUMED if name == "rates" else {})
+            lines += _plain_table(outcomes, assumed_rates() if name == "rates" else {})
     return lines
 
 
@@ -71,13 +71,13 @@ def _steps_table(outcomes: dict[str, Outcome], bench: Bench) -> list[str]:
     for case, outcome in trained.items():
         done = outcome.get("done", {})
         options = done.get("options") or (None if case == steps.TOGETHER else steps.options_of(case))
-        expected = predict(bench, options) if options else Prediction(None, None, None)
+        expected = predict(bench, options) if options else None
         cells = [
-            _shown("ms a pack", expected.milliseconds),
+            _shown("ms a pack", expected and expected.milliseconds),
             _shown("ms a pack", done.get("ms a pack")),
-            _shown("MFU", expected.mfu),
+            _shown("MFU", expected and expected.mfu),
             _shown("MFU", done.get("MFU")),
-            _shown("GiB", expected.gib),
+            _shown("GiB", expected and expected.gib),
             _shown("GiB", done.get("GiB")),
             _shown("tokens/s", done.get("tokens/s")),
             _shown("waiting", done.get("waiting")),

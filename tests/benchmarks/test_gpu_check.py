@@ -94,6 +94,11 @@ def test_the_report_has_predictions_and_what_won(gpu_check, record, bench):
     assert "No GPU has run this" in "\n".join(gpu_check.table.report(empty, gpu_check.main.STAGES, bench))
 
 
+def test_the_budgets_leave_room_within_ten_minutes(gpu_check):
+    """For a process that starts and one that writes the report."""
+    assert sum(stage.budget for stage in gpu_check.main.STAGES.values()) <= 570
+
+
 def test_documents_that_see_each_other_are_wrong(gpu_check, bench, monkeypatch):
     """The check can fail: attention over the whole pack is no packed attention."""
     original = AttentionInterface()["packed_varlen"]
