@@ -71,3 +71,4 @@ def test_the_chapter_runs_as_it_stands(place, tmp_path_factory, capsys):
     clean, balanced = (set(numbers(place / name)) for name in ("clean.npy", "balanced.npy"))
     # The pictures come again after twelve pairs.
     assert 0 in balanced <= clean and not any(number - 12 in clean for number in balanced)
+    assert set(numbers(place / "best.npy")) == set(range(30))  # fewer than a hundred of each

@@ -17,7 +17,7 @@ EXPR joins clauses with and, or, not and parentheses:
   balance(NAME, T)   from `score --scorer concepts`: of each concept about T pairs at most, of rarer ones all; pairs
                      that name no concept do not pass
 A clause about a score that a pair does not have is neither true nor false, and so is its `not`; a pair is kept where
-the whole of EXPR is true. Example:  --keep "basic() and (top(clip, 0.3) or in(dfn.npy))"
+the whole of EXPR is true. --sql takes a SELECT instead. Example:  --keep "basic() and (top(clip, 0.3) or in(dfn.npy))"
 """
 
 

@@ -154,7 +154,7 @@ def test_scores_without_keys_take_the_keys_of_others(write_score_file, choose, t
         ("clip > 1", {"memory_limit": "lots"}, "--memory-limit lots: give a size"),
         ("clip > 1", {"memory_limit": "1MB"}, "--memory-limit 1MB is not enough"),
         ("clip > 1", {"near_distance": 9}, "--near-distance must be from 0 to 8"),
-        ("clip > 1", {"deduplicate": "fuzzy"}, "--deduplicate fuzzy: there are exact and near"),
+        ("clip > 1", {"deduplicate": "fuzzy"}, "--deduplicate fuzzy: there are exact, near and semantic"),
         ("clip > 1", {"deduplicate": "near"}, "score POOL --scorer image-hash"),
         ("clip > 1", {"report": "scores/report"}, "the report would lie among the scores"),
         ("clip >", {}, "--keep, column 7"),

@@ -18,10 +18,19 @@ class FilterOptions:
     """
 
     scores: tuple[str, ...] = option(help="score files, or folders of them", positional=True, metavar="SCORES")
-    keep: str = option(help="which pairs stay, see below", metavar="EXPR")
+    keep: str | None = option(None, help="which pairs stay, see below", metavar="EXPR")
     output: str = option(
-        help="the uids of the pairs that stay, sorted; a rerun makes it anew, and only one filter at a time does",
+        "",
+        help="the uids of the pairs that stay, sorted; a rerun makes it anew, and only one filter at a time does "
+        "(required)",
         metavar="FILE.npy",
+    )
+    sql: str | None = option(
+        None,
+        help="in place of --keep one SELECT of DuckDB whose column uid names the pairs that stay, from the table "
+        'scores: uid, a column for each score, as "basic.words", and its "NAME.detail" if it has one; files, network '
+        "and settings are out of its reach",
+        metavar="SELECT",
     )
     pool: tuple[str, ...] = option(
         (),
@@ -55,6 +64,10 @@ class FilterOptions:
     joint: bool = option(False, help="semantic duplicates are alike in image and text, not in the image alone")
 
     def __post_init__(self):
+        if not self.output:
+            raise ValueError("--output is required")
+        if (self.keep is None) == (self.sql is None):
+            raise ValueError("give --keep EXPR or --sql SELECT" + (", not both" if self.sql is not None else ""))
         if not 0 < self.min_similarity <= 1:
             raise ValueError(f"--min-similarity must be above 0 and at most 1, got {self.min_similarity}")
         if self.joint and self.deduplicate != "semantic":

@@ -9,6 +9,7 @@ pair fails; one behind the last step means kept, two behind it a duplicate. The 
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,7 @@ from ...output_lock import only_writer
 from ...pages import write_page
 from ..storage.tars import find_tars
 from ..storage.uids import UID_DTYPE, write_uids
+from . import sql
 from .balance import mark_balanced
 from .coverage import measure_coverage
 from .decisions import Selection, find_cuts
@@ -39,12 +41,17 @@ from .tables import (
     keys_of_rows,
     make_details,
     make_pairs,
+    mark_file,
     open_database,
     parse_size,
 )
 
+if TYPE_CHECKING:
+    import duckdb
+
 DECISIONS_NAME, PAGE_NAME = "decisions.parquet", "index.html"
 _ROWS_AT_ONCE = 1 << 17
+_SQL_SHARE = 0.3  # of the memory limit, for a statement of --sql beside DuckDB's own tables
 _VECTOR_SHARE = 0.1  # of the memory limit, for embeddings beside DuckDB's tables and the process
 DECISIONS = pa.schema(
     [
@@ -72,7 +79,7 @@ def select_pairs(options: FilterOptions) -> SelectionReport:
         OSError: if a file cannot be read or written.
     """
     output, folder = Path(options.output), options.report_folder
-    term = parse_expression(options.keep)
+    term = Listed(sql.NAME, sql.NAME, False) if options.keep is None else parse_expression(options.keep)
     tars = find_tars(options.pool) if options.pool else None
     with only_writer(output, is_file=True):
         return _select(options, output, folder, term, tars)
@@ -91,8 +98,9 @@ def _select(
         bar.set_description("reading scores")
         found = find_scores(connection, options.scores)
         columns = _columns(term, found)
-        unscored = make_pairs(connection, found, columns)
+        make_pairs(connection, found, columns)
         columns = make_details(connection, found, columns)
+        unscored = _mark_files(connection, columns, options, work)
         for clause in {(c.name, c.target): c for c in clauses(term) if isinstance(c, Balance)}.values():
             mark_balanced(connection, found, columns, clause, options.seed)
         _advance(bar, "deciding")
@@ -100,6 +108,7 @@ def _select(
         selection = Selection(connection, term, found, columns, cuts, options.seed, options.deduplicate)
         without_hash = _decide(selection, options, work)
         figures = measure(selection, unscored, without_hash)
+        figures.expression = options.sql or figures.expression
         _advance(bar, "writing decisions")
         folder.mkdir(parents=True, exist_ok=True)
         uids = _write_decisions(selection, folder / DECISIONS_NAME, figures.kept)
@@ -110,7 +119,9 @@ def _select(
         _advance(bar, "filtered")
     write_uids(output, uids)
     if not figures.kept:
-        raise ValueError(f"--keep {options.keep}: no pair is left; {folder / PAGE_NAME} says why")
+        raise ValueError(
+            f"{f'--keep {options.keep}' if options.keep else '--sql'}: no pair is left; {folder / PAGE_NAME} says why"
+        )
     return figures
 
 
@@ -119,8 +130,20 @@ def _advance(bar: tqdm, description: str) -> None:
     bar.set_description(description)
 
 
+def _mark_files(
+    connection: "duckdb.DuckDBPyConnection", columns: Columns, options: FilterOptions, work: Path
+) -> dict[str, int]:
+    """Add the columns `f`; how many uids of each file, or of the statement, are no pair's."""
+    if options.sql is not None:
+        memory = int(parse_size(options.memory_limit) * _SQL_SHARE)
+        return {sql.NAME: sql.mark_chosen(connection, columns, options.sql, work, memory, options.threads)}
+    return {path: mark_file(connection, path, number) for path, number in columns.files.items()}
+
+
 def _columns(term: Term, scores: Scores) -> Columns:
-    """A column for each score and file of the expression; raises for a score that no file has."""
+    """A column for each score and file of the expression, of `--sql` for all; raises for a score that no file has."""
+    if isinstance(term, Listed) and term.path == sql.NAME:
+        return Columns({name: number for number, name in enumerate(scores.names)}, {sql.NAME: 0}, {})
     names, files, balances = {}, {}, {}
     for clause in clauses(term):
         if isinstance(clause, Listed):

@@ -143,8 +143,8 @@ def quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def make_pairs(connection: "duckdb.DuckDBPyConnection", scores: Scores, columns: Columns) -> dict[str, int]:
-    """Make the table `pairs`."""
+def make_pairs(connection: "duckdb.DuckDBPyConnection", scores: Scores, columns: Columns) -> None:
+    """Make the table `pairs`, without its columns `f` and `b`."""
     name_number = _numbered("scorer", list(columns.scores))
     reason_number = _numbered("reason", scores.reasons)
     row_id = f"{_ROW_ID} + CASE WHEN key IS NULL THEN {_WITHOUT_KEY} ELSE 0 END"
@@ -162,7 +162,6 @@ def make_pairs(connection: "duckdb.DuckDBPyConnection", scores: Scores, columns:
         ) GROUP BY uid
         """
     )
-    return {path: _mark_listed(connection, path, number) for path, number in columns.files.items()}
 
 
 def make_details(connection: "duckdb.DuckDBPyConnection", scores: Scores, columns: Columns) -> Columns:
@@ -198,7 +197,7 @@ def _numbered(column: str, values: list[str]) -> str:
     return f"(CASE {column} {cases} END)" if values else "NULL"
 
 
-def _mark_listed(connection: "duckdb.DuckDBPyConnection", path: str, number: int) -> int:
+def mark_file(connection: "duckdb.DuckDBPyConnection", path: str, number: int) -> int:
     """Add the column `f` of a file of uids to `pairs`; returns how many of its uids are not there."""
     connection.execute("CREATE TABLE listed (uid UUID)")
     uids = read_uids(path)
@@ -207,17 +206,24 @@ def _mark_listed(connection: "duckdb.DuckDBPyConnection", path: str, number: int
         halves = {name: np.ascontiguousarray(piece[field]) for name, field in (("high", "f0"), ("low", "f1"))}
         rows = connection.from_arrow(pa.table(halves))
         rows.project("((high::UHUGEINT << 64) | low::UHUGEINT)::UUID").insert_into("listed")
+    return mark_listed(connection, number)
+
+
+def mark_listed(connection: "duckdb.DuckDBPyConnection", number: int) -> int:
+    """Add a column `f` to `pairs`, whether a uid is in `listed`, which goes; how many of that are no pair's."""
     # A join of its own: as further rows of the GROUP BY they would keep DuckDB from spilling it.
     connection.execute(
         f"""
-        CREATE TABLE marked AS SELECT pairs.*, listed.uid IS NOT NULL AS f{number}
-        FROM pairs LEFT JOIN listed ON pairs.uid = listed.uid
+        CREATE TABLE marked AS SELECT pairs.*, chosen.uid IS NOT NULL AS f{number}
+        FROM pairs LEFT JOIN (SELECT DISTINCT uid FROM listed) AS chosen ON pairs.uid = chosen.uid
         """
     )
     connection.execute("DROP TABLE pairs")
     connection.execute("ALTER TABLE marked RENAME TO pairs")
+    counts = f"(SELECT count(DISTINCT uid) FROM listed) - (SELECT count(*) FROM pairs WHERE f{number})"
+    (unknown,) = fetch_row(connection, f"SELECT {counts}")
     connection.execute("DROP TABLE listed")
-    return len(uids) - fetch_row(connection, f"SELECT count(*) FROM pairs WHERE f{number}")[0]
+    return unknown
 
 
 def parse_size(text: str) -> float:
