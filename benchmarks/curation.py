@@ -43,7 +43,7 @@ def concepts(count: int) -> list[str]:
         write_scores(Path(folder) / "scores/concepts/0.parquet", table, {"recipe": {}})
         started = time.process_time()
         keep = f"balance(concepts, {count // 500})"
-        report = select_pairs(FilterOptions([f"{folder}/scores"], keep, f"{folder}/subset.npy", threads=1))
+        report = select_pairs(FilterOptions([f"{folder}/scores"], f"{folder}/subset.npy", keep, threads=1))
         filtering = time.process_time() - started
     (tail,) = report.tails
     head, rare = tail.heads[0], tail.whole

@@ -79,7 +79,7 @@ def choose(tmp_path) -> Callable[..., tuple[list[str], SelectionReport]]:
 
     def run(keep: str, **options) -> tuple[list[str], SelectionReport]:
         report = select_pairs(
-            FilterOptions([tmp_path / "scores"], keep, tmp_path / "subset.npy", threads=1, **options)
+            FilterOptions([tmp_path / "scores"], tmp_path / "subset.npy", keep, threads=1, **options)
         )
         uids = read_uids(tmp_path / "subset.npy")
         assert uids.tobytes() == np.unique(uids).tobytes() and report.kept == len(uids)

@@ -41,7 +41,7 @@ def test_options_of_a_config_file_yield_to_the_command_line(scores, tmp_path, ca
     [
         ("keep: [clip > 1]", "keep: ['clip > 1'] is no value for it"),
         ("threads: two", "threads: 'two' is no value for it"),
-        ("kepp: clip > 1", "no option 'kepp'; there are scores, keep, output"),
+        ("kepp: clip > 1", "no option 'kepp'; there are scores, output, keep"),
         ("- clip", "not a file of `option: value` lines"),
         ("keep: 'clip", "--config"),
         pytest.param("keep: " + "[" * 5000, "nested too deeply", id="deep"),

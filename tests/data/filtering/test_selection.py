@@ -114,7 +114,7 @@ def test_same_bytes_in_any_order_and_with_any_number_of_threads(write_score_file
             pq.write_table(table.replace_schema_metadata(metadata), path)
             write_scores(path, table, {"recipe": {}})
         select_pairs(
-            FilterOptions([folder / "scores"], "top(mlm, 0.3) and clip < 0.8", folder / "subset.npy", threads=threads)
+            FilterOptions([folder / "scores"], folder / "subset.npy", "top(mlm, 0.3) and clip < 0.8", threads=threads)
         )
         names = ("subset.npy", "subset_report/decisions.parquet", "subset_report/index.html")
         outputs.append([(folder / name).read_bytes() for name in names])
@@ -179,7 +179,7 @@ def test_names_that_duckdb_takes_for_patterns_are_files(write_score_file, tmp_pa
     path = write_score_file("clip", {UIDS[0]: 1.0})
     folder = tmp_path / "key=1" / "a[b]*?'c"
     shutil.copytree(path.parent, folder)
-    report = select_pairs(FilterOptions([folder], "clip > 0", tmp_path / "key=1" / "subset.npy"))
+    report = select_pairs(FilterOptions([folder], tmp_path / "key=1" / "subset.npy", "clip > 0"))
     assert report.kept == 1
 
 

@@ -18,13 +18,11 @@ class FilterOptions:
     """
 
     scores: tuple[str, ...] = option(help="score files, or folders of them", positional=True, metavar="SCORES")
-    keep: str | None = option(None, help="which pairs stay, see below", metavar="EXPR")
     output: str = option(
-        "",
-        help="the uids of the pairs that stay, sorted; a rerun makes it anew, and only one filter at a time does "
-        "(required)",
+        help="the uids of the pairs that stay, sorted; a rerun makes it anew, and only one filter at a time does",
         metavar="FILE.npy",
     )
+    keep: str | None = option(None, help="which pairs stay, see below", metavar="EXPR")
     sql: str | None = option(
         None,
         help="in place of --keep one SELECT of DuckDB whose column uid names the pairs that stay, from the table "
@@ -64,8 +62,6 @@ class FilterOptions:
     joint: bool = option(False, help="semantic duplicates are alike in image and text, not in the image alone")
 
     def __post_init__(self):
-        if not self.output:
-            raise ValueError("--output is required")
         if (self.keep is None) == (self.sql is None):
             raise ValueError("give --keep EXPR or --sql SELECT" + (", not both" if self.sql is not None else ""))
         if not 0 < self.min_similarity <= 1:
