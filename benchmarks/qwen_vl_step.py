@@ -71,13 +71,15 @@ def packed_batch(documents: list[dict]) -> dict:
     lengths = torch.tensor([len(document["input_ids"]) for document in documents])
     boundaries = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
     labels = torch.cat([document["labels"] for document in documents])[None]
+    input_ids = torch.cat([document["input_ids"] for document in documents])
     return {
-        "input_ids": torch.cat([document["input_ids"] for document in documents])[None],
+        "input_ids": input_ids[None],
         "labels": labels,
         "label_positions": torch.nonzero(labels[0, 1:] != -100).squeeze(1),
         "position_ids": torch.cat(positions, dim=1)[:, None],
         "pixel_values": torch.cat([document["patches"] for document in documents]),
-        "image_grid_thw": torch.cat([document["grid"] for document in documents]),
+        "image_grid_thw": torch.cat([document["grid"] for document in documents]).tolist(),
+        "image_positions": torch.nonzero(input_ids == IMAGE).squeeze(1),
         "cu_seq_lens_q": boundaries,
         "cu_seq_lens_k": boundaries,
         "max_length_q": int(lengths.max()),

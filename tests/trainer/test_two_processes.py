@@ -345,6 +345,8 @@ def test_ranks_leave_together(folder, backbones, monkeypatch):
         "logging_steps": 1,
         "dataloader_num_workers": 1,
         "use_cpu": True,
+        # A fifth of `second` cannot be read.
+        "max_dropped_share": 0.2,
     }
     options["train_packs"][0]["weight"] = 2
     config = folder / "config.yaml"
