@@ -44,6 +44,8 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/data_scoring.py
 	$(BIN)/python benchmarks/mlm_filter.py
 	$(BIN)/python benchmarks/filter.py
+	$(BIN)/python benchmarks/decontamination.py
+	$(BIN)/python benchmarks/curation.py
 	$(BIN)/python benchmarks/evaluate.py
 
 # Ten minutes on a GPU: right or wrong, waits, the step, each lever; writes benchmarks/results/gpu.md and goes on from there.
