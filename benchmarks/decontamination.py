@@ -124,7 +124,8 @@ def speed(entries: int, asked: int) -> list[str]:
     note = (
         f"{bytes_each:,.0f} bytes a picture: 100,000 are {bytes_each * 1e5 / 1e6:,.0f} MB on the disk, mapped and "
         f"shared by the processes. At {clean * 1e3:.1f} ms 28M pictures are {28e6 * clean / 3600:,.0f} core hours "
-        "against this index (searching grows with it: 32 of 4,096 lists), decoding aside (its time is the scorers': benchmarks/results/data_scoring.md)."
+        "against this index (searching grows with it: 32 of 4,096 lists), decoding aside (its time is the "
+        "scorers': benchmarks/results/data_scoring.md)."
     )
     return [head, "|" + "---:|" * 9, row, "", note]
 
