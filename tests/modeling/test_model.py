@@ -205,8 +205,39 @@ def test_a_budget_is_read_in_any_nesting(tiny_model, processor, budget):
     inputs = processor(images=images, text=[PROMPT] * 2, image_seq_length=9, return_tensors="pt")
     expected = tiny_model(**{**inputs, "image_seq_length": 9}).logits
     assert torch.equal(tiny_model(**{**inputs, "image_seq_length": budget}).logits, expected)
-    with pytest.raises(ValueError, match=r"the same image_seq_length, not \[4, 9\]"):
-        tiny_model(**{**inputs, "image_seq_length": [[4], [9]]})
+
+
+def test_budgets_may_differ_within_a_call(tiny_model, processor):
+    """Requests that a server puts into one call: logits and features are those of each alone."""
+    images = [Image.effect_noise((40, 30), 90).convert("RGB") for _ in range(3)]
+    budgets, rows, alone = [9, 4, 9], [], []
+    for image, budget in zip(images, budgets, strict=True):
+        inputs = processor(images=image, text=PROMPT, image_seq_length=budget, return_tensors="pt")
+        rows.append(inputs)
+        alone.append(tiny_model(**inputs).logits)
+    pixels = torch.cat([row["pixel_values"] for row in rows])
+    features = tiny_model.get_image_features(pixels, image_seq_length=budgets).pooler_output
+    for row, budget, given in zip(rows, budgets, features, strict=True):
+        (own,) = tiny_model.get_image_features(row["pixel_values"], image_seq_length=budget).pooler_output
+        torch.testing.assert_close(given, own, atol=1e-5, rtol=1e-5)
+    ids = torch.cat([row["input_ids"] for row in rows], dim=1)
+    places = torch.cat([torch.arange(row["input_ids"].shape[1]) for row in rows])[None]
+    packed = tiny_model(
+        input_ids=ids, pixel_values=pixels, position_ids=places, image_seq_length=budgets, **boundaries(rows)
+    )
+    torch.testing.assert_close(packed.logits, torch.cat(alone, dim=1), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="image_seq_length has 2 entries for 3 images"):
+        tiny_model.get_image_features(pixels, image_seq_length=[4, 9])
+    with pytest.raises(ValueError, match="image_seq_length=5 must be a square number between 1 and 16"):
+        tiny_model.get_image_features(pixels, image_seq_length=[4, 5, 9])
+
+
+def boundaries(rows) -> dict:
+    lengths = [row["input_ids"].shape[1] for row in rows]
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    return {name: ends for name in ("cu_seq_lens_q", "cu_seq_lens_k")} | {
+        name: max(lengths) for name in ("max_length_q", "max_length_k")
+    }
 
 
 def test_shifted_labels_give_the_same_loss(tiny_model, inputs):

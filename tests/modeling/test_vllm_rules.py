@@ -201,6 +201,35 @@ def test_every_output_can_be_cut_per_image(call):
     assert len(cut_per_image(call(PAD * 3), 3)) == 3
 
 
+def test_a_budget_that_cannot_be_is_refused_by_the_processor(processor, call, tmp_path):
+    """Behind it vLLM's engine would end, and all requests with it."""
+    for budget in (5, 0, 25):
+        with pytest.raises(ValueError, match=f"image_seq_length={budget} must be a square number between 1 and 16"):
+            call(PAD * 3, image_seq_length=budget)
+        with pytest.raises(ValueError, match=f"image_seq_length={budget} must be"):
+            processor._get_num_multimodal_tokens(image_sizes=SIZES, image_seq_length=budget)
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="between 1 and 16"):
+        type(processor).from_pretrained(tmp_path, image_seq_length=25)
+
+
+# Kernels
+
+
+@pytest.mark.parametrize("options", [{}, {"image_seq_length": 16}], ids=["pooled", "full grid"])
+def test_the_input_of_every_linear_is_contiguous(tiny_model, call, options):
+    """What a kernel may ask for: oneDNN's in vLLM refuses a transposed view."""
+    views = set()
+    for name, module in tiny_model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(
+                lambda _, inputs, name=name: None if inputs[0].is_contiguous() else views.add(name)
+            )
+    with torch.no_grad():
+        tiny_model(**call(f"<s>a cat {PAD} and dogs {PAD}{PAD}", **options))
+    assert views == set()
+
+
 # Compilation
 
 

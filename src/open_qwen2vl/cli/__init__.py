@@ -17,6 +17,7 @@ from . import (
     demo,
     estimate,
     evaluate,
+    export,
     extract_frames,
     filter,
     init_vit,
@@ -31,7 +32,7 @@ from .options import add_command
 # In the order of --help.
 COMMANDS = (
     *(score, decontaminate, filter, reshard, extract_frames, boxes, pack),
-    *(convert, init_vit, estimate, chat, evaluate, report, demo),
+    *(convert, export, init_vit, estimate, chat, evaluate, report, demo),
 )
 
 

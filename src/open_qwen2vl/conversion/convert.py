@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
@@ -96,7 +97,7 @@ def convert_checkpoint(
         unused += [f"{name} (beside the vision tower)" for name in other]
     vision_config = read_vision_config(tensors["vision_backbone"], vision_heads)
     text_config, tokenizer = _load_text_model(text_model)
-    processor = _build_processor(tokenizer, budget, vision_config["image_size"])
+    processor = _build_processor(tokenizer, budget, vision_config)
     config = OpenQwen2VLConfig(
         vision_config=vision_config,
         text_config=text_config,
@@ -139,7 +140,7 @@ def convert_to_original(
         FileNotFoundError: if `model_folder` has no weights.
     """
     model_folder, output = Path(model_folders.model_folder(model_folder)), Path(output)
-    config, state = _load_model(model_folder)
+    config, state = load_model(model_folder)
     backbone, other = _backbone_to_write(state, config, vision_weights)
     tensors = restore_original_tensors(state, config, backbone)
     if backbone is None:
@@ -210,7 +211,7 @@ def _original_settings(config: OpenQwen2VLConfig, name: str) -> dict:
     return {"model": model, "mount_path": "Qwen"}
 
 
-def _load_model(folder: Path) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
+def load_model(folder: Path) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
     """Config and tensors of a model's folder, or of an adapter's after merging."""
     if not model_folders.is_adapter(folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -242,12 +243,16 @@ def _load_text_model(source: str) -> tuple[PreTrainedConfig, PreTrainedTokenizer
 
 
 def _build_processor(
-    tokenizer: PreTrainedTokenizerBase, image_seq_length: int, image_size: int
+    tokenizer: PreTrainedTokenizerBase, image_seq_length: int, vision_config: dict[str, Any]
 ) -> OpenQwen2VLProcessor:
     """The original's prompt format by default, that of new models as `chat_template="chatml"`."""
-    image_processor = SiglipImageProcessorPil(size={"height": image_size, "width": image_size})
+    image_size = vision_config["image_size"]
     return OpenQwen2VLProcessor.from_parts(
-        image_processor, tokenizer, image_seq_length, default_template="chat_template_original.jinja"
+        SiglipImageProcessorPil(size={"height": image_size, "width": image_size}),
+        tokenizer,
+        image_seq_length,
+        default_template="chat_template_original.jinja",
+        patches_per_side=image_size // vision_config["patch_size"],
     )
 
 

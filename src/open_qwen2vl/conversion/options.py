@@ -1,6 +1,7 @@
-"""Options of the commands `convert` and `init-vit`."""
+"""Options of the commands `convert`, `export` and `init-vit`."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ..options import option
 
@@ -37,6 +38,21 @@ class ConvertOptions:
             raise ValueError("--to-original takes no --text-model and no --vision-heads: the model's folder has both")
         if not self.to_original and not self.text_model:
             raise ValueError("--text-model is required (a hub id or folder, as Qwen/Qwen2.5-1.5B-Instruct)")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What is written for other programs: the options of `open-qwen2vl export`."""
+
+    model: str = option(
+        help="folder of a model, of an adapter (merged first) or of a training", positional=True, metavar="MODEL"
+    )
+    output: str = option(help="folder to make", metavar="FOLDER")
+    format: Literal["gguf"] = option("gguf", help="llama.cpp's: a file of the language model, and an mmproj file")
+    type: Literal["f16", "q8_0"] = option("f16", help="of the matrices")
+    image_seq_length: int | None = option(
+        None, help="the full grid, for a model trained with fewer tokens an image (llama.cpp cannot pool)", metavar="N"
+    )
 
 
 @dataclass(frozen=True)

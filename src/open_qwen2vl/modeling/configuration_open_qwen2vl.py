@@ -4,11 +4,32 @@ This file travels with checkpoints (`trust_remote_code`): it imports transformer
 """
 
 import math
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+
+VISION_DEFAULTS = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
+}
+TEXT_DEFAULTS = {
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+    "tie_word_embeddings": True,
+}
 
 
 @strict
@@ -36,34 +57,7 @@ class OpenQwen2VLConfig(PreTrainedConfig):
     """
 
     model_type = "open_qwen2vl"
-    sub_configs_defaults = {
-        "vision_config": SubConfigSpec(
-            config_class=AutoConfig,
-            model_type="siglip_vision_model",
-            init_kwargs={
-                "hidden_size": 1152,
-                "intermediate_size": 4304,
-                "num_hidden_layers": 27,
-                "num_attention_heads": 16,
-                "image_size": 384,
-                "patch_size": 14,
-            },
-        ),
-        "text_config": SubConfigSpec(
-            config_class=AutoConfig,
-            model_type="qwen2",
-            init_kwargs={
-                "vocab_size": 151936,
-                "hidden_size": 1536,
-                "intermediate_size": 8960,
-                "num_hidden_layers": 28,
-                "num_attention_heads": 12,
-                "num_key_value_heads": 2,
-                "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
-                "tie_word_embeddings": True,
-            },
-        ),
-    }
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
@@ -74,6 +68,9 @@ class OpenQwen2VLConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
+        # transformers' own `SubConfigSpec` came after 5.19, which vLLM asks for.
+        self.vision_config = _sub_config(self.vision_config, VISION_DEFAULTS)
+        self.text_config = _sub_config(self.text_config, TEXT_DEFAULTS)
         super().__post_init__(**kwargs)
         # Tying is a property of the language model; the top level repeats it because loading looks for it there.
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
@@ -93,6 +90,14 @@ class OpenQwen2VLConfig(PreTrainedConfig):
     def num_vision_blocks(self) -> int:
         """Number of vision blocks that are built and run (26 of SigLIP-SO400M's 27)."""
         return self.vision_feature_layer % (self.vision_config.num_hidden_layers + 1)
+
+
+def _sub_config(given: dict[str, Any] | PreTrainedConfig | None, defaults: dict[str, Any]) -> PreTrainedConfig:
+    """A config as it is, or one of a dict; the defaults are those of no dict at all, and give a dict its type."""
+    if isinstance(given, PreTrainedConfig):
+        return given
+    values = defaults if given is None else {"model_type": defaults["model_type"], **given}
+    return AutoConfig.for_model(**values)
 
 
 def pooled_grid_side(image_seq_length: int, patches_per_side: int) -> int:

@@ -11,7 +11,6 @@ from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel, SiglipVisionModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llava.modeling_llava import LlavaModel, LlavaModelOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
@@ -21,7 +20,21 @@ from .backbones import greedy_generation, load_backbones
 from .configuration_open_qwen2vl import OpenQwen2VLConfig, pooled_grid_side
 from .loss import selected_position_loss
 from .pretrained import OpenQwen2VLCausalLMOutputWithPast, OpenQwen2VLPreTrainedModel
-from .vision import OpenQwen2VLMultiModalProjector, normalize_pixels, read_image_seq_length, truncate_vision_tower
+from .vision import (
+    OpenQwen2VLMultiModalProjector,
+    join_features,
+    normalize_pixels,
+    read_image_seq_length,
+    truncate_vision_tower,
+)
+
+try:
+    from transformers.modeling_utils import slice_logits_to_keep
+except ImportError:  # transformers 5.19, which vLLM asks for
+
+    def slice_logits_to_keep(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+        """`(batch, kept, hidden)`: the last positions, all for 0, or those of a tensor."""
+        return hidden[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
 
 
 class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
@@ -47,7 +60,7 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
             pixel_values (`torch.Tensor` of shape `(images, 3, height, width)`): uint8 pixels, which are normalised
                 here with mean = std = 0.5, or floats, which are taken as they are.
             image_seq_length (`int` or `list[int]`, *optional*): tokens per image; the config's where not given. A list
-                has an entry for each image, all the same.
+                has an entry for each image.
             **kwargs: passed to the vision tower.
 
         Returns:
@@ -56,7 +69,8 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
             shape `(image_seq_length, text_hidden)`.
 
         Raises:
-            ValueError: if the images are not of the tower's size, or the budget does not fit its grid.
+            ValueError: if the images are not of the tower's size, a budget does not fit its grid, or budgets that
+                differ are not as many as the images.
         """
         outputs, features = self._encode_images(pixel_values, image_seq_length, **kwargs)
         return BaseModelOutputWithPooling(
@@ -68,18 +82,20 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
 
     def _encode_images(
         self, pixel_values: torch.Tensor, image_seq_length: int | list[int] | None, **kwargs
-    ) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
+    ) -> tuple[BaseModelOutputWithPooling, torch.Tensor | list[torch.Tensor]]:
         """Output of the tower, and features `(images, image_seq_length, text_hidden)` in one tensor.
 
-        A list of them would make a compiler start anew for every number of images.
+        A list of them would make a compiler start anew for every number of images; only where budgets differ it is
+        one, of `(image_seq_length, text_hidden)` for each image.
         """
-        image_seq_length = read_image_seq_length(image_seq_length, self.config.image_seq_length)
-        pooled_grid_side(image_seq_length, self.config.patches_per_side)
+        budgets = read_image_seq_length(image_seq_length, self.config.image_seq_length, len(pixel_values))
+        for budget in {budgets} if isinstance(budgets, int) else set(budgets):
+            pooled_grid_side(budget, self.config.patches_per_side)
         pixel_values = normalize_pixels(pixel_values, self.config.vision_config.image_size)
         trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
-        return outputs, self.multi_modal_projector(outputs.last_hidden_state, image_seq_length)
+        return outputs, self.multi_modal_projector(outputs.last_hidden_state, budgets)
 
     def _zero_image_term(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """0 computed from a blank image: a text-only batch has the same collectives and gradients as others."""
@@ -121,8 +137,8 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
             attention_mask = packed_attention_mask(config, inputs_embeds, position_ids, has_branches)
         image_features = self._image_features(pixel_values, image_seq_length, mm_encoder_outputs)
         if image_features is not None:
-            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
-            inputs_embeds = self._place_images(inputs_embeds, input_ids, image_features, image_positions)
+            rows = join_features(image_features).to(inputs_embeds.device, inputs_embeds.dtype)
+            inputs_embeds = self._place_images(inputs_embeds, input_ids, rows, image_positions)
         elif past_key_values is None and (self.training or packed):
             inputs_embeds = inputs_embeds + self._zero_image_term(inputs_embeds)
 
@@ -150,27 +166,26 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
         pixel_values: torch.Tensor | None,
         image_seq_length: int | list[int] | None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
-    ) -> torch.Tensor | None:
-        """`(images, image_seq_length, hidden)`, computed or as given; None without images."""
+    ) -> torch.Tensor | list[torch.Tensor] | None:
+        """`(images, image_seq_length, hidden)`, or a list by image, computed or as given; None without images."""
         given = (mm_encoder_outputs or {}).get("image")
         if given is not None:
-            return torch.stack(list(given.pooler_output))
+            return list(given.pooler_output)
         return None if pixel_values is None else self._encode_images(pixel_values, image_seq_length)[1]
 
     def _place_images(
         self,
         inputs_embeds: torch.Tensor,
         input_ids: torch.LongTensor | None,
-        image_features: torch.Tensor,
+        rows: torch.Tensor,
         image_positions: torch.LongTensor | None,
     ) -> torch.Tensor:
-        """Embeddings `(batch, sequence, hidden)` with the features in place of the placeholders."""
+        """Embeddings `(batch, sequence, hidden)` with the features `(placeholders, hidden)` in place of these."""
         if image_positions is not None:
             # On a device a mask would be waited for twice, in its check and in its backward.
-            rows = inputs_embeds.flatten(0, 1).index_copy(0, image_positions, image_features.flatten(0, 1))
-            return rows.view_as(inputs_embeds)
-        mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
-        return inputs_embeds.masked_scatter(mask, image_features)
+            return inputs_embeds.flatten(0, 1).index_copy(0, image_positions, rows).view_as(inputs_embeds)
+        mask = self.get_placeholder_mask(input_ids, inputs_embeds, rows[None])
+        return inputs_embeds.masked_scatter(mask, rows)
 
 
 class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, GenerationMixin):
@@ -186,7 +201,7 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
         labels (`torch.LongTensor` of shape `(batch, sequence)`): token ids, -100 where nothing is to be predicted;
             shifted inside. The loss (fp32) is computed at the labelled positions only.
         shift_labels (`torch.LongTensor` of shape `(batch, sequence)`): labels already shifted, instead of `labels`.
-        image_seq_length (`int`, or for each image the same): tokens per image of this call; the config's where not
+        image_seq_length (`int`, or one for each image): tokens per image of this call; the config's where not
             given. It is never inferred from counts.
         use_cache (`bool`): the config's where not given; never in training, with labels or in a packed batch.
         skip_logits (`bool`): return no logits; by default True in training with labels.

@@ -33,9 +33,21 @@ class OpenQwen2VLMultiModalProjector(nn.Module):
         features = image_features.transpose(1, 2).reshape(images, width, grid, grid)
         return nn.functional.adaptive_avg_pool2d(features, (side, side)).flatten(2).transpose(1, 2)
 
-    def forward(self, image_features: torch.Tensor, image_seq_length: int) -> torch.Tensor:
-        """`(images, grid * grid, vision_hidden)` to `(images, image_seq_length, text_hidden)`."""
-        pooled = self.pool(image_features, image_seq_length)
+    def forward(
+        self, image_features: torch.Tensor, image_seq_length: int | list[int]
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """`(images, grid * grid, vision_hidden)` to `(images, image_seq_length, text_hidden)`.
+
+        With a budget for each image a list of `(image_seq_length, text_hidden)`, computed budget by budget.
+        """
+        if not isinstance(image_seq_length, int):
+            found: dict[int, torch.Tensor] = {}
+            for budget in set(image_seq_length):
+                images = [image for image, own in enumerate(image_seq_length) if own == budget]
+                found |= zip(images, self(image_features[images], budget), strict=True)
+            return [found[image] for image in sorted(found)]
+        # Pooled or not it is a transposed view, which some kernels of a Linear refuse, as oneDNN's in vLLM.
+        pooled = self.pool(image_features, image_seq_length).contiguous()
         return self.linear_2(self.act(self.linear_1(pooled)))
 
 
@@ -49,12 +61,22 @@ def truncate_vision_tower(vision_tower: SiglipVisionModel, config: OpenQwen2VLCo
     return vision_tower
 
 
-def read_image_seq_length(value: Any, default: int) -> int:
-    """The one budget of a call, from a number or, per image, a tensor or list of any nesting; None: `default`."""
-    budgets = set(_flatten(value))
-    if len(budgets) > 1:
-        raise ValueError(f"images of one call must have the same image_seq_length, not {sorted(budgets)}")
-    return budgets.pop() if budgets else default
+def read_image_seq_length(value: Any, default: int, images: int) -> int | list[int]:
+    """The budget of a call, from a number or, per image, a tensor or list of any nesting; None: `default`.
+
+    Budgets that differ are a list, one for each image.
+    """
+    budgets = _flatten(value)
+    if len(set(budgets)) > 1:
+        if len(budgets) != images:
+            raise ValueError(f"image_seq_length has {len(budgets)} entries for {images} images")
+        return budgets
+    return budgets[0] if budgets else default
+
+
+def join_features(features: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+    """`(tokens of all images, hidden)` of one tensor or of a list by image."""
+    return features.flatten(0, 1) if isinstance(features, torch.Tensor) else torch.cat(features)
 
 
 def _flatten(value: Any) -> list[int]:

@@ -6,6 +6,8 @@ This file travels with checkpoints: it imports installed libraries and its sibli
 """
 
 import base64
+import inspect
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,15 +19,20 @@ import torch
 from jinja2 import TemplateError
 from PIL import Image
 from torch import nn
-from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.utils import logging
 
 from .images import array_to_rgb, decode_image, decode_pixels, to_rgb
 from .rendering import limit_rendering
 from .text_formats import IMAGE_TOKEN, prepare_tokenizer
 
+logger = logging.get_logger(__name__)
+
+# Transformers 5.19, which vLLM asks for, cannot do it.
+_SANITIZES = "sanitize_control_tokens" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
 # Filters of SigLIP's image processors by the name that torch has for them.
 TORCH_RESAMPLING = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
 
@@ -44,6 +51,7 @@ class OpenQwen2VLProcessorKwargs(ProcessingKwargs, total=False):
     """Options of a processor call."""
 
     images_kwargs: OpenQwen2VLImagesKwargs
+    _defaults = {}  # read by transformers 5.19
 
 
 class OpenQwen2VLProcessor(ProcessorMixin):
@@ -60,17 +68,30 @@ class OpenQwen2VLProcessor(ProcessorMixin):
             `default`, `chat_templates` has all.
         image_seq_length (`int`, *optional*, defaults to 144):
             Tokens per image where a call names none.
+        patches_per_side (`int`, *optional*):
+            Side of the vision tower's patch grid, whose square is the most tokens that a call may name.
+
+    Raises:
+        ValueError: here and in a call, if an `image_seq_length` is no square number or above the grid.
     """
 
     valid_processor_kwargs = OpenQwen2VLProcessorKwargs
     image_token = IMAGE_TOKEN
     skip_tensor_conversion = [*ProcessorMixin.skip_tensor_conversion, "image_seq_length"]
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, image_seq_length: int = 144):
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        chat_template=None,
+        image_seq_length: int = 144,
+        patches_per_side: int | None = None,
+    ):
         if not isinstance(image_processor, SiglipImageProcessorPil):
             # The Auto classes prefer the torchvision backend, also for what the Pillow one saved.
             image_processor = SiglipImageProcessorPil.from_dict(image_processor.to_dict())
-        self.image_seq_length = self._model_image_seq_length = image_seq_length
+        self.patches_per_side = patches_per_side
+        self.image_seq_length = self._model_image_seq_length = self._budget(image_seq_length)
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self._named_templates = chat_template if isinstance(chat_template, dict) else {}
         default = self._named_templates.get("default", chat_template) if self._named_templates else chat_template
@@ -92,7 +113,7 @@ class OpenQwen2VLProcessor(ProcessorMixin):
         """As in transformers; another `image_seq_length` than the model's travels with what a call returns."""
         processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         if image_seq_length is not None:
-            processor.image_seq_length = image_seq_length
+            processor.image_seq_length = processor._budget(image_seq_length)
         return processor
 
     def save_pretrained(self, *args, **kwargs) -> list[str]:
@@ -124,7 +145,9 @@ class OpenQwen2VLProcessor(ProcessorMixin):
         kwargs = {"trust_remote_code": False} | kwargs
         image_processor = SiglipImageProcessorPil.from_pretrained(vision, **kwargs)
         tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(text, **kwargs))
-        return cls.from_parts(image_processor, tokenizer, image_seq_length)
+        return cls.from_parts(
+            image_processor, tokenizer, image_seq_length, patches_per_side=_read_grid(vision, kwargs)
+        )
 
     @classmethod
     def from_parts(
@@ -133,6 +156,7 @@ class OpenQwen2VLProcessor(ProcessorMixin):
         tokenizer: PreTrainedTokenizerBase,
         image_seq_length: int,
         default_template: str = "chat_template.jinja",
+        patches_per_side: int | None = None,
     ) -> "OpenQwen2VLProcessor":
         """A processor with the templates of this folder under their names, which pads on the left."""
         files = {"default": default_template, "chatml": "chat_template.jinja"}
@@ -140,12 +164,19 @@ class OpenQwen2VLProcessor(ProcessorMixin):
         templates = {name: (folder / file).read_text(encoding="utf8") for name, file in files.items()}
         tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # what is saved is the latter
         tokenizer.chat_template = templates
-        return cls(image_processor, tokenizer, chat_template=templates, image_seq_length=image_seq_length)
+        return cls(image_processor, tokenizer, templates, image_seq_length, patches_per_side)
 
-    @property
-    def images_kwargs(self) -> dict[str, int]:
-        """Defaults of a call's image options."""
-        return {"image_seq_length": self.image_seq_length}
+    def _budget(self, image_seq_length: int | None) -> int:
+        """The tokens an image takes, the processor's where a call names none; checked, or a server's engine would end.
+
+        Processors that were saved without the grid's side know only that it must be a square number.
+        """
+        budget = self.image_seq_length if image_seq_length is None else image_seq_length
+        side = math.isqrt(max(budget, 0))
+        if side * side != budget or not 1 <= side <= (self.patches_per_side or side):
+            upper = f" between 1 and {self.patches_per_side**2}" if self.patches_per_side else ""
+            raise ValueError(f"image_seq_length={budget} must be a square number{upper}")
+        return budget
 
     def apply_chat_template(
         self,
@@ -166,7 +197,8 @@ class OpenQwen2VLProcessor(ProcessorMixin):
             tokenize (`bool`, *optional*, defaults to `False`): return ids instead of text.
             return_assistant_tokens_mask (`bool`, *optional*, defaults to `False`): with the ids, where answers are.
             sanitize_control_tokens (`bool`, *optional*): encode control tokens in messages as text; where not given
-                it is done whenever transformers can do it: with `tokenize` and without the mask.
+                it is done whenever transformers can do it: with `tokenize` and without the mask. Before 5.20 it
+                cannot, which a warning says.
             kwargs: as in transformers.
 
         Returns:
@@ -179,22 +211,30 @@ class OpenQwen2VLProcessor(ProcessorMixin):
         _check_conversation(conversation)
         if sanitize_control_tokens is None:
             sanitize_control_tokens = tokenize and not return_assistant_tokens_mask
+        if _SANITIZES:
+            kwargs["sanitize_control_tokens"] = sanitize_control_tokens
+        elif sanitize_control_tokens:
+            logger.warning_once("control tokens in messages stay such: this transformers cannot make them text")
         try:
-            limit_rendering(self._resolve_chat_template(chat_template))
+            template = self._read_template(chat_template)
+            limit_rendering(template)
             return super().apply_chat_template(
                 conversation,
-                chat_template,
+                template,
                 *args,
                 tokenize=tokenize,
                 return_assistant_tokens_mask=return_assistant_tokens_mask,
-                sanitize_control_tokens=sanitize_control_tokens,
                 **kwargs,
             )
         except TemplateError as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
 
-    def _resolve_chat_template(self, chat_template: str | None) -> str:
-        return super()._resolve_chat_template(self.chat_templates.get(chat_template, chat_template))
+    def _read_template(self, chat_template: str | None) -> str:
+        """The template of a name, or the one that is given."""
+        found = self.chat_templates.get(chat_template or "default", chat_template)
+        if not found:
+            raise ValueError(f"the processor has no default chat template; by name {sorted(self.chat_templates)}")
+        return found
 
     def prepare_inputs_layout(self, images: ImageInput | None = None, **kwargs) -> tuple:
         """Images of a call as training sees them, whatever they come as; no image at all is None."""
@@ -213,7 +253,10 @@ class OpenQwen2VLProcessor(ProcessorMixin):
             if placeholders != len(own):
                 raise ValueError(f"prompt {number} has {placeholders} {self.image_token} tokens and {len(own)} images")
 
-    def _process_images(self, images: ImageInput, image_seq_length: int, **kwargs) -> tuple[BatchFeature, list[str]]:
+    def _process_images(
+        self, images: ImageInput, image_seq_length: int | None = None, **kwargs
+    ) -> tuple[BatchFeature, list[str]]:
+        image_seq_length = self._budget(image_seq_length)
         processed = self.image_processor(images, **kwargs)
         number = len(make_flat_list_of_images(images))
         if image_seq_length != self._model_image_seq_length:
@@ -225,7 +268,8 @@ class OpenQwen2VLProcessor(ProcessorMixin):
         """Placeholders and patches of images of the given (height, width), for vLLM's Transformers backend."""
         if image_sizes is None:
             return MultiModalData()
-        image_seq_length = self._merge_kwargs(**kwargs)["images_kwargs"]["image_seq_length"]
+        options = self._merge_kwargs(self.valid_processor_kwargs, **kwargs)["images_kwargs"]
+        image_seq_length = self._budget(options.get("image_seq_length"))
         return MultiModalData(
             num_image_tokens=[image_seq_length] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
         )
@@ -255,6 +299,14 @@ class OpenQwen2VLProcessor(ProcessorMixin):
         # (height, width, 3) -> (1, 3, height, width), which torch takes for its fast, channels-last kernel
         tensor = torch.from_numpy(pixels).permute(2, 0, 1)[None]
         return nn.functional.interpolate(tensor, (height, width), mode=mode, antialias=True).contiguous()
+
+
+def _read_grid(vision: str, options: dict[str, Any]) -> int | None:
+    """Side of a tower's patch grid, if it has a fixed one."""
+    config = AutoConfig.from_pretrained(vision, **options)
+    config = getattr(config, "vision_config", config)
+    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    return size // patch if size and patch else None
 
 
 def read_images(images: ImageInput) -> ImageInput:

@@ -1,0 +1,360 @@
+"""Processor of Open-Qwen2VL: SigLIP's image transform, a Qwen2.5 tokenizer, the chat template, the image tokens.
+
+An image is warped to the tower's square whatever its aspect ratio and stands in the text as `image_seq_length` times
+`<|image_pad|>`. The budget is chosen per call and travels with the output, so that `generate(**inputs)` follows it.
+This file travels with checkpoints: it imports installed libraries and its siblings only.
+"""
+
+import base64
+import inspect
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import torch
+from jinja2 import TemplateError
+from PIL import Image
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.utils import logging
+
+from .images import array_to_rgb, decode_image, decode_pixels, to_rgb
+from .rendering import limit_rendering
+from .text_formats import IMAGE_TOKEN, prepare_tokenizer
+
+logger = logging.get_logger(__name__)
+
+# Transformers 5.19, which vLLM asks for, cannot do it.
+_SANITIZES = "sanitize_control_tokens" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
+# Filters of SigLIP's image processors by the name that torch has for them.
+TORCH_RESAMPLING = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
+
+
+class OpenQwen2VLImagesKwargs(ImagesKwargs, total=False):
+    """Image options of a processor call.
+
+    image_seq_length (`int`, *optional*):
+        Tokens per image, a square number; the processor's where not given.
+    """
+
+    image_seq_length: int
+
+
+class OpenQwen2VLProcessorKwargs(ProcessingKwargs, total=False):
+    """Options of a processor call."""
+
+    images_kwargs: OpenQwen2VLImagesKwargs
+    _defaults = {}  # read by transformers 5.19
+
+
+class OpenQwen2VLProcessor(ProcessorMixin):
+    """Images and text to model inputs.
+
+    Args:
+        image_processor (`SiglipImageProcessor` or `SiglipImageProcessorPil`):
+            Bicubic warp to the tower's square, mean = std = 0.5. It always runs on Pillow, whose resize the original
+            was trained with (torchvision's differs by one grey level here and there).
+        tokenizer (`PreTrainedTokenizerBase`):
+            A Qwen2.5 tokenizer after [`prepare_tokenizer`].
+        chat_template (`str` or `dict[str, str]`, *optional*):
+            Jinja template of a conversation, or several by name. The attribute `chat_template` is the one named
+            `default`, `chat_templates` has all.
+        image_seq_length (`int`, *optional*, defaults to 144):
+            Tokens per image where a call names none.
+        patches_per_side (`int`, *optional*):
+            Side of the vision tower's patch grid, whose square is the most tokens that a call may name.
+
+    Raises:
+        ValueError: here and in a call, if an `image_seq_length` is no square number or above the grid.
+    """
+
+    valid_processor_kwargs = OpenQwen2VLProcessorKwargs
+    image_token = IMAGE_TOKEN
+    skip_tensor_conversion = [*ProcessorMixin.skip_tensor_conversion, "image_seq_length"]
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        chat_template=None,
+        image_seq_length: int = 144,
+        patches_per_side: int | None = None,
+    ):
+        if not isinstance(image_processor, SiglipImageProcessorPil):
+            # The Auto classes prefer the torchvision backend, also for what the Pillow one saved.
+            image_processor = SiglipImageProcessorPil.from_dict(image_processor.to_dict())
+        self.patches_per_side = patches_per_side
+        self.image_seq_length = self._model_image_seq_length = self._budget(image_seq_length)
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self._named_templates = chat_template if isinstance(chat_template, dict) else {}
+        default = self._named_templates.get("default", chat_template) if self._named_templates else chat_template
+        super().__init__(image_processor, tokenizer, chat_template=default)
+
+    @property
+    def chat_templates(self) -> dict[str, str]:
+        """All chat templates by name: `default` and, of processors made here, `chatml`, the one of new models."""
+        default = self.chat_template
+        return {
+            **self._named_templates,
+            **(default if isinstance(default, dict) else {"default": default} if default else {}),
+        }
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, *args, image_seq_length: int | None = None, **kwargs
+    ) -> "OpenQwen2VLProcessor":
+        """As in transformers; another `image_seq_length` than the model's travels with what a call returns."""
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if image_seq_length is not None:
+            processor.image_seq_length = processor._budget(image_seq_length)
+        return processor
+
+    def save_pretrained(self, *args, **kwargs) -> list[str]:
+        """As in transformers, with all named chat templates."""
+        default, self.chat_template = self.chat_template, self.chat_templates or None
+        try:
+            return super().save_pretrained(*args, **kwargs)
+        finally:
+            self.chat_template = default
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls, vision: str, text: str, image_seq_length: int = 144, **kwargs
+    ) -> "OpenQwen2VLProcessor":
+        """Build the processor of a new model.
+
+        Args:
+            vision (`str`): hub id or folder with SigLIP's image processor.
+            text (`str`): hub id or folder with a Qwen2.5 tokenizer.
+            image_seq_length (`int`, *optional*, defaults to 144): tokens per image where a call names none.
+            kwargs: passed to both `from_pretrained` calls (`revision`, `token`, ...).
+
+        Returns:
+            [`OpenQwen2VLProcessor`] with the chat template of new models.
+
+        Raises:
+            ValueError: if the tokenizer lacks `<|im_end|>` or `<|image_pad|>`.
+        """
+        kwargs = {"trust_remote_code": False} | kwargs
+        image_processor = SiglipImageProcessorPil.from_pretrained(vision, **kwargs)
+        tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(text, **kwargs))
+        return cls.from_parts(
+            image_processor, tokenizer, image_seq_length, patches_per_side=_read_grid(vision, kwargs)
+        )
+
+    @classmethod
+    def from_parts(
+        cls,
+        image_processor: SiglipImageProcessorPil,
+        tokenizer: PreTrainedTokenizerBase,
+        image_seq_length: int,
+        default_template: str = "chat_template.jinja",
+        patches_per_side: int | None = None,
+    ) -> "OpenQwen2VLProcessor":
+        """A processor with the templates of this folder under their names, which pads on the left."""
+        files = {"default": default_template, "chatml": "chat_template.jinja"}
+        folder = Path(__file__).parent
+        templates = {name: (folder / file).read_text(encoding="utf8") for name, file in files.items()}
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # what is saved is the latter
+        tokenizer.chat_template = templates
+        return cls(image_processor, tokenizer, templates, image_seq_length, patches_per_side)
+
+    def _budget(self, image_seq_length: int | None) -> int:
+        """The tokens an image takes, the processor's where a call names none; checked, or a server's engine would end.
+
+        Processors that were saved without the grid's side know only that it must be a square number.
+        """
+        budget = self.image_seq_length if image_seq_length is None else image_seq_length
+        side = math.isqrt(max(budget, 0))
+        if side * side != budget or not 1 <= side <= (self.patches_per_side or side):
+            upper = f" between 1 and {self.patches_per_side**2}" if self.patches_per_side else ""
+            raise ValueError(f"image_seq_length={budget} must be a square number{upper}")
+        return budget
+
+    def apply_chat_template(
+        self,
+        conversation: list,
+        chat_template: str | None = None,
+        *args,
+        tokenize: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        sanitize_control_tokens: bool | None = None,
+        **kwargs,
+    ) -> Any:
+        """As in transformers; but what a user typed never becomes control tokens or images unless asked for.
+
+        Args:
+            conversation (`list`): messages, or several lists of them.
+            chat_template (`str`, *optional*): a name of `chat_templates`, or a Jinja template; `default` if not given.
+            args: as in transformers.
+            tokenize (`bool`, *optional*, defaults to `False`): return ids instead of text.
+            return_assistant_tokens_mask (`bool`, *optional*, defaults to `False`): with the ids, where answers are.
+            sanitize_control_tokens (`bool`, *optional*): encode control tokens in messages as text; where not given
+                it is done whenever transformers can do it: with `tokenize` and without the mask. Before 5.20 it
+                cannot, which a warning says.
+            kwargs: as in transformers.
+
+        Returns:
+            `str`, `list` or `BatchFeature`: as in transformers.
+
+        Raises:
+            ValueError: for a conversation that is empty or that the template refuses, and if the template does not
+                come to an end.
+        """
+        _check_conversation(conversation)
+        if sanitize_control_tokens is None:
+            sanitize_control_tokens = tokenize and not return_assistant_tokens_mask
+        if _SANITIZES:
+            kwargs["sanitize_control_tokens"] = sanitize_control_tokens
+        elif sanitize_control_tokens:
+            logger.warning_once(
+                "control tokens in messages are read as such: this transformers cannot encode them as text"
+            )
+        try:
+            limit_rendering(self._resolve_chat_template(chat_template))
+            return super().apply_chat_template(
+                conversation,
+                chat_template,
+                *args,
+                tokenize=tokenize,
+                return_assistant_tokens_mask=return_assistant_tokens_mask,
+                **kwargs,
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses the conversation: {error}") from error
+
+    def _resolve_chat_template(self, chat_template: str | None) -> str:
+        return super()._resolve_chat_template(self.chat_templates.get(chat_template, chat_template))
+
+    def prepare_inputs_layout(self, images: ImageInput | None = None, **kwargs) -> tuple:
+        """Images of a call as training sees them, whatever they come as; no image at all is None."""
+        if images is not None:
+            images = read_images(images)
+        return super().prepare_inputs_layout(images=images if _any_image(images) else None, **kwargs)
+
+    def validate_inputs(self, images: ImageInput | None = None, text: list[str] | None = None, **kwargs) -> None:
+        """Refuse a prompt whose placeholders and images differ in number, also where the totals agree."""
+        super().validate_inputs(images=images, text=text, **kwargs)
+        nested = isinstance(images, list) and all(isinstance(own, list | tuple) for own in images)
+        if not nested or text is None or len(images) != len(text):
+            return
+        for number, (prompt, own) in enumerate(zip(text, images, strict=True)):
+            placeholders = prompt.count(self.image_token)
+            if placeholders != len(own):
+                raise ValueError(f"prompt {number} has {placeholders} {self.image_token} tokens and {len(own)} images")
+
+    def _process_images(
+        self, images: ImageInput, image_seq_length: int | None = None, **kwargs
+    ) -> tuple[BatchFeature, list[str]]:
+        image_seq_length = self._budget(image_seq_length)
+        processed = self.image_processor(images, **kwargs)
+        number = len(make_flat_list_of_images(images))
+        if image_seq_length != self._model_image_seq_length:
+            # One entry per image, as for every other output: servers cut a batch image by image.
+            processed["image_seq_length"] = [image_seq_length] * number
+        return processed, [self.image_token * image_seq_length] * number
+
+    def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs) -> MultiModalData:
+        """Placeholders and patches of images of the given (height, width), for vLLM's Transformers backend."""
+        if image_sizes is None:
+            return MultiModalData()
+        options = self._merge_kwargs(self.valid_processor_kwargs, **kwargs)["images_kwargs"]
+        image_seq_length = self._budget(options.get("image_seq_length"))
+        return MultiModalData(
+            num_image_tokens=[image_seq_length] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
+        )
+
+    def resize_images(self, images: list[Image.Image]) -> torch.Tensor:
+        """uint8 `(images, 3, height, width)`: the transform but for the normalisation, which the model does."""
+        size = self.image_processor.size
+        # What the image processor does, without its way to arrays and back before it: the same pixels, sooner.
+        resample = Image.Resampling(self.image_processor.resample)
+        pixels = np.empty((len(images), size["height"], size["width"], 3), dtype=np.uint8)
+        for number, image in enumerate(images):
+            pixels[number] = image.resize((size["width"], size["height"]), resample)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+    def read_image(self, data: bytes) -> torch.Tensor:
+        """One image file as training reads it, `(1, 3, height, width)`: as `resize_images`, in about half the time.
+
+        Torch's integer kernel makes images smaller, after which one pixel in 500 is a grey level off; for what
+        decoding large JPEGs at a fraction changes see `decode_image` in images.py.
+        """
+        height, width = self.image_processor.size["height"], self.image_processor.size["width"]
+        pixels = decode_pixels(data, min_size=(width, height))
+        mode = TORCH_RESAMPLING.get(self.image_processor.resample)
+        if mode is None or pixels.shape[0] < height or pixels.shape[1] < width:
+            # Where it enlarges, torch differs by more, and small images take no time.
+            return self.resize_images([Image.fromarray(pixels)])
+        # (height, width, 3) -> (1, 3, height, width), which torch takes for its fast, channels-last kernel
+        tensor = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        return nn.functional.interpolate(tensor, (height, width), mode=mode, antialias=True).contiguous()
+
+
+def _read_grid(vision: str, options: dict[str, Any]) -> int | None:
+    """Side of a tower's patch grid, if it has a fixed one."""
+    config = AutoConfig.from_pretrained(vision, **options)
+    config = getattr(config, "vision_config", config)
+    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    return size // patch if size and patch else None
+
+
+def read_images(images: ImageInput) -> ImageInput:
+    """Images, or lists of them, as RGB Pillow images by the rules of training."""
+    if isinstance(images, list | tuple):
+        return [read_images(image) for image in images]
+    if isinstance(images, str | os.PathLike):
+        return decode_image(_read_source(os.fspath(images)))
+    if isinstance(images, Image.Image):
+        return to_rgb(images)
+    if getattr(images, "ndim", 0) == 4:
+        return [array_to_rgb(image) for image in images]
+    return array_to_rgb(images)
+
+
+def _read_source(source: str) -> bytes:
+    """Bytes of an image by URL, path or as base64, as transformers understands them."""
+    if source.startswith(("http://", "https://")):
+        return httpx.get(source, follow_redirects=True, timeout=60).raise_for_status().content
+    if os.path.isfile(source):
+        return Path(source).read_bytes()
+    try:
+        return base64.b64decode(source.split(",", 1)[-1] if source.startswith("data:") else source, validate=True)
+    except ValueError:
+        raise ValueError(f"image {source[:80]!r}: no file of this name, no http(s) URL and no base64") from None
+
+
+def _check_conversation(conversation: Any) -> None:
+    """Refuse what has not the form of a conversation, or of several; what roles may be is the template's business."""
+    if not conversation:
+        raise ValueError("the conversation is empty")
+    if not isinstance(conversation, list | tuple):
+        raise ValueError(f"a conversation is a list of messages, not a {type(conversation).__name__}")
+    if isinstance(conversation[0], list | tuple):
+        for each in conversation:
+            _check_conversation(each)
+        return
+    for number, message in enumerate(conversation):
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if not isinstance(content, str | list | tuple):
+            raise ValueError(f"a message has no content (the {number + 1}.): it is text, or a list of parts")
+        for part in () if isinstance(content, str) else content:
+            if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
+                raise ValueError(f"a part of the {number + 1}. message has no type: {{'type': 'text', 'text': ...}}")
+
+
+def _any_image(images: ImageInput | None) -> bool:
+    return any(map(_any_image, images)) if isinstance(images, list) else images is not None
+
+
+# `save_pretrained` writes this as auto_map, for readers with trust_remote_code=True and without this package.
+OpenQwen2VLProcessor.register_for_auto_class("AutoProcessor")
+
+__all__ = ["OpenQwen2VLProcessor"]
