@@ -12,7 +12,7 @@ PAGES = {str(path.relative_to(ROOT)): path for path in FOUND}
 WIDTH = 120
 # Where a path in the text may begin.
 BASES = (ROOT, *(ROOT / name for name in ("src/open_qwen2vl", "docs", "recipes", "benchmarks", "tests")))
-NOT_OURS = {"mlm_filter_scoring_single_image.py"}  # the original's
+NOT_OURS = {"mlm_filter_scoring_single_image.py", "convert_hf_to_gguf.py"}  # the original's, llama.cpp's
 
 
 def prose(text: str) -> Iterator[tuple[int, str]]:

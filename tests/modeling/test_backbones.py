@@ -59,3 +59,18 @@ def test_a_full_vocabulary_gets_rows_for_the_added_tokens(backbones, build, tmp_
 def test_a_vocabulary_with_room_keeps_its_embedding(backbones, build):
     rows = AutoModelForCausalLM.from_pretrained(backbones["text"]).config.vocab_size
     assert build()[0].config.text_config.vocab_size == rows
+
+
+def test_the_placeholder_cannot_win(backbones):
+    """In any state, not only in those of this model: vLLM reads the head and no `suppress_tokens`."""
+    model = OpenQwen2VLForConditionalGeneration.from_vision_text_pretrained(**backbones)
+    before = AutoModelForCausalLM.from_pretrained(backbones["text"]).lm_head.weight
+    image = model.config.image_token_id
+    others = torch.arange(len(before)) != image
+    assert torch.equal(model.lm_head.weight[others], before[others])
+    torch.manual_seed(0)
+    logits = torch.randn(2000, before.shape[1]) @ model.lm_head.weight.T
+    assert (logits[:, image] < logits[:, others].amax(1)).all()
+    assert (logits.softmax(1)[:, image] <= 1 / others.sum()).all()
+    # Before that it could.
+    assert ((torch.randn(2000, before.shape[1]) @ before.T).argmax(1) == image).any()

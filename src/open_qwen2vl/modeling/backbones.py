@@ -5,6 +5,7 @@ This file travels with checkpoints: it imports installed libraries and its sibli
 
 import os
 
+import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -37,6 +38,7 @@ def load_backbones(vision: str, text: str, **kwargs) -> tuple[SiglipVisionModel,
         kwargs.pop("torch_dtype", None)
     vision_tower = SiglipVisionModel.from_pretrained(vision, config=vision_config, **kwargs)
     _make_room(language_model, vocabulary)
+    _silence(language_model, vocabulary[IMAGE_TOKEN])
     for backbone in (vision_tower, language_model):
         if os.path.isdir(backbone.config._name_or_path):
             # It would be saved and published; a hub id may stand there, a path of this machine should not.
@@ -49,6 +51,19 @@ def _make_room(language_model: PreTrainedModel, vocabulary: dict[str, int]) -> N
     needed = max(vocabulary.values()) + 1 + sum(token not in vocabulary for token in ADDED_TOKENS)
     if needed > language_model.get_input_embeddings().num_embeddings:
         language_model.resize_token_embeddings(needed)
+
+
+@torch.no_grad()
+def _silence(language_model: PreTrainedModel, image_token_id: int) -> None:
+    """Give the placeholder's row of the head the mean of all others: never the largest logit, whatever the state.
+
+    Servers, as vLLM, read only the weights of `suppress_tokens` and head. The logit is the mean of the others, and its
+    probability at most one over their number; training lowers it on, for the placeholder is never a label. Where head
+    and embedding are one, nobody misses the row: features stand in its place.
+    """
+    rows = language_model.get_output_embeddings().weight
+    total = rows.sum(0, dtype=torch.float32) - rows[image_token_id].float()
+    rows[image_token_id] = (total / (len(rows) - 1)).to(rows.dtype)
 
 
 def greedy_generation(given: GenerationConfig, image_token_id: int) -> GenerationConfig:

@@ -19,7 +19,7 @@ from .attention import check_packed_arguments, is_packed, packed_attention_mask
 from .backbones import greedy_generation, load_backbones
 from .configuration_open_qwen2vl import OpenQwen2VLConfig, pooled_grid_side
 from .loss import selected_position_loss
-from .pretrained import OpenQwen2VLCausalLMOutputWithPast, OpenQwen2VLPreTrainedModel
+from .pretrained import OpenQwen2VLCausalLMOutputWithPast, OpenQwen2VLPreTrainedModel, slice_logits_to_keep
 from .vision import (
     OpenQwen2VLMultiModalProjector,
     join_features,
@@ -27,14 +27,6 @@ from .vision import (
     read_image_seq_length,
     truncate_vision_tower,
 )
-
-try:
-    from transformers.modeling_utils import slice_logits_to_keep
-except ImportError:  # transformers 5.19, which vLLM asks for
-
-    def slice_logits_to_keep(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-        """`(batch, kept, hidden)`: the last positions, all for 0, or those of a tensor."""
-        return hidden[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
 
 
 class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):

@@ -10,6 +10,14 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 from .configuration_open_qwen2vl import OpenQwen2VLConfig
 
+try:
+    from transformers.modeling_utils import slice_logits_to_keep
+except ImportError:  # transformers 5.19, which vLLM asks for
+
+    def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+        """`(batch, kept, hidden)`: the last positions, all for 0, or those of a tensor."""
+        return hidden_states[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
+
 
 @dataclass
 class OpenQwen2VLCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):

@@ -9,7 +9,6 @@ import base64
 import inspect
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData, Processi
 from transformers.utils import logging
 
 from .images import array_to_rgb, decode_image, decode_pixels, to_rgb
-from .rendering import limit_rendering
+from .rendering import check_conversation, limit_rendering
 from .text_formats import IMAGE_TOKEN, prepare_tokenizer
 
 logger = logging.get_logger(__name__)
@@ -72,7 +71,7 @@ class OpenQwen2VLProcessor(ProcessorMixin):
             Side of the vision tower's patch grid, whose square is the most tokens that a call may name.
 
     Raises:
-        ValueError: here and in a call, if an `image_seq_length` is no square number or above the grid.
+        ValueError: in a call, if `image_seq_length` is no square number or above the grid.
     """
 
     valid_processor_kwargs = OpenQwen2VLProcessorKwargs
@@ -91,7 +90,7 @@ class OpenQwen2VLProcessor(ProcessorMixin):
             # The Auto classes prefer the torchvision backend, also for what the Pillow one saved.
             image_processor = SiglipImageProcessorPil.from_dict(image_processor.to_dict())
         self.patches_per_side = patches_per_side
-        self.image_seq_length = self._model_image_seq_length = self._budget(image_seq_length)
+        self.image_seq_length = self._model_image_seq_length = image_seq_length
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self._named_templates = chat_template if isinstance(chat_template, dict) else {}
         default = self._named_templates.get("default", chat_template) if self._named_templates else chat_template
@@ -208,7 +207,7 @@ class OpenQwen2VLProcessor(ProcessorMixin):
             ValueError: for a conversation that is empty or that the template refuses, and if the template does not
                 come to an end.
         """
-        _check_conversation(conversation)
+        check_conversation(conversation)
         if sanitize_control_tokens is None:
             sanitize_control_tokens = tokenize and not return_assistant_tokens_mask
         if _SANITIZES:
@@ -332,25 +331,6 @@ def _read_source(source: str) -> bytes:
         return base64.b64decode(source.split(",", 1)[-1] if source.startswith("data:") else source, validate=True)
     except ValueError:
         raise ValueError(f"image {source[:80]!r}: no file of this name, no http(s) URL and no base64") from None
-
-
-def _check_conversation(conversation: Any) -> None:
-    """Refuse what has not the form of a conversation, or of several; what roles may be is the template's business."""
-    if not conversation:
-        raise ValueError("the conversation is empty")
-    if not isinstance(conversation, list | tuple):
-        raise ValueError(f"a conversation is a list of messages, not a {type(conversation).__name__}")
-    if isinstance(conversation[0], list | tuple):
-        for each in conversation:
-            _check_conversation(each)
-        return
-    for number, message in enumerate(conversation):
-        content = message.get("content") if isinstance(message, Mapping) else None
-        if not isinstance(content, str | list | tuple):
-            raise ValueError(f"a message has no content (the {number + 1}.): it is text, or a list of parts")
-        for part in () if isinstance(content, str) else content:
-            if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
-                raise ValueError(f"a part of the {number + 1}. message has no type: {{'type': 'text', 'text': ...}}")
 
 
 def _any_image(images: ImageInput | None) -> bool:

@@ -6,7 +6,7 @@ This file travels with checkpoints: it imports installed libraries only.
 import ctypes
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,3 +76,22 @@ def _watch() -> None:
                 del _deadlines[thread]
                 error = ctypes.py_object(TemplateTimeoutError)
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), error)
+
+
+def check_conversation(conversation: Any) -> None:
+    """Refuse what has not the form of a conversation, or of several; what roles may be is the template's business."""
+    if not conversation:
+        raise ValueError("the conversation is empty")
+    if not isinstance(conversation, list | tuple):
+        raise ValueError(f"a conversation is a list of messages, not a {type(conversation).__name__}")
+    if isinstance(conversation[0], list | tuple):
+        for each in conversation:
+            check_conversation(each)
+        return
+    for number, message in enumerate(conversation):
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if not isinstance(content, str | list | tuple):
+            raise ValueError(f"a message has no content (the {number + 1}.): it is text, or a list of parts")
+        for part in () if isinstance(content, str) else content:
+            if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
+                raise ValueError(f"a part of the {number + 1}. message has no type: {{'type': 'text', 'text': ...}}")
