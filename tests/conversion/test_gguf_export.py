@@ -1,6 +1,9 @@
 """`open-qwen2vl export --format gguf`: both files are read back, tensor by tensor, key by key."""
 
 import copy
+import re
+import shlex
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -27,6 +30,7 @@ VISION = {
     "attn_v": "self_attn.v_proj", "attn_out": "self_attn.out_proj", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2",
     "patch_embd": "patch_embedding", "position_embd": "position_embedding",
 }  # fmt: skip
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 SENTENCES = ["two dogs run in the PARK, 12345!\n", "<|im_start|>user\nwhat is shown?<|im_end|>\n<s>", "naïve 猫 \t x"]
 
 
@@ -250,3 +254,18 @@ def test_a_picture_is_made_square_as_the_model_sees_it(parts, tmp_path):
     pixels = [parts[1].image_processor(parts_of, return_tensors="pt")["pixel_values"]
               for parts_of in (image.rotate(270, expand=True), Image.open(tmp_path / "square.png"))]  # fmt: skip
     assert torch.equal(*pixels)
+
+
+def test_the_documentation(folder, tmp_path, monkeypatch):
+    (tmp_path / "model").symlink_to(folder)
+    Image.effect_noise((90, 30), 90).convert("RGB").save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    (command,) = re.findall(r"^open-qwen2vl (export .*)$", DOCUMENT, flags=re.MULTILINE)
+    assert main(shlex.split(command)) == 0
+    for name in ("model", "mmproj"):
+        assert f"gguf/{name}-q8_0.gguf" in DOCUMENT and Path(f"gguf/{name}-q8_0.gguf").exists()
+    (code,) = re.findall(
+        r"^```python\n(from open_qwen2vl.conversion.*?)^```", DOCUMENT, flags=re.MULTILINE | re.DOTALL
+    )
+    exec(compile(code, "docs/serving.md", "exec"), {})
+    assert Image.open("square.png").size == (384, 384)

@@ -63,7 +63,7 @@ def test_a_vocabulary_with_room_keeps_its_embedding(backbones, build):
 
 def test_the_placeholder_cannot_win(backbones):
     """In any state, not only in those of this model: vLLM reads the head and no `suppress_tokens`."""
-    model = OpenQwen2VLForConditionalGeneration.from_vision_text_pretrained(**backbones)
+    model = OpenQwen2VLForConditionalGeneration.from_vision_text_pretrained(**backbones, image_seq_length=4)
     before = AutoModelForCausalLM.from_pretrained(backbones["text"]).lm_head.weight
     image = model.config.image_token_id
     others = torch.arange(len(before)) != image
