@@ -84,6 +84,9 @@ def test_what_cannot_be_compared_with_is_one_line(evaluation_folder, write_pool,
         ([tmp_path / "numbers.parquet"], "no column of pictures and none of question"),
         ([tmp_path / "empty"], "no picture, table or tar in this folder"),
         ([tmp_path / "notes.txt"], "a set is a folder, .tar, .parquet or .arrow, or a task"),
+        (["x="], "give the set a name without a comma and a path, as NAME=PATH"),
+        ([f"={evaluation_folder}"], "give the set a name without a comma and a path, as NAME=PATH"),
+        ([f"a, b={evaluation_folder}"], "give the set a name without a comma and a path, as NAME=PATH"),
         ([evaluation_folder, f"bench={tmp_path}/numbers.parquet"], "two sets are called bench"),
     ):
         assert run(pool, tmp_path / "scores", *against) == 2

@@ -7,7 +7,9 @@ ngrams.npz      of the texts                                                 ind
 `index.json` is read by a rerun, which refuses an index of other sets.
 """
 
+import contextlib
 import json
+import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +24,7 @@ from ..processing.images import decode_image, to_rgb
 from ..processing.sample_error import SampleError
 from . import pictures
 from .pictures import COARSE, COARSE_SIZE, FINE, Interval, Window
-from .sets import Entry, EvaluationSet, describe_set, read_set
+from .sets import Entry, EvaluationSet, describe_set, picture_columns, read_set
 from .texts import TextIndex, index_texts
 
 LIMITS = {part: float(limit) for part, limit in CONTAMINATED}  # of similarity; from there `contaminated()` is true
@@ -39,6 +41,7 @@ _SURE = 0.98  # no other candidate is looked at
 _FLAT_CROPS = 500_000  # above, crops lie in lists, of which some are searched
 _LISTS, _SEARCHED, _TRAINED_ON = 4096, 32, 160_000
 _THUMBNAILS_AT_ONCE = 2048
+_PARTS = {"sets", "contents", "texts_left_out", "files"}  # of index.json
 
 
 class Match(NamedTuple):
@@ -53,18 +56,23 @@ class Unlike(SampleError):
 
 
 class ContaminationIndex:
-    """An index that [`build_index`] wrote, for one process."""
+    """An index that [`build_index`] wrote, for one process; a `ValueError` that names the file if one is damaged."""
 
     def __init__(self, folder: Path):
         faiss = import_faiss()
         faiss.omp_set_num_threads(1)  # a process for each core looks through a tar
-        self.thumbnails = np.load(folder / "thumbnails.npy", mmap_mode="r")
-        self.owners = np.load(folder / "owners.npy")
-        self.names: list[list[str]] = json.loads((folder / "names.json").read_text(encoding="utf-8"))
-        self._crops = faiss.read_index(str(folder / "crops.faiss"), faiss.IO_FLAG_MMAP)
-        with np.load(folder / "ngrams.npz") as arrays:
+        sizes = _read_json(folder, "index.json", dict)["files"]
+        with _whole(folder / "thumbnails.npy", sizes) as path:
+            self.thumbnails = np.load(path, mmap_mode="r")
+        with _whole(folder / "owners.npy", sizes) as path:
+            self.owners = np.load(path)
+        with _whole(folder / "crops.faiss", sizes) as path:
+            self._crops = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+        with _whole(folder / "ngrams.npz", sizes) as path, np.load(path) as arrays:
             self._texts = TextIndex(arrays["hashes"], arrays["owners"], arrays["sizes"])
             self._text_owners = arrays["text_owners"]
+        with _whole(folder / "names.json", sizes):
+            self.names: list[list[str]] = _read_json(folder, "names.json", list)
 
     def match_text(self, text: str) -> Match:
         """The evaluation text of which most is in a text."""
@@ -112,6 +120,28 @@ class ContaminationIndex:
             window = Window(*map(_extended, CROPS[crop], views[number].window))
             if all(-_OUTSIDE <= edge <= 1 + _OUTSIDE for interval in window for edge in interval):
                 yield thumbnail, window, views[number].whole
+
+
+@contextlib.contextmanager
+def _whole(path: Path, sizes: dict[str, int] | None = None) -> Iterator[Path]:
+    """Read a file of an index: a `ValueError` that names it if it is missing, of another size or damaged.
+
+    Sizes are compared first: to touch what was cut from a mapped file would end the process.
+    """
+    try:
+        if not path.is_file() or (sizes is not None and path.stat().st_size != sizes[path.name]):
+            raise ValueError("missing or cut")
+        yield path
+    except (ValueError, LookupError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: damaged or missing; delete {path.parent} to make it again") from error
+
+
+def _read_json(folder: Path, name: str, kind: type) -> Any:
+    with _whole(folder / name) as path:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, kind) or (kind is dict and not _PARTS <= content.keys()):
+            raise ValueError("not as it was written")
+        return content
 
 
 class _View(NamedTuple):
@@ -166,9 +196,8 @@ def build_index(folder: Path, sets: Sequence[EvaluationSet]) -> dict[str, Any]:
     A `ValueError` if it was made from something else.
     """
     described = [describe_set(each, folder) for each in sets]
-    done = folder / "index.json"
-    if done.exists():
-        made = json.loads(done.read_text(encoding="utf-8"))
+    if folder.exists():
+        made = _read_json(folder, "index.json", dict)
         if made["sets"] != described:
             raise ValueError(f"{folder}: made from other sets, or they have changed: choose another --output")
         return made
@@ -186,7 +215,8 @@ def build_index(folder: Path, sets: Sequence[EvaluationSet]) -> dict[str, Any]:
         faiss.write_index(index_crops(thumbnails), str(temporary / "crops.faiss"))
         texts, left_out = index_texts(contents.texts)
         np.savez(temporary / "ngrams.npz", text_owners=np.array(contents.text_owners, np.int64), **texts._asdict())
-        made = {"sets": described, "contents": contents.counts, "texts_left_out": left_out}
+        sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
+        made = {"sets": described, "contents": contents.counts, "texts_left_out": left_out, "files": sizes}
         (temporary / "index.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     return made
 
@@ -203,11 +233,12 @@ class _Contents:
         self.counts: dict[str, dict[str, Any]] = {}
 
     def add(self, each: EvaluationSet) -> None:
-        """Read a set."""
-        pictures_seen, texts_before, skipped = 0, len(self.texts), Counter()
+        """Read a set; a `ValueError` if it has columns of pictures and none could be read."""
+        pictures_seen, texts_before, skipped, first = 0, len(self.texts), Counter(), ""
         for entry in read_set(each):
             if isinstance(entry, SampleError):
                 skipped[entry.reason] += 1
+                first = first or str(entry)
                 continue
             self.names.append([each.name, entry.name])
             for image in entry.images:
@@ -216,7 +247,14 @@ class _Contents:
                     pictures_seen += 1
                 except SampleError as error:
                     skipped[error.reason] += 1
+                    first = first or f"{entry.name}: {error}"
             self._add_texts(entry)
+        if not pictures_seen and not skipped[PLAIN] and (columns := picture_columns(each)):
+            why = ", ".join(f"{reason} {count:,}" for reason, count in sorted(skipped.items()))
+            raise ValueError(
+                f"--against {each.name}: no picture could be read, with the column {columns[0]}: "
+                f"{why or 'all cells are empty'}{first and f' ({first})'}"
+            )
         self.counts[each.name] = {
             "pictures": pictures_seen,
             "texts": len(self.texts) - texts_before,

@@ -18,7 +18,7 @@ class DecontaminateOptions:
         help="WebDataset tars of captions, or folders of them", positional=True, metavar="POOL"
     )
     against: tuple[str, ...] = option(
-        help="evaluation sets: folders of pictures, parquet tables (or folders of them), tars, tasks of lmms-eval "
+        help="evaluation sets: pictures, parquet or arrow tables, tars, folders of all these, tasks of lmms-eval "
         "whose data are on this machine; NAME=SET gives another name",
         metavar="SET",
     )
