@@ -61,11 +61,13 @@ def test_a_folder_is_read_whole_and_counts_what_is_not_read(tmp_path, evaluation
     write(tmp_path / "eval/data/0.tar", make_sample("x", "a cat", fourth))
     (tmp_path / "eval/labels.jsonl").write_text("{}")
     (tmp_path / "eval/.hidden").write_text("")
+    (tmp_path / "eval/link").symlink_to(tmp_path / "eval/data", target_is_directory=True)
     found = contents(tmp_path / "against", tmp_path / "eval")
-    assert found == {"pictures": 4, "texts": 2, "skipped": {"not_read.jsonl": 1}}
+    assert found == {"pictures": 4, "texts": 2, "skipped": {"not_read": 1, "not_read.jsonl": 1}}
     # The kind of each file that a pattern matches is its own.
     shutil.copy(tmp_path / "eval/data/0.tar", tmp_path / "eval/b.tar")
     (tmp_path / "eval/labels.jsonl").unlink()
+    (tmp_path / "eval/link").unlink()
     found = contents(tmp_path / "pattern", f"{tmp_path}/eval/*")
     assert (found["pictures"], found["skipped"]) == (5, {})
     with pytest.raises(ValueError, match="notes.txt: a set is a folder"):

@@ -120,9 +120,9 @@ def _listed_files(each: EvaluationSet) -> list[tuple[Path, str]]:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """Tables, tars and pictures at any depth; of a folder of `Dataset.save_to_disk` its tables, and no cache."""
+    """Tables, tars and pictures at any depth; no links to folders; of `Dataset.save_to_disk` no cache."""
     found = []
-    for inner in (folder, *sorted(path for path in folder.rglob("*") if path.is_dir())):
+    for inner in (folder, *sorted(path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink())):
         tables = find_tables(inner)
         is_saved = (inner / "state.json").is_file()
         others = [path for path in sorted(inner.iterdir()) if path.is_file() and _suffix(path) in _SUFFIXES]
