@@ -65,8 +65,9 @@ def embedded(write_score_file):
 
     def write(image: np.ndarray, text: np.ndarray, tar: str = "00000", model: str = "m") -> list[str]:
         uids = sorted(uid_of(1000 * int(tar) + row) for row in range(len(image)))
-        path = write_score_file("clip", {uid: 0.3 for uid in uids}, tar)
-        write_embeddings(embeddings_file(path), uids, image, text, model)
+        recipe = {"options": {"keep_embeddings": True}}
+        path = write_score_file("clip", {uid: 0.3 for uid in uids}, tar, recipe=recipe)
+        write_embeddings(embeddings_file(path), uids, image, text, model, {"recipe": recipe})
         return uids
 
     return write
@@ -104,15 +105,33 @@ def test_wrong_embeddings_are_one_line(embedded, choose, tmp_path, write_score_f
     pq.write_table(pa.table({"uid": ["x"], "image": [[1.0]], "text": [[1.0]]}), path)
     with pytest.raises(ValueError, match="00002.parquet: no embeddings"):
         choose("clip > 0", deduplicate="semantic")
+    table = pq.read_table(path.with_name("00001.parquet"))
+    pq.write_table(table.set_column(0, "uid", pa.nulls(4, pa.string())), path)
+    with pytest.raises(ValueError, match="00002.parquet: no embeddings .*: a uid is missing"):
+        choose("clip > 0", deduplicate="semantic")
+    other = {"recipe": {"options": {"keep_embeddings": True, "model": "x"}}}
+    write_embeddings(path, [uid_of(1)], groups(5, 1, 1), groups(6, 1, 1), "x", other)
+    with pytest.raises(ValueError, match="00002.parquet: embeddings of x, made with other options"):
+        choose("clip > 0", deduplicate="semantic")
+    path.unlink()
+    with pytest.raises(ValueError, match="00002.parquet: missing, but .* run that score again"):
+        choose("clip > 0", deduplicate="semantic")
     with pytest.raises(ValueError, match="--joint is for --deduplicate semantic"):
         choose("clip > 0", joint=True)
     with pytest.raises(ValueError, match="--min-similarity must be above 0"):
         choose("clip > 0", min_similarity=1.5)
 
 
+def test_equal_images_have_a_similarity_of_1(embedded, choose):
+    image = np.tile(groups(10, 30, 1), (2, 1))
+    assert (np.linalg.norm(np.float32(np.float16(image)), axis=1) < 1).any()  # as they are kept
+    embedded(image, groups(11, 60, 1))
+    assert choose("clip > 0", deduplicate="semantic", min_similarity=1.0)[1].duplicates == 30
+
+
 def test_16_bits_are_enough(tmp_path):
     image, text = groups(7, 50, 1), groups(8, 50, 1)
-    write_embeddings(tmp_path / "a.parquet", [uid_of(row) for row in range(50)], image, text, "m")
+    write_embeddings(tmp_path / "a.parquet", [uid_of(row) for row in range(50)], image, text, "m", {})
     ((uids, joint),) = read_embeddings(tmp_path / "a.parquet", joint=True)
     mean = ((image @ image.T) + (text @ text.T)) / 2
     np.testing.assert_allclose(joint @ joint.T, mean, atol=1e-3)

@@ -56,8 +56,33 @@ def test_uids_may_be_text_twice_unknown_or_nothing(choose_by_sql):
     query = f"SELECT replace(uid::VARCHAR, '-', '') AS uid FROM scores UNION ALL SELECT '{stranger}' AS uid"
     code, uids, shown, _ = choose_by_sql(f"{query} UNION ALL SELECT uid::VARCHAR FROM scores UNION ALL SELECT NULL")
     assert code == 0 and uids == UIDS and "not scored  1 uids of --sql" in shown
+    assert "not a uid   1 rows of --sql" in shown and "no score" not in shown
+    code, *_, error = choose_by_sql("SELECT 17 AS uid FROM scores")
+    assert code == 2 and "--sql: none of the 40 rows of the result is a uid" in error
     code, *_, error = choose_by_sql("SELECT uid FROM scores WHERE clip > 100")
     assert code == 2 and "--sql: no pair is left" in error
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("SELECT uid FROM scores WHERE RANDOM() < 0.5", "random() gives other pairs each time"),
+        ("SELECT uid FROM (SELECT uid FROM scores ORDER BY uuid())", "uuid() gives other pairs each time"),
+        ("SELECT uid FROM scores USING SAMPLE 5", "a sample gives other pairs each time"),
+        (
+            "WITH a AS (SELECT uid FROM scores TABLESAMPLE 50%) SELECT uid FROM a",
+            "a sample gives other pairs each time",
+        ),
+    ],
+)
+def test_what_is_drawn_anew_is_refused(choose_by_sql, query, message):
+    code, *_, error = choose_by_sql(query)
+    assert code == 2 and f"--sql: {message}; draw by the uid" in error
+
+
+def test_random_in_a_text_or_comment_is_none(choose_by_sql):
+    query = """SELECT uid FROM scores WHERE '"function_name":"random", "sample":{' <> '' -- random() USING SAMPLE 1"""
+    assert choose_by_sql(query)[1] == UIDS
 
 
 @pytest.mark.parametrize(

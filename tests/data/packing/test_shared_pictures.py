@@ -168,7 +168,7 @@ def test_what_is_no_branch_and_no_id_is_named(folder, processor):
 
 
 def test_share_images_is_for_conversations(caption_tars, tmp_path, processor):
-    with pytest.raises(ValueError, match="share_images is for conversations, not for captions"):
+    with pytest.raises(ValueError, match="--share-images is for conversations, not for captions"):
         plan_packs(caption_tars, tmp_path / "packs", processor.tokenizer, share_images=True, **OPTIONS)
 
 

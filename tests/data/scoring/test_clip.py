@@ -174,6 +174,16 @@ def test_kept_embeddings_are_those_of_the_scores(pool, tmp_path, clip_folder, ca
         assert np.dot(row["image"], row["text"]) == pytest.approx(scored[row["uid"]], abs=2e-3)
         assert np.linalg.norm(row["image"]) == pytest.approx(1, abs=1e-3) and len(row["text"]) == 16
     assert find_score_files([tmp_path / "scores"]) == sorted((tmp_path / "scores/clip").glob("*.parquet"))
+    files = sorted((tmp_path / "scores/clip/embeddings").glob("*.parquet"))
+    before = [file.read_bytes() for file in files]
+    files[0].unlink()
+    files[1].write_bytes(before[1][:200])
+    capsys.readouterr()
+    assert main([*command, "--keep-embeddings"]) == 0
+    assert "2 (1 done before)" in capsys.readouterr().out and [file.read_bytes() for file in files] == before
+    files[2].write_bytes(before[0])
+    assert main([*command, "--keep-embeddings"]) == 0
+    assert "1 (2 done before)" in capsys.readouterr().out and [file.read_bytes() for file in files] == before
     assert main(command) == 2
     assert "--keep-embeddings" in capsys.readouterr().err
     with pytest.raises(ValueError, match="--scorer basic takes no --keep-embeddings"):

@@ -27,6 +27,11 @@ def test_whole_words_in_any_case_and_their_plurals(found):
     assert found("dogma of scatter", names) == [] and found("", names) == []
 
 
+def test_a_mark_at_the_start_and_accents_of_two_signs(found):
+    assert found("a cat, a dog", "\ufeffcat\ndog") == ["cat", "dog"]
+    assert found("CAFE\u0301", "caf\u00e9") == found("caf\u00e9s", "cafe\u0301") == ["caf\u00e9"]
+
+
 def test_the_shipped_list_knows_common_things():
     names = read_concepts(SHIPPED)
     assert len(names) > 3000 and {"zebra", "pizza", "traffic light", "house", "oak"} <= set(names)

@@ -77,6 +77,11 @@ class StepReport:
         return "\n".join(f"{name:<11}{value}" for name, value in lines.items())
 
 
+def has_output(task: ShardTask) -> bool:
+    """Whether an earlier run has done a task."""
+    return task.output.exists()
+
+
 def run_tasks(
     tasks: Sequence[ShardTask],
     make_worker: Callable[[], Callable[[ShardTask], Outcome]],
@@ -85,16 +90,17 @@ def run_tasks(
     num_workers: int | None = None,
     num_gpus: float = 0,
     description: str,
+    is_done: Callable[[ShardTask], bool] = has_output,
 ) -> StepReport:
     """Do the tasks whose output is missing; that the others were made with the same options is checked before.
 
     `make_worker` makes the function of a task, and can be pickled. `num_workers` are processes or actors (of
-    `num_gpus` each): by default one per core, or as many as the cluster allows; 1 is, locally, this process. A worker
-    that is killed is a `ChildProcessError`.
+    `num_gpus` each): by default one per core, or as many as the cluster allows; 1 is, locally, this process. `is_done`
+    tells which tasks an earlier run has done. A worker that is killed is a `ChildProcessError`.
     """
     rank, ranks = process_rank()
     mine = tasks[rank::ranks]  # by position and not by what is missing, which changes while the other ranks work
-    missing = [task for task in mine if not task.output.exists()]
+    missing = [task for task in mine if not is_done(task)]
     remove_temporaries(task.output for task in missing)
     sizes = {task: os.path.getsize(task.source) for task in missing}
     report = StepReport(done_before=len(mine) - len(missing))

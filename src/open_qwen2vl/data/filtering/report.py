@@ -33,9 +33,11 @@ class SelectionReport:
         duplicates (`int`, *optional*): pairs dropped for another with an equal image; `None` if none were looked for.
         without_hash (`int`): pairs of which no image hash, or embedding, is known; they are no duplicates.
         clauses (`list[ClauseCounts]`): each clause alone.
-        no_score (`dict[str, dict[str, int]]`): by score, how many pairs do not have it, by reason.
+        no_score (`dict[str, dict[str, int]]`): by score of the expression, how many pairs do not have it, by reason;
+            empty with `--sql`.
         unscored (`dict[str, int]`): by file of an `in` clause, uids in it that no score file names.
         bad_uids (`int`): rows of score files left out, whose uid is not 32 hex digits.
+        not_uids (`int`): rows of the result of `--sql` left out, which are no uid.
         short_foreign (`tuple[int, int]`, *optional*): pairs that `basic.english` takes for no English, and those of
             them with fewer than `SHORT_WORDS` words; `None` where the expression does not use both scores.
         coverage ([`Coverage`], *optional*): of the captions; `None` where they are not at hand.
@@ -53,6 +55,7 @@ class SelectionReport:
     no_score: dict[str, dict[str, int]]
     unscored: dict[str, int]
     bad_uids: int
+    not_uids: int = 0
     short_foreign: tuple[int, int] | None = None
     coverage: Coverage | None = None
     train_samples: int | None = None
@@ -72,6 +75,8 @@ class SelectionReport:
         for name, reasons in self.no_score.items():
             lines += [("no score", f"{count:,} of {name}: {reason}") for reason, count in reasons.items()]
         lines += [("not scored", f"{count:,} uids of {path}") for path, count in self.unscored.items() if count]
+        if self.not_uids:
+            lines.append(("not a uid", f"{self.not_uids:,} rows of --sql"))
         if self.bad_uids:
             lines.append(("skipped", f"{self.bad_uids:,} rows of score files: bad_uid"))
         lines.append(("kept", f"{self.kept:,} ({self.kept / max(1, self.pairs):.1%})"))

@@ -104,6 +104,8 @@ def _notes(report: SelectionReport) -> list[str]:
             f"Pairs without an image hash or embedding, which count as no duplicates: {report.without_hash:,}."
         )
     notes += [f"{name.capitalize()}: {text}." for name, text in report.training_lines()]
+    if report.not_uids:
+        notes.append(f"Rows of the result of --sql left out, which are no uid: {report.not_uids:,}.")
     if report.bad_uids:
         notes.append(f"Rows of the score files left out, their uid is not 32 hex digits: {report.bad_uids:,}.")
     return notes

@@ -100,7 +100,7 @@ def _select(
         columns = _columns(term, found)
         make_pairs(connection, found, columns)
         columns = make_details(connection, found, columns)
-        unscored = _mark_files(connection, columns, options, work)
+        unscored, not_uids = _mark_files(connection, columns, options, work)
         for clause in {(c.name, c.target): c for c in clauses(term) if isinstance(c, Balance)}.values():
             mark_balanced(connection, found, columns, clause, options.seed)
         _advance(bar, "deciding")
@@ -108,7 +108,8 @@ def _select(
         selection = Selection(connection, term, found, columns, cuts, options.seed, options.deduplicate)
         without_hash = _decide(selection, options, work)
         figures = measure(selection, unscored, without_hash)
-        figures.expression = options.sql or figures.expression
+        if options.sql is not None:  # which of the scores it used is not known
+            figures.expression, figures.not_uids, figures.no_score = options.sql, not_uids, {}
         _advance(bar, "writing decisions")
         folder.mkdir(parents=True, exist_ok=True)
         uids = _write_decisions(selection, folder / DECISIONS_NAME, figures.kept)
@@ -132,12 +133,13 @@ def _advance(bar: tqdm, description: str) -> None:
 
 def _mark_files(
     connection: "duckdb.DuckDBPyConnection", columns: Columns, options: FilterOptions, work: Path
-) -> dict[str, int]:
-    """Add the columns `f`; how many uids of each file, or of the statement, are no pair's."""
+) -> tuple[dict[str, int], int]:
+    """Add the columns `f`; how many uids of each file, or of the statement, are no pair's, and of its rows no uid."""
     if options.sql is not None:
         memory = int(parse_size(options.memory_limit) * _SQL_SHARE)
-        return {sql.NAME: sql.mark_chosen(connection, columns, options.sql, work, memory, options.threads)}
-    return {path: mark_file(connection, path, number) for path, number in columns.files.items()}
+        unknown, not_uids = sql.mark_chosen(connection, columns, options.sql, work, memory, options.threads)
+        return {sql.NAME: unknown}, not_uids
+    return {path: mark_file(connection, path, number) for path, number in columns.files.items()}, 0
 
 
 def _columns(term: Term, scores: Scores) -> Columns:

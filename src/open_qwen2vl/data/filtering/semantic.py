@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from ..scoring.embeddings import embeddings_file, embeddings_of, read_embeddings
+from ..scoring.embeddings import check_embeddings, embeddings_file, embeddings_of, keeps_embeddings, read_embeddings
 from ..storage.uids import UID_DTYPE, find_uids, parse_uids
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ _IN_A_CLUSTER = 1000  # vectors, about
 _TRAINED_ON, _ITERATIONS = 64, 10  # vectors a cluster; of k-means
 _CLUSTERS_COMPARED = 4  # with each vector: its own and the next
 _BLOCK = 1024  # vectors that are compared at a time
+_MOST_SIMILARITY = 1 - 1e-4  # equal images reach it, whatever batch they were in: below 1 by 16 bits and kernels
 
 
 def find_semantic_duplicates(
@@ -60,19 +61,26 @@ def semantic_keepers(
 ) -> np.ndarray:
     """For each of some rows the position, among `ranks`, of that which stays in its place; -1 of those that stay.
 
-    `vectors` are of unit length, `(rows, numbers)`; `ranks`, int64 `(n,)`, are the compared ones, in their order.
+    `vectors` are of unit length but for their 16 bits, `(rows, numbers)`; a similarity above 0.9999 counts as that;
+    `ranks`, int64 `(n,)`, are the compared ones, in their order.
     """
-    faiss = _faiss(threads)
+    faiss, similarity = _faiss(threads), min(similarity, _MOST_SIMILARITY)
     keepers = np.full(len(ranks), -1)
     clusters = _clusters(faiss, vectors, ranks, memory)
     for members in _members(clusters[:, 0], np.arange(len(ranks))):
         index, staying = faiss.IndexFlatIP(vectors.shape[1]), np.empty(0, np.int64)
         for first in range(0, len(members), _BLOCK):
             block = members[first : first + _BLOCK]
-            stays = _compare(index, staying, block, np.float32(vectors[ranks[block]]), similarity, keepers)
+            stays = _compare(index, staying, block, _units(vectors[ranks[block]]), similarity, keepers)
             staying = np.concatenate([staying, stays])
     _compare_neighbours(faiss, vectors, ranks, clusters, similarity, keepers)
     return keepers
+
+
+def _units(vectors: np.ndarray) -> np.ndarray:
+    """Float32 of unit length again, which rounding to 16 bits took away."""
+    rows = np.float32(vectors)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def _members(labels: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
@@ -96,10 +104,10 @@ def _compare_neighbours(
             if members is None:
                 continue
             index = faiss.IndexFlatIP(vectors.shape[1])
-            index.add(np.float32(vectors[ranks[members]]))
+            index.add(_units(vectors[ranks[members]]))
             for first in range(0, len(visitors), _BLOCK):
                 block = visitors[first : first + _BLOCK]
-                cosines, nearest = index.search(np.float32(vectors[ranks[block]]), 1)
+                cosines, nearest = index.search(_units(vectors[ranks[block]]), 1)
                 like = cosines[:, 0] >= similarity
                 pairs.append(np.sort(np.stack([block[like], members[nearest[like, 0]]], axis=1)))
     for earlier, later in np.unique(np.concatenate(pairs)[:, ::-1], axis=0)[:, ::-1].tolist():
@@ -152,9 +160,12 @@ def _clusters(faiss: Any, vectors: np.ndarray, ranks: np.ndarray, memory: int) -
 
 def _embedding_files(score_files: Sequence[Path]) -> list[Path]:
     """The files beside score files, all of one model; a `ValueError` where there are none."""
-    files = [file for file in map(embeddings_file, score_files) if file.is_file()]
-    if not files:
+    scored = [file for file in score_files if keeps_embeddings(file)]
+    if not scored:
         raise ValueError("--deduplicate semantic needs embeddings: run open-qwen2vl score with --keep-embeddings")
+    for file in scored:
+        check_embeddings(file)
+    files = [embeddings_file(file) for file in scored]
     first = embeddings_of(files[0])
     for file in files:
         if (found := embeddings_of(file)) != first:

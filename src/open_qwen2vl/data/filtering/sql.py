@@ -4,6 +4,9 @@ The scores are copied to a database of their own, which is opened read-only, wit
 extensions, and with its settings locked, before the statement is looked at.
 """
 
+import json
+import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +14,12 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from .tables import UID, Columns, mark_listed
+from .tables import UID, Columns, fetch_row, mark_listed
 
 if TYPE_CHECKING:
     import duckdb
+
+logger = logging.getLogger(__name__)
 
 NAME = "--sql"  # of its clause, in reasons and counts
 _ROWS_AT_ONCE = 1 << 17
@@ -22,11 +27,11 @@ _ROWS_AT_ONCE = 1 << 17
 
 def mark_chosen(
     connection: "duckdb.DuckDBPyConnection", columns: Columns, query: str, work: Path, memory: int, threads: int | None
-) -> int:
-    """Add the column `f` of the statement to `pairs`; returns how many of its uids are no pair's.
+) -> tuple[int, int]:
+    """Add the column `f` of the statement to `pairs`; how many of its uids are no pair's, how many rows no uid.
 
-    `memory` are the bytes that the statement may take before it spills. A `ValueError` for what is not one SELECT, for
-    a result without the column `uid`, and for whatever DuckDB says of it.
+    `memory` are the bytes that the statement may take before it spills. A `ValueError` for what is not one SELECT or
+    draws at random, for a result without the column `uid` or any uid in it, and for whatever DuckDB says of it.
     """
     import duckdb
 
@@ -40,7 +45,12 @@ def mark_chosen(
                 connection.from_arrow(texts).project(UID).insert_into("listed")
     except (duckdb.Error, pa.ArrowException) as error:
         raise ValueError(f"--sql: {' '.join(str(error).split())}") from error
-    return mark_listed(connection, columns.files[NAME])
+    rows, uids = fetch_row(connection, "SELECT count(*), count(uid) FROM listed")
+    if rows and not uids:
+        raise ValueError(f"--sql: none of the {rows:,} rows of the result is a uid (32 hex digits)")
+    if rows > uids:
+        logger.warning("--sql: not a uid: %d of %d rows", rows - uids, rows)
+    return mark_listed(connection, columns.files[NAME]), rows - uids
 
 
 def _copy_scores(connection: "duckdb.DuckDBPyConnection", columns: Columns, path: Path) -> None:
@@ -81,7 +91,22 @@ def _checked(expert: "duckdb.DuckDBPyConnection", query: str) -> "duckdb.DuckDBP
     if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
         kinds = ", ".join(str(statement.type).rpartition(".")[2] for statement in statements) or "nothing"
         raise ValueError(f"--sql takes one SELECT, this is {kinds}")
+    _check_reproducible(expert, statements[0].query)
     found = expert.sql(statements[0].query)
     if "uid" not in found.columns:
         raise ValueError(f"--sql: the result has no column uid, but {', '.join(found.columns)}")
     return found
+
+
+def _check_reproducible(expert: "duckdb.DuckDBPyConnection", query: str) -> None:
+    """Raise for what gives other pairs each time, by the parsed statement: not by a comment or a text in it."""
+    (tree,) = fetch_row(expert, "SELECT json_serialize_sql($query)", {"query": query})
+    if json.loads(tree)["error"]:
+        raise ValueError(f"--sql: {json.loads(tree)['error_message']}")
+    # A quote within a text of the statement is escaped there.
+    called = {name.lower() for name in re.findall(r'"function_name":"([^"\\]+)"', tree)}
+    volatile = expert.execute("SELECT function_name FROM duckdb_functions() WHERE stability = 'VOLATILE'").fetchall()
+    drawn = sorted(f"{name}()" for name in called & {name for (name,) in volatile})
+    drawn += ["a sample"] if '"sample":{' in tree else []
+    if drawn:
+        raise ValueError(f"--sql: {drawn[0]} gives other pairs each time; draw by the uid, as hash(uid) % 10 = 0")

@@ -180,7 +180,7 @@ def _check_options(kind: SourceKind, options: PackOptions) -> None:
     if options.tool_form != TOOL_FORMS[0] and kind.text_format != "conversation":
         raise ValueError(f"tool_form is for conversations, not for {kind.text_format}s")
     if options.share_images and kind.text_format != "conversation":
-        raise ValueError(f"share_images is for conversations, not for {kind.text_format}s")
+        raise ValueError(f"--share-images is for conversations, not for {kind.text_format}s")
     if options.animations and kind.text_format not in ("caption", "text"):
         raise ValueError(f"animations is for captions; in {kind.text_format}s the records say what is a video")
     if options.chat_template is not None and kind.text_format != "conversation":

@@ -1,6 +1,7 @@
 """The scorer `concepts`: which things of a list a caption names, for `balance` in the filter; no image is opened."""
 
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class ConceptScorer(Scorer):
 
     def prepare(self, pair: RawPair) -> list[str]:
         """The concepts of a caption, each once, in the list's order."""
-        text = " ".join(pair.caption.lower().split())
+        text = " ".join(_folded(pair.caption).split())
         found = {
             self._numbers[form]
             for form, start, stop in self._automaton.find_matches_as_indexes(text, overlapping=True)
@@ -66,7 +67,7 @@ def read_concepts(path: Path) -> list[str]:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise ValueError(f"--concepts {path}: larger than {MOST_BYTES >> 20} MiB")
-        lines = path.read_text(encoding="utf-8").lower().splitlines()
+        lines = _folded(path.read_text(encoding="utf-8-sig")).splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"--concepts {path}: no text of UTF-8: {error}") from error
     names = {" ".join(line.split()) for line in lines if not line.startswith("#")} - {""}
@@ -75,6 +76,11 @@ def read_concepts(path: Path) -> list[str]:
     if wrong := next((name for name in sorted(names) if "," in name), None):
         raise ValueError(f"--concepts {path}: {wrong[:80]!r} has a comma; a concept is one name on its line")
     return sorted(names)
+
+
+def _folded(text: str) -> str:
+    """In lower case, and an accent as part of its letter (NFC), which some editors write behind it."""
+    return unicodedata.normalize("NFC", text.lower())
 
 
 def _forms(name: str) -> list[str]:

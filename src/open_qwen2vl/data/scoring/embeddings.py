@@ -1,11 +1,11 @@
 """The embeddings that `score --keep-embeddings` keeps: `OUTPUT/NAME/embeddings/TAR.parquet`, 16 bits a number.
 
-One row for each sample that has a score; the model stands in the metadata. No score file: the filter looks for them
-beside those.
+One row for each sample that has a score; the model, and what the scores say that they were made with, stand in the
+metadata. No score file: the filter looks for them beside those.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ...files import renamed_when_whole
-from .score_files import EMBEDDINGS
+from .score_files import EMBEDDINGS, read_score_metadata
 
 _METADATA_KEY = b"open_qwen2vl_embeddings"
 _ROWS = 1 << 15
@@ -26,13 +26,20 @@ def embeddings_file(score_file: Path) -> Path:
     return score_file.parent / EMBEDDINGS / score_file.name
 
 
-def write_embeddings(path: Path, uids: Sequence[str], image: np.ndarray, text: np.ndarray, model: str) -> None:
-    """Write unit vectors `(samples, numbers)` of images and texts, as float16."""
+def keeps_embeddings(score_file: Path) -> bool:
+    """Whether a score file was made with `--keep-embeddings`."""
+    return bool(read_score_metadata(score_file).get("recipe", {}).get("options", {}).get("keep_embeddings"))
+
+
+def write_embeddings(
+    path: Path, uids: Sequence[str], image: np.ndarray, text: np.ndarray, model: str, made: Mapping[str, Any]
+) -> None:
+    """Write unit vectors `(samples, numbers)` of images and texts, as float16; `made` is of the scores' metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = pa.list_(pa.float16(), image.shape[1])
     columns = [pa.FixedSizeListArray.from_arrays(_halves(vectors), type=kind) for vectors in (image, text)]
     table = pa.table({"uid": pa.array(uids, pa.string()), "image": columns[0], "text": columns[1]})
-    table = table.replace_schema_metadata({_METADATA_KEY: json.dumps({"model": model}).encode()})
+    table = table.replace_schema_metadata({_METADATA_KEY: json.dumps({"model": model, "made": made}).encode()})
     with renamed_when_whole(path) as temporary:
         pq.write_table(table, temporary, compression="zstd", row_group_size=_ROWS)
 
@@ -43,13 +50,30 @@ def _halves(vectors: np.ndarray) -> pa.Array:
 
 def embeddings_of(path: Path) -> tuple[str, int]:
     """Model and size of the vectors of a file; a `ValueError` for one that holds none."""
+    return _describe(path)[:2]
+
+
+def check_embeddings(score_file: Path) -> None:
+    """A `ValueError` if the embeddings of a score file are missing, damaged, or not of the run that scored it."""
+    path, scores = embeddings_file(score_file), read_score_metadata(score_file)
+    if not path.is_file():
+        raise ValueError(f"{path}: missing, but {score_file} was made with --keep-embeddings: run that score again")
+    model, _, made = _describe(path)
+    if made != {key: scores.get(key) for key in made} or "recipe" not in made:
+        raise ValueError(
+            f"{path}: embeddings of {model}, made with other options or of another tar than {score_file}: "
+            "run that score again"
+        )
+
+
+def _describe(path: Path) -> tuple[str, int, dict[str, Any]]:
     with _readable(path):
         schema = pq.read_schema(path)
-        model = json.loads(schema.metadata[_METADATA_KEY])["model"]
+        metadata = json.loads(schema.metadata[_METADATA_KEY])
         size = schema.field("image").type.list_size
         if schema.field("text").type != schema.field("image").type or schema.field("uid").type != pa.string():
             raise ValueError("its columns are of other types")
-        return model, size
+        return metadata["model"], size, dict(metadata.get("made", {}))
 
 
 def read_embeddings(path: Path, joint: bool) -> Iterator[tuple[list[str], np.ndarray]]:
@@ -62,6 +86,8 @@ def read_embeddings(path: Path, joint: bool) -> Iterator[tuple[list[str], np.nda
             parts = [_unit(batch[name]) for name in batch.schema.names[1:]]
             vectors = np.concatenate(parts, axis=1) / np.sqrt(len(parts), dtype=np.float32)
             whole = np.isfinite(vectors).all(axis=1)
+            if batch["uid"].null_count:
+                raise ValueError("a uid is missing")
             uids = batch["uid"].filter(pa.array(whole))
             if pc.sum(pc.invert(pc.match_substring_regex(uids, "^[0-9a-f]{32}$"))).as_py():
                 raise ValueError("a uid is not 32 hex digits")
@@ -88,4 +114,6 @@ class _readable:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         damage = (pa.ArrowException, KeyError, TypeError, AttributeError, ValueError, UnicodeDecodeError)
         if isinstance(error, OSError) and error.errno is None or isinstance(error, damage):
-            raise ValueError(f"{self._path}: no embeddings of score --keep-embeddings: {error}") from error
+            raise ValueError(
+                f"{self._path}: no embeddings of score --keep-embeddings: {error}; delete it and score again"
+            ) from error

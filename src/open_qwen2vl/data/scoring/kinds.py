@@ -1,6 +1,7 @@
 """The step that runs a scorer over a pool."""
 
 import functools
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,11 +10,14 @@ from typing import Any
 from ...files import describe_shard
 from ...options import flag
 from ...output_lock import only_writer
-from ..engine.engine import Outcome, ShardTask, StepReport, process_rank, run_tasks
+from ..engine.engine import Outcome, ShardTask, StepReport, has_output, process_rank, run_tasks
 from ..storage.tars import find_shards, find_tars
+from .embeddings import check_embeddings
 from .options import WITH_MODEL, ScoreOptions
 from .score_files import read_score_metadata
 from .scoring import TarScorer
+
+logger = logging.getLogger(__name__)
 
 _WITHOUT_EFFECT = ("batch_size", "device")  # on what the values mean; not compared by a rerun
 _RAY_THREADS = 4  # of an actor that scores with a model
@@ -52,7 +56,20 @@ def score_pool(options: ScoreOptions) -> StepReport:
             num_workers=workers,
             num_gpus=gpus,
             description=f"scoring {name}",
+            is_done=_has_embeddings if options.keep_embeddings else has_output,
         )
+
+
+def _has_embeddings(task: ShardTask) -> bool:
+    """Whether a tar has its scores, and the embeddings that belong to them."""
+    if not has_output(task):
+        return False
+    try:
+        check_embeddings(task.output)
+    except ValueError as error:
+        logger.warning("%s: scored again", error)
+        return False
+    return True
 
 
 def _share(options: ScoreOptions) -> tuple[int | None, float, int]:

@@ -77,7 +77,7 @@ class TarScorer:
         keys, uids, details, reasons = zip(*samples, strict=True) if samples else ((),) * 4
         values = scored[:, :parts]
         if scorer.embeddings:
-            self._write_embeddings(task, uids, scored)
+            self._write_embeddings(task, uids, scored, recipe)
         table = score_table(self._labels, scorer.model, keys, uids, values, reasons, scorer.missing_reason)
         if scorer.detail is not None:
             table = table.append_column(DETAIL, pa.array(details, pa.string()))
@@ -88,14 +88,17 @@ class TarScorer:
         total = len(samples) + len(index.skipped)
         return write_tar_scores(task, table, total, skipped, recipe, scorer.recipe)
 
-    def _write_embeddings(self, task: ShardTask, uids: Sequence[str], scored: np.ndarray) -> None:
+    def _write_embeddings(
+        self, task: ShardTask, uids: Sequence[str], scored: np.ndarray, recipe: dict[str, Any]
+    ) -> None:
         """Before the scores, whose file marks the tar as done."""
         whole = np.flatnonzero(np.isfinite(scored).all(axis=1))
         image, text = np.split(scored[whole, len(self._labels) :], 2, axis=1)
         named = [uids[row] for row in whole]
         path = embeddings_file(task.output)
         remove_temporaries([path])
-        write_embeddings(path, named, image, text, self._scorer.model)
+        made = {"recipe": recipe, "made_with": self._scorer.recipe}
+        write_embeddings(path, named, image, text, self._scorer.model, made)
 
     def _batches(
         self, tar: Path, samples: Sequence[Sample], seen: list[PreparedSample]
