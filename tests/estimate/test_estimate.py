@@ -1,5 +1,6 @@
 """`open-qwen2vl estimate`: its figures by hand, from a plan, from numbers of pairs, and what it refuses."""
 
+import ast
 import json
 from pathlib import Path
 
@@ -12,7 +13,14 @@ from open_qwen2vl.cli import main
 from open_qwen2vl.data import plan_packs
 from open_qwen2vl.estimate.estimate import PRICES, estimate_run, find_gpu
 from open_qwen2vl.estimate.figures import duration
-from open_qwen2vl.estimate.inputs import DEFAULTS, assumed_work, planned_work, read_recipe, read_training
+from open_qwen2vl.estimate.inputs import (
+    DEFAULTS,
+    RECIPE_OPTIONS,
+    assumed_work,
+    planned_work,
+    read_recipe,
+    read_training,
+)
 from open_qwen2vl.estimate.options import EstimateOptions
 from open_qwen2vl.families.interface import StepWork
 from open_qwen2vl.families.open_qwen2vl_model import OpenQwen2VLPackedModel
@@ -21,6 +29,7 @@ from tests.estimate.fake_step import config_of
 from tests.tars import write_caption_tar
 
 ROOT = Path(__file__).parents[2]
+BAD = ("-5", "0", "inf", "nan")
 RECIPE_2B = read_recipe(ROOT / "recipes" / "pretrain_2b.yaml")
 
 
@@ -46,6 +55,7 @@ def recipe(tmp_path, backbones, plans):
             "image_seq_length": 4,
             "train_packs": str(plans / "small"),
             "num_train_epochs": 1,
+            "bf16": True,
         }
         chosen = {name: value for name, value in {**defaults, **options}.items() if value is not None}
         path = tmp_path / "recipe.yaml"
@@ -88,7 +98,9 @@ def test_figures_follow_from_the_flops_and_the_peak(plans):
     assert result.hours * 3600 == pytest.approx(flops / (2 * 0.4 * GPUS["h100"].peak_flops))
     assert result.tokens_per_second * result.hours * 3600 == pytest.approx(5 * work.tokens)
     assert result.as_dict()["cost"] == pytest.approx(result.hours * 2 * 3)
-    result = estimate_run({**options, "num_train_epochs": 2.5}, config, [work], EstimateOptions("", "h100"))
+    result = estimate_run(
+        {**options, "bf16": True, "num_train_epochs": 2.5}, config, [work], EstimateOptions("", "h100")
+    )
     assert result.steps == 3 and result.images == 24 * 2.5
 
 
@@ -187,8 +199,38 @@ def test_other_families_are_estimated_by_their_config(kind, qwen_vl_folder, reci
     assert main(["estimate", *pairs, "--tokens-per-image", "100"]) == 0
 
 
-# Launch configs and tasks of an evaluation are no trainings.
-OTHERS = ("accelerate", "evaluation")
+def test_texts_for_booleans_and_old_names_are_read_as_the_trainer_reads_them(recipe):
+    names = ("torch_compile", "float8", "activation_checkpointing", "train_vision_tower", "bf16_residual")
+    off = read_training(read_recipe(recipe(**dict.fromkeys(names, "false"), use_liger_kernel="No")))
+    assert off == read_training(read_recipe(recipe()))
+    on = read_training(read_recipe(recipe(torch_compile="true", float8="1", train_vision_tower="Yes")))
+    assert on.float8 and on.fused_by == "compiled" and "vision_tower" in on.trained
+    old = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"every_n_layers": 3}}
+    assert read_training(read_recipe(recipe(**old))).checkpoint_every == 3
+    assert read_training(read_recipe(recipe(**old, activation_checkpointing=False))).checkpoint_every == 0
+    assert read_recipe(recipe(learning_rate="1e-4", max_steps="7"))["max_steps"] == 7
+
+
+def test_without_bf16_the_time_is_that_of_a_given_mfu(recipe, capsys):
+    command = ["estimate", recipe(bf16=False), "--gpu", "h100", "--mfu", "0.1"]
+    assert main(command) == 0
+    table = capsys.readouterr().out
+    assert "predicted" not in table and "10%, assumed (--mfu)" in table and "MiB on each GPU" in table
+    assert main([*command, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["time"] is None and figures["levers"] == [] and figures["hours"] > 0
+
+
+def test_the_options_of_the_recipes_are_known():
+    for script in ("pretrain.py", "sft.py"):
+        tree = ast.parse((ROOT / "recipes" / script).read_text(encoding="utf-8"))
+        classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Arguments")]
+        names = {field.target.id for each in classes for field in each.body if isinstance(field, ast.AnnAssign)}
+        assert names and names <= RECIPE_OPTIONS
+
+
+# Launch configs, tasks of an evaluation and the building of a pool are no trainings.
+OTHERS = ("accelerate", "data", "evaluation")
 RECIPES = [path for path in sorted((ROOT / "recipes").rglob("*.yaml")) if path.parent.name not in OTHERS]
 
 
@@ -225,7 +267,7 @@ def test_recipes_leave_room_on_the_gpus_that_they_are_for(recipe, gpu, num_gpus,
         ({}, ["--gpu", "abacus", "--tflops", "3"], "--gpu abacus is not known; known are gb200, b200"),
         ({}, ["--memory", "-1"], "--memory must be above 0"),
         ({}, ["--mfu", "38"], "--mfu must be within 0 and 1, got 38"),
-        ({}, ["--network", "0"], "--network must be above 0, got 0"),
+        ({}, ["--network", "0"], "--network must be above 0 and finite, got 0"),
         ({}, ["--gpus-per-machine", "0"], "--gpus-per-machine must be at least 1, got 0"),
         ({}, ["--num-gpus", "0"], "--num-gpus must be at least 1"),
         ({}, ["--pairs", "1e6", "--tokens-per-pair", "4"], "--tokens-per-pair 4 leaves no room for text"),
@@ -236,9 +278,51 @@ def test_recipes_leave_room_on_the_gpus_that_they_are_for(recipe, gpu, num_gpus,
         ({"text_model": "runs/a/model"}, [], "text_model runs/a/model: runs/a/model: there is no such folder"),
         ({"dtype": "float31"}, [], "dtype: 'float31' is no type of torch"),
         ({"optim": "galore_adamw"}, [], "optim: the memory of 'galore_adamw' is not known"),
-        ({"per_device_train_batch_size": "two"}, [], "per_device_train_batch_size must be a number, got 'two'"),
+        ({"per_device_train_batch_size": "two"}, [], "per_device_train_batch_size must be at least 1, got 'two'"),
         ({"train_projector": False, "train_language_model": False}, [], "nothing to train"),
         ({"use_peft": True}, [], "adapters are not estimated"),
+        ({}, ["--gpu", ""], "--gpu is empty"),
+        *[({}, ["--pairs", value], f"--pairs must be above 0 and finite, got {float(value)}") for value in BAD],
+        ({}, ["--pairs", "9", "--tokens-per-pair", "inf"], "--tokens-per-pair must be above 0 and finite, got inf"),
+        ({}, ["--pairs", "9", "--tokens-per-image", "-10"], "--tokens-per-image must be above 0 and finite"),
+        ({}, ["--pairs", "9", "--images-per-pair", "-1"], "--images-per-pair must be at least 0 and finite, got -1"),
+        ({}, ["--pairs", "9", "--images-per-pair", "nan"], "--images-per-pair must be at least 0 and finite, got nan"),
+        ({}, ["--price-per-hour", "-3"], "--price-per-hour must be at least 0 and finite, got -3"),
+        ({}, ["--price-per-hour", "nan"], "--price-per-hour must be at least 0 and finite, got nan"),
+        ({"per_device_train_batch_size": 0}, [], "per_device_train_batch_size must be at least 1, got 0"),
+        ({"per_device_train_batch_size": -2}, [], "per_device_train_batch_size must be at least 1, got -2"),
+        ({"per_device_train_batch_size": 1.5}, [], "per_device_train_batch_size must be a whole number, got 1.5"),
+        ({"gradient_accumulation_steps": 0}, [], "gradient_accumulation_steps must be at least 1, got 0"),
+        ({"num_train_epochs": 0}, [], "num_train_epochs must be above 0, got 0"),
+        ({"num_train_epochs": -1}, [], "num_train_epochs must be above 0, got -1"),
+        ({"max_steps": -7}, [], "max_steps must be at least 1 (or -1, for num_train_epochs), got -7"),
+        ({"dataloader_num_workers": -3}, [], "dataloader_num_workers must be at least 0, got -3"),
+        ({"ema_decay": "foo"}, [], "ema_decay must be above 0, got 'foo'"),
+        ({"ema_decay": -1}, [], "ema_decay must be above 0, got -1"),
+        ({"activation_checkpointing_kwargs": {"every_n_layers": "x"}}, [], "every_n_layers must be a whole number"),
+        (
+            {"gradient_checkpointing_kwargs": {"every_n_layers": 0}},
+            [],
+            "gradient_checkpointing_kwargs: every_n_layers",
+        ),
+        (
+            {"activation_checkpointing_kwargs": "x"},
+            [],
+            "activation_checkpointing_kwargs must be options by their names",
+        ),
+        ({"torch_compile": "perhaps"}, [], "torch_compile must be true or false, got 'perhaps'"),
+        ({"gradient_checkpointing": 2}, [], "gradient_checkpointing must be true or false, got 2"),
+        ({"float8": True}, [], "float8 needs torch_compile"),
+        ({"bf16": "no", "bf16_residual": True}, [], "bf16_residual needs bf16"),
+        ({"use_liger_kernel": True, "torch_compile": True}, [], "use_liger_kernel and torch_compile fuse the same"),
+        (
+            {"gradient_acumulation_steps": 2},
+            [],
+            "'gradient_acumulation_steps'; near it is gradient_accumulation_steps",
+        ),
+        ({"bf16": False}, [], "bf16 is off: this recipe computes in float32, and time is predicted for bf16 alone"),
+        ({"bf16": False, "fp16": True}, [], "this recipe computes in fp16, and time is predicted for bf16 alone"),
+        ({}, ["--gpu", "v100-32gb"], "--gpu v100-32gb has no bf16 units, and time is predicted for bf16 alone"),
     ],
 )
 def test_what_is_wrong_is_one_line(recipe, capsys, options, arguments, message):

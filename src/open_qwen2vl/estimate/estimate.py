@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 from ..families import packed_model
@@ -37,6 +38,7 @@ PRICES = {
 }
 PRICES_OF = "2026-05-07"
 FLOPS_OF_A_BYTE = 300  # of a kind that is not known; 200 to 420 of those of a data centre that are
+NO_BF16 = ("v100-32gb", "v100-16gb")  # their peak is that of fp16
 _VENDORS = re.compile(r"nvidia|amd|geforce|instinct|tesla|rtx|[^a-z0-9]")
 
 
@@ -96,6 +98,7 @@ def estimate_run(
     """Put it all together, for an epoch's work of a recipe's options and config."""
     name, gpu = find_gpu(options)
     num_gpus, training = options.num_gpus, read_training(recipe)
+    in_bf16 = _in_bf16(name, recipe, training, options.mfu)
     batch_size = int(number_of(recipe, "per_device_train_batch_size"))
     packs_per_step = num_gpus * batch_size * training.accumulation
     steps, epochs = _steps(recipe, work, packs_per_step)
@@ -124,8 +127,10 @@ def estimate_run(
         memory={name: memory(name) for name in roofline.layouts},
         layout=layout,
         packs_per_micro_batch=batch_size,
-        time=time,
-        levers=predict_levers(
+        time=time if in_bf16 else None,
+        levers=[]
+        if not in_bf16
+        else predict_levers(
             roofline,
             layout,
             training,
@@ -145,6 +150,20 @@ def estimate_run(
         price_per_hour=price,
         price_source=source,
     )
+
+
+def _in_bf16(gpu: str, recipe: dict[str, Any], training: Training, mfu: float | None) -> bool:
+    """Whether products are in bf16, whose peaks are known; a `ValueError` where time must be predicted without."""
+    if gpu in NO_BF16:
+        reason = f"--gpu {gpu} has no bf16 units"
+    elif not training.bf16 and training.dtype != torch.bfloat16:
+        kind = "fp16" if recipe.get("fp16") else str(training.dtype).removeprefix("torch.")
+        reason = f"bf16 is off: this recipe computes in {kind}"
+    else:
+        return True
+    if mfu is None:
+        raise ValueError(f"{reason}, and time is predicted for bf16 alone; give --mfu, the share of its peak reached")
+    return False
 
 
 def _roofline(config: PreTrainedConfig, work: list[Work], gpu: Gpu, options: EstimateOptions) -> Roofline:

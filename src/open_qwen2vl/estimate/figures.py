@@ -27,8 +27,8 @@ class Estimate:
             `ddp`, `fsdp2` and, of several machines, `hsdp`.
         layout (`str`): that of the predicted time, the simplest that fits with the recipe's micro-batch.
         packs_per_micro_batch (`int`): on a GPU.
-        time ([`StepTime`]): of a step, as predicted.
-        levers (`list[Lever]`): the recipe as it is, then with options that make it faster.
+        time ([`StepTime`], *optional*): of a step, as predicted; None where it is not computed in bf16.
+        levers (`list[Lever]`): the recipe as it is, then with options that make it faster; none without `time`.
         placement ([`Placement`], *optional*): the best layout of the step that fits; None where none does.
         packs_per_step (`int`): packs of an optimizer step.
         steps (`int`): optimizer steps of the run.
@@ -52,7 +52,7 @@ class Estimate:
     memory: dict[str, dict[str, float]]
     layout: str
     packs_per_micro_batch: int
-    time: StepTime
+    time: StepTime | None
     levers: list[Lever]
     placement: Placement | None
     packs_per_step: int
@@ -77,7 +77,10 @@ class Estimate:
         }
 
     def __str__(self) -> str:
-        parts = (self._model_lines(), self._memory_lines(), self._time_lines(), self._lever_lines(), self._run_lines())
+        parts = [self._model_lines(), self._memory_lines()]
+        if self.time is not None:
+            parts += [self._time_lines(self.time), self._lever_lines()]
+        parts.append(self._run_lines())
         return "\n\n".join("\n".join(lines) for lines in parts)
 
     def _model_lines(self) -> list[str]:
@@ -102,8 +105,8 @@ class Estimate:
         lines.append(f"  of {capacity:<11}" + "".join(f"{verdict:>10}" for verdict in verdicts))
         return lines
 
-    def _time_lines(self) -> list[str]:
-        time, title = self.time, f"ms, {TITLES[self.layout]}"
+    def _time_lines(self, time: StepTime) -> list[str]:
+        title = f"ms, {TITLES[self.layout]}"
         parts = ("products", "attention", "operators", "casts", "gathers", "loading", "micro_batch")
         figures = [(name.replace("_", "-"), getattr(time, name)) for name in parts]
         figures += [(f"x {time.accumulation}", time.accumulation * time.micro_batch)]

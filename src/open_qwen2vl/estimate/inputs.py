@@ -3,12 +3,16 @@
 Only configs and `plan.json` are read: no weights, no data.
 """
 
+import difflib
+from argparse import ArgumentTypeError
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.hf_argparser import string_to_bool
 
 from ..data.packing.mixture import parse_sources, source_phases
 from ..data.packing.plan_files import read_plan
@@ -17,10 +21,22 @@ from ..model_folders import model_folder
 from ..modeling.configuration_open_qwen2vl import OpenQwen2VLConfig
 from ..options import load_yaml
 from ..trainer.arguments import PackedTrainingArguments
+from ..trainer.options import HONOURED, REFUSED, check_combinations, check_values
 from .memory import PARTS, Training
 
 FORWARD_OPTIONS = ("image_seq_length",)  # of a plan's `vision` what a batch has one of
 DEFAULTS = {name: field.default for name, field in PackedTrainingArguments.__dataclass_fields__.items()}
+# What recipes/pretrain.py and recipes/sft.py take beside the trainer's options.
+RECIPE_OPTIONS = frozenset(
+    """
+vision_model text_model model_name_or_path model_revision image_seq_length attn_implementation dtype train_packs
+eval_packs dataset_name dataset_config dataset_train_split dataset_test_split chat_template use_peft lora_r lora_alpha
+lora_dropout lora_target_modules use_rslora use_dora load_in_4bit
+""".split()
+)
+_KNOWN = sorted({*DEFAULTS, *HONOURED, *REFUSED, *RECIPE_OPTIONS})
+_BOOLEANS = {name for name, value in DEFAULTS.items() if isinstance(value, bool)}
+_BOOLEANS |= {"activation_checkpointing", "gradient_checkpointing", "use_peft"}
 
 
 @dataclass(frozen=True)
@@ -102,11 +118,34 @@ def assumed_work(
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """Options of a recipe's YAML file."""
+    """Options of a recipe's YAML file, as the trainer reads them; a `ValueError` for what it would refuse."""
     options = load_yaml(f"cannot read {path}", path)
     if not isinstance(options, dict):
         raise ValueError(f"{path}: not a YAML file of `option: value` lines")
-    return {**DEFAULTS, "dtype": "float32", **options}
+    for name in options:
+        if name not in _KNOWN:
+            near = difflib.get_close_matches(str(name), _KNOWN, n=1)
+            raise ValueError(f"{path}: no option {name!r}" + f"; near it is {near[0]}" * len(near))
+    read = {**DEFAULTS, **{name: _as_read(name, value) for name, value in options.items()}}
+    check_values(SimpleNamespace(**read))
+    check_combinations(SimpleNamespace(**read))
+    return {"dtype": "float32", **read}
+
+
+def _as_read(name: str, value: Any) -> Any:
+    """A value as the trainer's parser reads it, which takes texts for booleans and numbers."""
+    if name in _BOOLEANS and value is not None:
+        try:
+            return string_to_bool(str(value))
+        except ArgumentTypeError:
+            raise ValueError(f"{name} must be true or false, got {value!r}") from None
+    if name in DEFAULTS and isinstance(value, str):
+        for number in (int, float):  # as 1e-4, which is a text in YAML
+            try:
+                return number(value)
+            except ValueError:
+                continue
+    return value
 
 
 def read_config(options: dict[str, Any]) -> PreTrainedConfig:
@@ -140,20 +179,36 @@ def read_training(options: dict[str, Any]) -> Training:
     trained = frozenset(part for part in PARTS if options[f"train_{part}"])
     if not trained:
         raise ValueError("nothing to train: switch on train_projector, train_language_model or train_vision_tower")
-    every = (options["activation_checkpointing_kwargs"] or {}).get("every_n_layers", 1)
     return Training(
         trained=trained,
         dtype=dtype,
         bf16=bool(options["bf16"]),
         optim=str(getattr(options["optim"], "value", options["optim"])),
         accumulation=int(number_of(options, "gradient_accumulation_steps")),
-        checkpoint_every=every if options["activation_checkpointing"] else 0,
+        checkpoint_every=_checkpoint_every(options),
         averaged=options["ema_decay"] is not None,
         fused_by="compiled" if options["torch_compile"] else "kernels" if options["use_liger_kernel"] else "",
         bf16_residual=bool(options.get("bf16_residual")),
         float8=bool(options.get("float8")),
         workers=int(number_of(options, "dataloader_num_workers")),
     )
+
+
+def _checkpoint_every(options: dict[str, Any]) -> int:
+    """Every n-th block is computed again; transformers' older names count where the newer ones are not given."""
+
+    def given(suffix: str) -> tuple[str, Any]:
+        new, old = f"activation_checkpointing{suffix}", f"gradient_checkpointing{suffix}"
+        name = old if options[new] is None and options[old] is not None else new
+        return name, options[name]
+
+    name, kwargs = given("_kwargs")
+    if not isinstance(kwargs, dict | None):
+        raise ValueError(f"{name} must be options by their names, got {kwargs!r}")
+    every = (kwargs or {}).get("every_n_layers", 1)
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise ValueError(f"{name}: every_n_layers must be a whole number of at least 1, got {every!r}")
+    return every if given("")[1] else 0
 
 
 def number_of(options: dict[str, Any], name: str) -> float:

@@ -2,7 +2,18 @@
 
 from dataclasses import dataclass
 
-from ..options import option
+from ..options import flag, option
+
+_ABOVE_0 = (
+    "tflops",
+    "memory",
+    "bandwidth",
+    "network",
+    "loader_rate",
+    "pairs",
+    "tokens_per_pair",
+    "tokens_per_image",
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,8 @@ class EstimateOptions:
     json: bool = option(False, help="print JSON")
 
     def __post_init__(self):
+        if self.gpu is not None and not self.gpu.strip():
+            raise ValueError("--gpu is empty: name a kind, as h100")
         if self.gpu is None and not (self.tflops and self.memory):
             raise ValueError("name the kind of GPU by --gpu, or give both --tflops and --memory")
         if self.mfu is not None and not 0 < self.mfu <= 1:
@@ -52,7 +65,11 @@ class EstimateOptions:
         for name in ("num_gpus", "gpus_per_machine"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        for name in ("tflops", "memory", "bandwidth", "network", "loader_rate"):
+        for name in _ABOVE_0:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {value}")
+                raise ValueError(f"{flag(name)} must be above 0 and finite, got {value}")
+        for name in ("images_per_pair", "price_per_hour"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"{flag(name)} must be at least 0 and finite, got {value}")

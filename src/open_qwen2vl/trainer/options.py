@@ -240,27 +240,33 @@ def check_report_to(names: list[str]) -> None:
             raise ValueError("report_to: wandb has no API key: `wandb login`, or WANDB_MODE=offline")
 
 
+def check_combinations(args: Any) -> None:
+    """Raise ValueError for fused or narrow computing that another option makes useless, on whatever machine."""
+    if args.use_liger_kernel and args.torch_compile:
+        raise ValueError("use_liger_kernel and torch_compile fuse the same operations: choose one of them")
+    if args.bf16_residual and not args.bf16:
+        raise ValueError("bf16_residual needs bf16: without it the model computes in the type of its weights")
+    if args.float8 and not args.torch_compile:
+        raise ValueError("float8 needs torch_compile: uncompiled, the casts cost more than the products gain")
+
+
 def check_fused_step(args: Any) -> None:
     """Raise ValueError for an option that this environment, device or another option makes useless or impossible."""
     if args.use_liger_kernel:
         _check_installed("use_liger_kernel", "liger_kernel", "liger-kernel")
-        if args.torch_compile:
-            raise ValueError("use_liger_kernel and torch_compile fuse the same operations: choose one of them")
-        # Triton's interpreter runs the kernels on a CPU, slowly, which is what tests do.
-        if args.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError("use_liger_kernel needs a GPU: Liger's kernels are written in Triton")
+    if args.float8:
+        _check_installed("float8", "torchao", "torchao")
+    check_combinations(args)
+    # Triton's interpreter runs the kernels on a CPU, slowly, which is what tests do.
+    if args.use_liger_kernel and args.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("use_liger_kernel needs a GPU: Liger's kernels are written in Triton")
     if args.torch_compile and args.torch_compile_mode not in (None, "default", "max-autotune-no-cudagraphs"):
         raise ValueError(
             f"torch_compile_mode {args.torch_compile_mode} is neither default nor max-autotune-no-cudagraphs; others "
             "record CUDA graphs, which packs of ever other documents would record anew"
         )
-    if args.bf16_residual and not args.bf16:
-        raise ValueError("bf16_residual needs bf16: without it the model computes in the type of its weights")
-    if args.float8:
-        _check_installed("float8", "torchao", "torchao")
-        if not args.torch_compile:
-            raise ValueError("float8 needs torch_compile: uncompiled, the casts cost more than the products gain")
-        if args.device.type == "cuda" and torch.cuda.get_device_capability(args.device) < (8, 9):
+    if args.float8 and args.device.type == "cuda":
+        if torch.cuda.get_device_capability(args.device) < (8, 9):
             name = torch.cuda.get_device_name(args.device)
             raise ValueError(f"float8 needs a GPU with float8 units (sm_89 or later), this is {name}")
 
