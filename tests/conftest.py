@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoTokenizer,
@@ -32,6 +33,11 @@ from tests.qwen_tokenizer import build_qwen_tokenizer
 # The first backward starts a thread for each device that torch knows of. Behind a test with fake GPUs those are eight,
 # and no fork of this process could train any more.
 torch.zeros(1, requires_grad=True).sum().backward()
+
+# The same examples in every run: a change is judged by the tests that it had, and not by luck. `--hypothesis-seed`
+# and `--hypothesis-profile default` look for others.
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<s>"]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

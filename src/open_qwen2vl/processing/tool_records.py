@@ -56,7 +56,7 @@ def _ordered(results: list[dict[str, Any]], ids: list[str | None]) -> list[dict[
     named = [result.pop("tool_call_id", None) for result in results]
     if not any(named) or not any(ids):
         return results
-    if len(set(named)) < len(named) or not set(named) <= set(ids):
+    if len(set(ids)) < len(ids) or len(set(named)) < len(named) or not set(named) <= set(ids):
         raise SampleError("bad_tool_results", f"results of the calls {named}, where {ids} were made")
     return [results[named.index(one)] for one in ids if one in named]
 

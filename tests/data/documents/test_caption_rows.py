@@ -151,6 +151,13 @@ def test_what_cannot_be_planned_is_one_clear_error(caption_tars, encode, tmp_pat
     for name in ("a.jsonl", "a.csv"):
         with pytest.raises(ValueError, match=f"{name}: captions without a column image among "):
             plan([tmp_path / name], tmp_path / "packs", processor)
+    # Any of the first records tells, and an empty list tells nothing.
+    lines = ['{"text": "a", "images": []}', '{"text": "b", "images": ["a.png"]}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="a.jsonl: texts with images, of which nobody knows the places"):
+        plan([tmp_path / "a.jsonl"], tmp_path / "packs", processor)
+    (tmp_path / "a.jsonl").write_text(lines[0])
+    assert plan([tmp_path / "a.jsonl"], tmp_path / "of empty lists", processor).documents == 1
     with pytest.raises(ValueError, match="00000.tar: --caption-column alt is for tables, json and csv files"):
         plan(caption_tars, tmp_path / "packs", processor, caption_column="alt")
 

@@ -133,7 +133,10 @@ def _kind_of_json(path: str, caption_column: str | None, has_images: bool) -> So
                          f"{KNOWN_FORMS}")  # fmt: skip
     # Nothing but damaged records so far: any form counts them by their reasons.
     text_format = found[0] if found else "conversation"
-    names = next((record for record, own in zip(records, formats, strict=True) if own == text_format), {})
+    names: dict[str, None] = {}
+    for record, own in zip(records, formats, strict=True):
+        if own == text_format:
+            names |= {name: None for name, value in record.items() if value not in (None, [])}
     return _with_caption_column(path, JSON, text_format, names, caption_column)
 
 
