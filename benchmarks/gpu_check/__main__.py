@@ -2,12 +2,12 @@
 
     make gpu-check
     PYTHONPATH=benchmarks python -m gpu_check [--size 2b] [--output benchmarks/results/gpu.md] [--stages step levers]
-    PYTHONPATH=benchmarks python -m gpu_check --tiny --output /tmp/gpu.md
+    PYTHONPATH=benchmarks python -m gpu_check --tiny
 
 Random weights in the true sizes, photographs that packages ship, PackedTrainer itself. Each stage is a process of its
 own with a budget of seconds; what it found is kept case by case in a json beside the output, and the same command goes
-on from there. Without a GPU it writes the predictions beside an empty column (`--predict h100`); `--tiny` runs every
-stage on a CPU with a model of a few thousand parameters.
+on from there. Without a GPU it writes the predictions for an H100 beside an empty column; `--tiny` runs every stage on
+a CPU with a model of a few thousand parameters.
 """
 
 import argparse
@@ -80,14 +80,18 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Bench
     parser = argparse.ArgumentParser("gpu_check", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="2b", help="model (default: 2b)")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, on a CPU too")
-    parser.add_argument("--output", type=Path, default=RESULTS / "gpu.md", help="the table; a json lies beside it")
+    parser.add_argument("--output", type=Path, help="the table; a json lies beside it "
+                        "(default: benchmarks/results/gpu.md, with --tiny FOLDER/gpu.md)")  # fmt: skip
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all")
     parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1), help="processes that decode")
     parser.add_argument("--folder", type=Path, default=Path("runs/gpu-check"), help="for packs, logs and runs")
     parser.add_argument("--one", choices=STAGES, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
+    if args.workers < 0:
+        parser.error(f"--workers must be at least 0, got {args.workers}")
     if args.tiny:
         args.size, args.workers = "tiny", 0
+    args.output = args.output or (args.folder if args.tiny else RESULTS) / "gpu.md"
     return args, Bench(args.size, args.folder, args.output.with_suffix(".json"), args.workers)
 
 

@@ -164,6 +164,15 @@ def test_help_shows_defaults(capsys):
         (["--packs", "x", "--load_best_model_at_end"], "load_best_model_at_end has no effect without eval_strategy"),
         (["--packs", "x", "--metric_for_best_model=f1"], "metric_for_best_model has no effect without eval_strategy"),
         (["--packs", "x", "--optim_args", "eps=1"], "optim_args has no effect on this optim"),
+        (["--packs", "x", "--optim", "adamw_8bit", "--optim_args", "eps=1"], "optim_args has no effect on this optim"),
+        (
+            ["--packs", "x", "--torch_compile", "--torch_compile_backend", "foo"],
+            "torch_compile_backend 'foo' is none of",
+        ),
+        (
+            ["--packs", "x", "--activation_checkpointing_kwargs", '{"every_n_layers": 0}'],
+            "every_n_layers must be a whole number above 0, got 0",
+        ),
         (["--packs", "x", "--optim_target_modules", "all-linear"], "optim_target_modules is for optimizers of low"),
         (["--packs", "x", "--optim", "adalomo"], "optim: "),
         (["--packs", "x", "--optim", "muonn"], "optim is 'muonn', none of muon, adamw_torch"),

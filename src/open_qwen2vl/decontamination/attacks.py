@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
+from ..processing.images import decode_image
 from .index import LIMITS, ContaminationIndex, Unlike
 
 _SMALL = 64  # pixels of the shorter side
@@ -34,7 +35,7 @@ class AttackCounts(NamedTuple):
 def _recoded(image: Image.Image, quality: int) -> Image.Image:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
-    return Image.open(buffer).convert("RGB")
+    return decode_image(buffer.getvalue())
 
 
 def _small(image: Image.Image) -> Image.Image:

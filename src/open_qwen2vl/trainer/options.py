@@ -135,7 +135,19 @@ _LOWEST = {
 }
 _WHOLE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_steps")
 MUON = "muon"  # ours, beside transformers' names of optimizers
-_NO_OPTIM_ARGS = ("adamw_torch", "adamw_torch_fused", "adafactor", MUON)
+_NO_OPTIM_ARGS = (
+    *(
+        "adamw_torch",
+        "adamw_torch_fused",
+        "adafactor",
+        MUON,
+        "adamw_bnb_8bit",
+        "adamw_8bit",
+        "lion_8bit",
+        "lion_32bit",
+    ),
+    *("paged_adamw_32bit", "paged_adamw_8bit", "paged_lion_32bit", "paged_lion_8bit"),
+)
 _EVALUATED = ("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "eval_on_start")
 _CHECKPOINT_OPTIONS = frozenset(
     ("every_n_layers", "use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop", "context_fn")
@@ -199,6 +211,9 @@ def check_what_is_built(args: Any) -> None:
         unknown = sorted(set(given) - _CHECKPOINT_OPTIONS) if isinstance(given, dict) else []
         if unknown:
             raise ValueError(f"{name}: {', '.join(unknown)} is none of {', '.join(sorted(_CHECKPOINT_OPTIONS))}")
+        every = given.get("every_n_layers", 1) if isinstance(given, dict) else 1
+        if type(every) is not int or every < 1:
+            raise ValueError(f"{name}: every_n_layers must be a whole number above 0, got {every!r}")
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     try:
         kwargs = dict(args.lr_scheduler_kwargs or {})
@@ -265,6 +280,9 @@ def check_fused_step(args: Any) -> None:
             f"torch_compile_mode {args.torch_compile_mode} is neither default nor max-autotune-no-cudagraphs; others "
             "record CUDA graphs, which packs of ever other documents would record anew"
         )
+    if args.torch_compile and args.torch_compile_backend not in torch.compiler.list_backends(exclude_tags=()):
+        known = ", ".join(torch.compiler.list_backends())  # without those for debugging
+        raise ValueError(f"torch_compile_backend {args.torch_compile_backend!r} is none of {known}")
     if args.float8 and args.device.type == "cuda":
         if torch.cuda.get_device_capability(args.device) < (8, 9):
             name = torch.cuda.get_device_name(args.device)
