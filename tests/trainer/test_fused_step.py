@@ -176,7 +176,12 @@ def test_a_family_without_such_modules_is_refused(tiny_model):
 def chosen(device: str = "cuda", **options) -> SimpleNamespace:
     """As much of a training's arguments as is looked at."""
     names = ("use_liger_kernel", "torch_compile", "bf16", "bf16_residual", "float8")
-    options = {"torch_compile_mode": None, **dict.fromkeys(names, False), **options}
+    options = {
+        "torch_compile_mode": None,
+        "torch_compile_backend": "inductor",
+        **dict.fromkeys(names, False),
+        **options,
+    }
     return SimpleNamespace(**options, device=torch.device(device))
 
 
