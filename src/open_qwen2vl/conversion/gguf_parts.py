@@ -11,6 +11,7 @@ import gguf
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from ..modeling.configuration_open_qwen2vl import OpenQwen2VLConfig
 from ..processing.processing_open_qwen2vl import OpenQwen2VLProcessor
@@ -137,7 +138,9 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str]
     return [texts[number] for number in range(size)], types
 
 
-def add_vision_keys(writer: gguf.GGUFWriter, config: OpenQwen2VLConfig, image_processor) -> None:
+def add_vision_keys(
+    writer: gguf.GGUFWriter, config: OpenQwen2VLConfig, image_processor: SiglipImageProcessorPil
+) -> None:
     """Sizes of the tower, and which block's output is projected."""
     vision = config.vision_config
     writer.add_type(gguf.GGUFType.MMPROJ)
