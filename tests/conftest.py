@@ -53,6 +53,17 @@ TEXTS = [
 ]
 
 
+@pytest.fixture
+def fresh_compiler():
+    """No program of an earlier test."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of a few hundred tokens with Qwen2.5's special tokens."""
     backend = Tokenizer(models.BPE())

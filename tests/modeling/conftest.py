@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 
@@ -16,12 +15,3 @@ def gpu_backbones(backbones, tmp_path_factory) -> dict[str, str]:
     Qwen2ForCausalLM(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(backbones["text"]).save_pretrained(folder)
     return {**backbones, "text": str(folder)}
-
-
-@pytest.fixture
-def fresh_compiler():
-    """No program of an earlier test."""
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()

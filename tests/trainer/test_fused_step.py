@@ -35,14 +35,6 @@ OPTIONS = {
 
 
 @pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture
 def model(tiny_model):
     """In fp32; its MLP is wide enough for float8."""
     config = copy.deepcopy(tiny_model.config)

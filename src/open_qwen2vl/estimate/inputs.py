@@ -21,7 +21,7 @@ from ..model_folders import model_folder
 from ..modeling.configuration_open_qwen2vl import OpenQwen2VLConfig
 from ..options import load_yaml
 from ..trainer.arguments import PackedTrainingArguments
-from ..trainer.options import HONOURED, REFUSED, check_combinations, check_values
+from ..trainer.options import HONOURED, REFUSED, check_combinations, check_values, every_n_layers
 from .memory import PARTS, Training
 
 FORWARD_OPTIONS = ("image_seq_length",)  # of a plan's `vision` what a batch has one of
@@ -205,9 +205,7 @@ def _checkpoint_every(options: dict[str, Any]) -> int:
     name, kwargs = given("_kwargs")
     if not isinstance(kwargs, dict | None):
         raise ValueError(f"{name} must be options by their names, got {kwargs!r}")
-    every = (kwargs or {}).get("every_n_layers", 1)
-    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-        raise ValueError(f"{name}: every_n_layers must be a whole number of at least 1, got {every!r}")
+    every = every_n_layers(name, kwargs or {})
     return every if given("")[1] else 0
 
 

@@ -53,9 +53,10 @@ def _fused(roofline: Roofline, layout: str, training: Training) -> Iterator[tupl
     if not training.fused_by:
         yield "use_liger_kernel", replace(training, fused_by="kernels")
     compiled = replace(training, fused_by="compiled")
-    names = [] if training.fused_by == "compiled" else ["torch_compile"]
+    instead = {"": "torch_compile", "kernels": "torch_compile for use_liger_kernel"}
+    names = [instead[training.fused_by]] if training.fused_by in instead else []
     if names:
-        yield ", ".join(names), compiled
+        yield names[0], compiled
     # FSDP2 computes with a residual stream in bf16 anyway.
     if not training.bf16_residual and training.bf16 and layout not in ("hsdp", "fsdp2"):
         names, compiled = [*names, "bf16_residual"], replace(compiled, bf16_residual=True)

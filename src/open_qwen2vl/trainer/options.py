@@ -204,6 +204,14 @@ def check_values(args: Any) -> None:
         raise ValueError(f"adam_beta1 and adam_beta2 must be below 1, got {args.adam_beta1} and {args.adam_beta2}")
 
 
+def every_n_layers(name: str, given: dict[str, Any]) -> int:
+    """That of the options of checkpointing, 1 where there is none; a ValueError for what is no number of blocks."""
+    every = given.get("every_n_layers", 1)
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise ValueError(f"{name}: every_n_layers must be a whole number above 0, got {every!r}")
+    return every
+
+
 def check_what_is_built(args: Any) -> None:
     """Raise ValueError for a schedule, optimizer or checkpointing of blocks that the trainer's loop could not make."""
     for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
@@ -211,9 +219,8 @@ def check_what_is_built(args: Any) -> None:
         unknown = sorted(set(given) - _CHECKPOINT_OPTIONS) if isinstance(given, dict) else []
         if unknown:
             raise ValueError(f"{name}: {', '.join(unknown)} is none of {', '.join(sorted(_CHECKPOINT_OPTIONS))}")
-        every = given.get("every_n_layers", 1) if isinstance(given, dict) else 1
-        if type(every) is not int or every < 1:
-            raise ValueError(f"{name}: every_n_layers must be a whole number above 0, got {every!r}")
+        if isinstance(given, dict):
+            every_n_layers(name, given)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     try:
         kwargs = dict(args.lr_scheduler_kwargs or {})
