@@ -26,7 +26,7 @@ FLOORS = (
     ("estimate", "chat", "agent", "conversion"),
     ("cli",),
 )
-MOST_LINES, MOST_OF_A_FILE, MOST_OF_A_FUNCTION = 31_820, 350, 60
+MOST_LINES, MOST_OF_A_FILE, MOST_OF_A_FUNCTION = 40_000, 350, 60
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 
