@@ -47,7 +47,8 @@ from open_qwen2vl import (
     PackedSFTTrainer,
     cli,
 )
-from open_qwen2vl.data.packing.mixture import PackMixture, parse_sources
+from open_qwen2vl.data.packing.mixture import PackMixture
+from open_qwen2vl.data.packing.sources import parse_sources
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.qwen_tokenizer import build_qwen_tokenizer  # noqa: E402

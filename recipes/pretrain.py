@@ -34,8 +34,8 @@ from open_qwen2vl import (
     PackedTrainer,
     PackedTrainingArguments,
 )
-from open_qwen2vl.data.packing.mixture import parse_sources
 from open_qwen2vl.data.packing.plan_files import read_plan
+from open_qwen2vl.data.packing.sources import parse_sources
 from open_qwen2vl.trainer import parse_arguments, run_recipe
 from open_qwen2vl.trainer.loading import read_packs
 from open_qwen2vl.trainer.model_loading import check_dtype, load_pretrained, tokens_per_image

@@ -28,8 +28,8 @@ from pyarrow import ArrowException
 from transformers import BitsAndBytesConfig, PreTrainedModel, ProcessorMixin, set_seed
 
 from open_qwen2vl import PackedSFTConfig, PackedSFTTrainer
-from open_qwen2vl.data.packing.mixture import parse_sources
 from open_qwen2vl.data.packing.plan_files import read_plan
+from open_qwen2vl.data.packing.sources import parse_sources
 from open_qwen2vl.data.packing.unpacked_dataset import UnpackedConversations
 from open_qwen2vl.trainer import parse_arguments, run_recipe
 from open_qwen2vl.trainer.loading import read_packs

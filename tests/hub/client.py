@@ -54,7 +54,7 @@ def push(folder: str, repo: str) -> dict:
 def train(folder: str, packs: str, repo: str) -> dict:
     """A training that pushes its checkpoints, and `Trainer.push_to_hub`: the card after each of the two."""
     from open_qwen2vl import PackedTrainer, PackedTrainingArguments
-    from open_qwen2vl.data.packing.mixture import PackMixture, parse_sources
+    from open_qwen2vl.data import PackMixture, parse_sources
 
     model, processor = (auto.from_pretrained(folder) for auto in (AutoModelForImageTextToText, AutoProcessor))
     args = PackedTrainingArguments(

@@ -35,6 +35,21 @@ def test_equals_full_logits(monkeypatch, num_items, chunk_rows):
         torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("chunk_rows", [3, 1000])
+def test_rows_count_as_their_weights_say(monkeypatch, chunk_rows):
+    """Sum and gradients; the divisor and the losses of rows are those without weights."""
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", chunk_rows * 50 * 4)
+    hidden, head, labels = make_case()
+    weights = torch.tensor([0.25, 3.0])
+    loss, rows = selected_position_loss(hidden, head, labels, 7, True, loss_weights=weights)
+    assert torch.equal(rows, selected_position_loss(hidden, head, labels, 7, True)[1])
+    alone = [ForCausalLMLoss(head(hidden[i : i + 1]), labels[i : i + 1], 50, 7) for i in (0, 1)]
+    expected = 0.25 * alone[0] + 3 * alone[1]
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
+    for mine, theirs in zip(gradients(loss, hidden, head), gradients(expected, hidden, head), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("num_items", [None, 0, torch.tensor(0), 5])
 def test_no_supervised_position_is_zero_with_a_graph(num_items):
     hidden, head, labels = make_case()

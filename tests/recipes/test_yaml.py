@@ -1,5 +1,6 @@
 """Each YAML of pre-training says what its comments say, and is understood by its recipe."""
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -49,7 +50,7 @@ def plans(tmp_path_factory, processor) -> Path:
 
 
 def test_all_of_them_are_found():
-    assert len(NAMES) == 9 and "stages/align.yaml" in NAMES and "pretrain_2b.yaml" in NAMES
+    assert len(NAMES) == 10 and "stages/align.yaml" in NAMES and "pretrain_2b.yaml" in NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -166,3 +167,30 @@ def test_low_to_high_goes_from_few_tokens_an_image_to_many(recipe, plans, backbo
     assert trainer.model.config.image_seq_length == 16
     trainer.train()
     assert trainer.state.global_step == len(budgets)
+
+
+def test_captions_instructions_text_and_documents_share_steps(recipe, backbones, processor, tmp_path):
+    write_caption_tar(tmp_path / "captions.tar", ["a photo of a cat"] * 12)
+    rows = {
+        "text": [{"text": "two dogs run in the park"}] * 12,
+        "interleaved": [{"texts": ["a photo of a cat", "blue and green squares"], "images": [None, None]}] * 12,
+        "instructions": [
+            {"conversations": [{"from": "human", "value": "what is shown?"}, {"from": "gpt", "value": "two dogs"}]}
+        ]
+        * 24,
+    }
+    text = (RECIPES / "pretrain_mixture.yaml").read_text()
+    for name in ("captions", *rows):
+        file = tmp_path / ("captions.tar" if name == "captions" else f"{name}.jsonl")
+        if name in rows:
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows[name]))
+        plan_packs([file], tmp_path / name, processor.tokenizer, image_seq_length=4, max_length=64, num_workers=1)
+        text = text.replace(f"path: packs/{name}", f"path: {tmp_path / name}")
+    (tmp_path / "config.yaml").write_text(text)
+    options = ["--vision_model", backbones["vision"], "--text_model", backbones["text"], "--max_steps", "1"]
+    options += ["--output_dir", str(tmp_path / "run"), "--save_strategy", "no", "--dataloader_num_workers", "0"]
+    trainer = recipe["build_trainer"](*parse(recipe, tmp_path / "config.yaml", *options))
+    trainer.train()
+    read = trainer.summary()["sources"]
+    assert list(read) == ["captions", "instructions", "text", "interleaved"]
+    assert all(source["packs"] for source in read.values()) and trainer.state.global_step == 1

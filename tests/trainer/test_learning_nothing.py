@@ -7,8 +7,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from open_qwen2vl.data import plan_packs
-from open_qwen2vl.data.packing.mixture import PackMixture, parse_sources
+from open_qwen2vl.data import PackMixture, parse_sources, plan_packs
 from open_qwen2vl.trainer import run_recipe
 from open_qwen2vl.trainer.checkpoints.folders import checkpoints_by_step
 from open_qwen2vl.trainer.figures.data_watch import EMPTY_STEPS, FEW_DROPPED, DataStopped, DataWatch

@@ -7,8 +7,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
 from open_qwen2vl import PackingCollator
-from open_qwen2vl.data import plan_packs
-from open_qwen2vl.data.packing.mixture import PackMixture, parse_sources
+from open_qwen2vl.data import PackMixture, parse_sources, plan_packs
 from open_qwen2vl.trainer import PackedTrainingArguments, newest_complete_checkpoint, save_final_model
 from tests.tars import write_caption_tar
 

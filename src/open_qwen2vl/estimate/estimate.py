@@ -59,7 +59,7 @@ def estimate_recipe(options: EstimateOptions) -> Estimate:
     config = read_config(recipe)
     packed_model(config)  # known, or an error before anything is read
     if options.pairs is None:
-        work = planned_work(recipe.get("train_packs"))
+        work = planned_work(recipe.get("train_packs"), number_of(recipe, "num_train_epochs"))
     else:
         per_image = options.tokens_per_image or getattr(config, "image_seq_length", None)
         if per_image is None:

@@ -14,8 +14,9 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.hf_argparser import string_to_bool
 
-from ..data.packing.mixture import parse_sources, source_phases
+from ..data.packing.mixture import source_phases
 from ..data.packing.plan_files import read_plan
+from ..data.packing.sources import parse_sources
 from ..data.packing.weights import picks_per_epoch
 from ..model_folders import model_folder
 from ..modeling.configuration_open_qwen2vl import OpenQwen2VLConfig
@@ -54,14 +55,14 @@ class Work:
     phase: int = 0  # packs of one fill up whole steps together
 
 
-def planned_work(train_packs: str | list[dict[str, Any]]) -> list[Work]:
-    """Read what the plans of a recipe's packs add up to."""
+def planned_work(train_packs: str | list[dict[str, Any]], epochs: float = 1.0) -> list[Work]:
+    """Read what the plans of a recipe's packs add up to in each of so many epochs."""
     sources = parse_sources(train_packs)
     plans = [read_plan(Path(source.path)) for source in sources]
     for source, plan in zip(sources, plans, strict=True):
         if not plan["totals"]["packs"]:
             raise ValueError(f"{source.path} holds no packs")
-    picks = picks_per_epoch(sources, [plan["totals"]["packs"] for plan in plans], plans)
+    picks = picks_per_epoch(sources, [plan["totals"]["packs"] for plan in plans], plans, epochs)
     options = [{name: plan["vision"].get(name) for name in FORWARD_OPTIONS} for plan in plans]
     phase_of = {s: number for number, phase in enumerate(source_phases(sources, options)) for s in phase}
     work = []

@@ -25,7 +25,7 @@ from transformers.utils import can_return_tuple
 from ..modeling.attention import packs_without_mask, shared_prefix_mask
 from ..modeling.loss import selected_position_loss
 
-_OWN_OPTIONS = ("label_positions", "skip_logits", "return_row_losses")
+_OWN_OPTIONS = ("label_positions", "skip_logits", "return_row_losses", "loss_weights")
 
 
 @dataclass
@@ -83,6 +83,7 @@ class PackedForward:
         num_items_in_batch: torch.Tensor | int | None = None,
         skip_logits: bool | None = None,
         return_row_losses: bool = False,
+        loss_weights: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> PackedOutput:
@@ -111,7 +112,7 @@ class PackedForward:
         loss = row_losses = logits = None
         if labels is not None:
             loss, row_losses = selected_position_loss(
-                hidden, self.lm_head, labels, num_items_in_batch, True, label_positions
+                hidden, self.lm_head, labels, num_items_in_batch, True, label_positions, loss_weights=loss_weights
             )
         if not (labels is not None if skip_logits is None else skip_logits):
             logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
@@ -138,8 +139,9 @@ def packed_class(stock: type[PreTrainedModel], mixin: type[PackedForward]) -> ty
         kwargs |= self._as_stock_pixels({name: kwargs[name] for name in self.media_names if name in kwargs})
         # Boundaries make a batch a packed one; any other, as in generation, meets the stock model.
         if kwargs.get("cu_seq_lens_q") is None:
-            if kwargs.get("return_row_losses"):
-                raise ValueError("return_row_losses needs a packed batch (cu_seq_lens_q)")
+            for name in ("return_row_losses", "loss_weights"):
+                if kwargs.get(name) is not None and kwargs[name] is not False:
+                    raise ValueError(f"{name} needs a packed batch (cu_seq_lens_q)")
             return stock.forward(self, **{name: kwargs[name] for name in kwargs if name not in own_names})
         _check_packed_arguments(kwargs)
         return self._forward_packed(**{name: value for name, value in kwargs.items() if name not in _NOT_IN_PACKS})

@@ -22,10 +22,20 @@ IGNORE_INDEX = -100
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
-    """Cross-entropy(hidden @ weight.T, target): the sum and, detached, each row's; gradients come in the forward."""
+    """Cross-entropy(hidden @ weight.T, target): the sum and, detached, each row's; gradients come in the forward.
+
+    `counts`, one for each row, weigh the sum and the gradients, not the rows' losses.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, with_grad: bool):
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        target: torch.Tensor,
+        with_grad: bool,
+        counts: torch.Tensor | None,
+    ):
         need_hidden, need_weight = (with_grad and needed for needed in ctx.needs_input_grad[:2])
         rows = _chunk_rows(hidden.shape[0], weight)
         losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
@@ -40,6 +50,8 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             chunk = hidden[here]
             logits = torch.mm(chunk, weight.t(), out=buffer[: chunk.shape[0]])
             _cross_entropy_(logits, target[here], losses[here], need_hidden or need_weight)
+            if counts is not None and (need_hidden or need_weight):
+                logits.mul_(counts[here, None].to(logits.dtype))
             if need_hidden:
                 torch.mm(logits, weight, out=grad_hidden[here])
             if need_weight:
@@ -48,12 +60,12 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             grad_weight.zero_()
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype) if need_weight else None)
         ctx.mark_non_differentiable(losses)
-        return losses.sum(), losses
+        return (losses if counts is None else losses * counts).sum(), losses
 
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor, _: torch.Tensor):
         # In place: nobody else holds them, and a second backward through the same graph is refused by torch.
-        return *(None if grad is None else grad.mul_(grad_loss) for grad in ctx.saved_tensors), None, None
+        return *(None if grad is None else grad.mul_(grad_loss) for grad in ctx.saved_tensors), None, None, None
 
 
 def _chunk_rows(total: int, weight: torch.Tensor) -> int:
@@ -99,6 +111,7 @@ def selected_position_loss(
     return_row_losses: bool = False,
     label_positions: torch.Tensor | None = None,
     shifted: bool = False,
+    loss_weights: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Next-token cross-entropy computed at the labelled positions only.
 
@@ -116,10 +129,13 @@ def selected_position_loss(
             whose label t + 1 is to be predicted, as the collator gives them; looked for where not given, for which
             the host waits for the device.
         shifted (`bool`, *optional*, defaults to `False`): position t is scored against label t, as `shift_labels` are.
+        loss_weights (`torch.FloatTensor` of shape `(batch,)`, *optional*): what a label of each row counts in the sum;
+            the divisor stays the number of labels.
 
     Returns:
         `torch.Tensor`: fp32 scalar; 0 with a graph to every parameter where no position is labelled. With
-        `return_row_losses` a tuple of it and the detached fp32 sums, undivided, of each row's losses, `(batch,)`.
+        `return_row_losses` a tuple of it and the detached fp32 sums, undivided and unweighted, of each row's losses,
+        `(batch,)`.
     """
     labels = labels.to(hidden_states.device)
     if label_positions is None:
@@ -135,11 +151,12 @@ def selected_position_loss(
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    loss, losses = _LinearCrossEntropySum.apply(hidden, weight, targets, torch.is_grad_enabled())
+    rows = label_positions // labels.shape[1]
+    counts = None if loss_weights is None else loss_weights.to(hidden.device, torch.float32)[rows]
+    loss, losses = _LinearCrossEntropySum.apply(hidden, weight, targets, torch.is_grad_enabled(), counts)
     items = targets.numel() if num_items_in_batch is None else num_items_in_batch
     # At least 1: a batch without labels has the sum 0, and 0 / 0 would poison every weight.
     loss = loss / (items.to(loss.device).clamp(min=1) if isinstance(items, torch.Tensor) else max(items, 1))
     if not return_row_losses:
         return loss
-    rows = label_positions // labels.shape[1]
     return loss, losses.new_zeros(len(labels)).index_add_(0, rows, losses)

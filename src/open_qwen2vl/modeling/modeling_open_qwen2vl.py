@@ -208,6 +208,7 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
         key_positions (`torch.LongTensor` of shape `(keys,)`): what each document or branch of it attends to, as the
             collator gives it where documents share pictures; `cu_seq_lens_k` are its boundaries.
         num_items_in_batch (`int` or `torch.Tensor`): divides the summed loss.
+        loss_weights (`torch.FloatTensor` of shape `(batch,)`): what a label of each row counts in the sum (1).
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -250,6 +251,7 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
         label_positions: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_positions: torch.LongTensor | None = None,
+        loss_weights: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> OpenQwen2VLCausalLMOutputWithPast:
         """Run the model, with the loss where labels are given; the class says what each argument is."""
@@ -271,10 +273,8 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
         hidden, loss, row_losses, logits = outputs.last_hidden_state, None, None, None
         if supervised:
             given = labels if shift_labels is None else shift_labels
-            options = {"shifted": shift_labels is not None, "label_positions": label_positions}
-            loss, row_losses = selected_position_loss(
-                hidden, self.lm_head, given, num_items_in_batch, return_row_losses=True, **options
-            )
+            options = (num_items_in_batch, True, label_positions, shift_labels is not None, loss_weights)
+            loss, row_losses = selected_position_loss(hidden, self.lm_head, given, *options)
         if not (self.training and supervised if skip_logits is None else skip_logits):
             logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
         return OpenQwen2VLCausalLMOutputWithPast(

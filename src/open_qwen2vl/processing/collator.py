@@ -24,7 +24,8 @@ from .text_formats import IGNORE_INDEX
 
 TEXT = ("input_ids", "labels", "position_ids")
 # Of an item; what else it has goes to the forward.
-ACCOUNTS = ("placeholders", "on_host", "media", "vision_work", "dropped", "dropped_places", "source", "pack")
+ACCOUNTS = ("placeholders", "on_host", "media", "vision_work", "dropped", "dropped_places", "source", "pack",
+            "loss_weight")  # fmt: skip
 
 _WORK = ("patches", "vision_squared", "vision_tokens", "vision_windowed")
 
@@ -57,7 +58,8 @@ class PackingCollator:
                 arguments of the forward, the same in all items, but for `placeholders` (int64 positions in the item,
                 by the name of a forward's argument), `on_host` (names of media that become nested lists, which stay
                 where they are when tensors go to a device), `media` (their number), `vision_work` (patches, squared,
-                tokens, windowed, or the first of them), `dropped`, `source` and `pack`.
+                tokens, windowed, or the first of them), `dropped`, `source`, `pack` and `loss_weight` (in all items or
+                in none), the batch's float32 `loss_weights` `(packs,)`.
 
         Returns:
             `dict`: the tensors named at the head of this file, media only where there are any, and `packing_stats`
@@ -93,6 +95,8 @@ class PackingCollator:
             batch["labels"] = self._labels_across_documents(batch["labels"], batch["input_ids"], items)
         else:
             batch.update(_isolate_documents([item["position_ids"] for item in items], longest))
+        if "loss_weight" in items[0]:
+            batch["loss_weights"] = torch.tensor([item["loss_weight"] for item in items], dtype=torch.float32)
         # Found here, once, on the host: on a device the model would have to wait for their number.
         labelled = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX) != IGNORE_INDEX
         batch["label_positions"] = torch.nonzero(labelled.flatten()).squeeze(1)

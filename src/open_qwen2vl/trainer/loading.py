@@ -1,5 +1,6 @@
 """What the trainers read: order and collator of the packs, names of their sources, steps without a label."""
 
+import inspect
 import os
 import shutil
 from pathlib import Path
@@ -8,13 +9,15 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
-from ..data.packing.mixture import PackMixture, parse_sources
+from ..data.packing.mixture import PackMixture
 from ..data.packing.pack_order import PackOrder
 from ..data.packing.packed_dataset import PackedDataset, check_files
 from ..data.packing.plan_files import read_plan
+from ..data.packing.sources import parse_sources
 from ..families import document_processor
 from ..processing.collator import PackingCollator
 
@@ -76,6 +79,7 @@ def train_order(dataset: PackMixture, args: TrainingArguments) -> PackOrder:
         args.per_device_train_batch_size,
         args.gradient_accumulation_steps,
         args.seed if args.data_seed is None else args.data_seed,
+        run=(args.num_train_epochs, args.max_steps),
     )
 
 
@@ -84,8 +88,29 @@ def labels_are_planned(collator: Any) -> bool:
     return type(collator) is PackingCollator and not collator.cross_document_attention
 
 
+def check_sources(
+    model: nn.Module, args: TrainingArguments, collator: Any, train_dataset: Any, eval_dataset: Any
+) -> None:
+    """Refuse what is asked of sources and would have no effect, or cannot be had in this run."""
+    if isinstance(eval_dataset, PackMixture):
+        evaluation_order(eval_dataset, args)
+    if not isinstance(train_dataset, PackMixture):
+        return
+    if args.train_sampling_strategy != "random":
+        raise ValueError("train_sampling_strategy is not supported: packs come in an order of their own")
+    train_order(train_dataset, args)
+    if train_dataset.loss_weights is None:
+        return
+    if collator is not None and not labels_are_planned(collator):
+        raise ValueError("loss_weight of a source needs the default collator")
+    if "loss_weights" not in inspect.signature(model.forward).parameters:
+        raise ValueError(f"loss_weight of a source is not supported: {type(model).__name__} takes no loss_weights")
+
+
 def evaluation_order(dataset: PackMixture, args: TrainingArguments) -> PackOrder:
     """Filled up with empty packs: no pack is evaluated twice for the sake of a rank."""
+    if any(source.follows_run or source.loss_weight != 1 for source in dataset.sources):
+        raise ValueError("eval_packs take no loss_weight, max_epochs or schedule of weights: they are of a training")
     return PackOrder(dataset, args.world_size, args.per_device_eval_batch_size, 1, 0, shuffle=False)
 
 

@@ -48,8 +48,6 @@ class PackedTraining:
     """Takes the arguments of [`PackedTrainer`]; `interrupted` tells whether it left early, after a checkpoint."""
 
     def __init__(self, model: nn.Module, args, data_collator=None, callbacks: list | None = None, **kwargs):
-        if args.train_sampling_strategy != "random" and isinstance(kwargs.get("train_dataset"), PackMixture):
-            raise ValueError("train_sampling_strategy is not supported: packs come in an order of their own")
         base = optimization.base_model(model)
         self._family = packed_model(base.config)
         self._family.prepare(base, kwargs.get("processing_class"))
@@ -58,6 +56,7 @@ class PackedTraining:
         prepare_fused_step(base, args, self._family)
         args.dataloader_prefetch_factor = loading.prefetch_factor(args, kwargs.get("train_dataset"))
         self._gives_row_losses = "return_row_losses" in inspect.signature(base.forward).parameters
+        loading.check_sources(base, args, data_collator, *map(kwargs.get, ("train_dataset", "eval_dataset")))
         self._parts_of_groups: list[str] = []
         self.part_rates: dict[str, float] = {}
         self.stop_request, self.interrupted = StopRequest(), False

@@ -17,6 +17,7 @@ from .checkpoints.interruption import EXIT_CODE, FolderInUse
 from .figures.loss_watch import TrainingStopped
 from .figures.plots import plot_loss
 from .figures.progress import summary_lines
+from .loading import train_order
 from .packed_training import PackedTraining
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,8 @@ def _announce(trainer: PackedTraining, checkpoint: str | None) -> None:
     logger.info("%s packs, %s a step, %s devices", f"{len(trainer.train_dataset):,}", step, args.world_size)
     if isinstance(trainer.train_dataset, PackMixture) and len(trainer.train_dataset.sources) > 1:
         mixture = trainer.train_dataset
-        for line in describe_sources(mixture.sources, [dataset.plan for dataset in mixture.datasets]):
+        plans = [dataset.plan for dataset in mixture.datasets]
+        for line in describe_sources(mixture.sources, plans, train_order(mixture, args).counts_of_run):
             logger.info(line)
     if checkpoint is not None:
         logger.info("resuming from %s", checkpoint)

@@ -55,7 +55,10 @@ def test_a_list_names_sources_with_epochs_or_weights():
         ({"path": "a"}, "must be a folder or a list"),
         (["a"], "source 1 of the packs needs a `path`, got 'a'"),
         ([{"path": "a"}, {"name": "b"}], "source 2 of the packs needs a `path`"),
-        ([{"path": "a", "wieght": 1}], "unknown key 'wieght'; known are path, name, weight, epochs, weight_by, phase"),
+        (
+            [{"path": "a", "wieght": 1}],
+            "unknown key 'wieght'; known are path, name, weight, epochs, weight_by,",
+        ),
         ([{"path": "a", "weight": 1, "epochs": 1}], "source 1 of the packs has both a weight and epochs"),
         ([{"path": "a", "phase": 1}, {"path": "b"}], "source 'b' has no phase: give all of them one, or none"),
         ([{"path": "a", "phase": 1.5}], "phase of source 1 of the packs must be a whole number, got 1.5"),
@@ -69,6 +72,23 @@ def test_a_list_names_sources_with_epochs_or_weights():
         ([{"path": "a", "epochs": True}], "must be a positive number, got True"),
         ([{"path": "a", "epochs": float("inf")}], "must be a positive number"),
         ([{"path": "a", "epochs": float("nan")}], "must be a positive number"),
+        ([{"path": "a", "weight": {0: 1, 1.5: 2}}], "a schedule goes from 0 to 1, the end of the run, got {0: 1, 1.5"),
+        ([{"path": "a", "weight": {}}], "a schedule goes from 0 to 1"),
+        ([{"path": "a", "weight": {0: 1, "0": 2}}], "a schedule has one weight at each share of the run"),
+        (
+            [{"path": "a", "weight": {0: 1, 1: -2}}],
+            "weight of source 1 of the packs at 1 must be a number that",
+        ),
+        ([{"path": "a", "weight": {"soon": 1}}], "a share of the run in the weight of source 1 of the packs must be"),
+        ([{"path": "a", "weight": {0: 0, 1: 0}}], "weight of source 1 of the packs is 0 all the time"),
+        ([{"path": "a", "weight": {0: 1, 0.5: 0}}, {"path": "b", "weight": {0.2: 0, 0.7: 0, 1: 1}}], "at 0.5 of the"),
+        ([{"path": "a", "weight": {0: 1, 1: 2}, "phase": 1}], "with a phase have neither max_epochs nor a schedule"),
+        ([{"path": "a", "max_epochs": 2}], "has max_epochs without a weight"),
+        (
+            [{"path": "a", "weight": 1, "max_epochs": 0}],
+            "max_epochs of source 1 of the packs must be a pos",
+        ),
+        ([{"path": "a", "loss_weight": -1}], "loss_weight of source 1 of the packs must be a positive number"),
     ],
 )
 def test_anything_else_is_one_clear_error(value, message):
@@ -126,8 +146,13 @@ def test_the_fingerprint_tells_mixtures_apart_but_not_their_places(plans, proces
         fingerprint(cats, {**dogs, "epochs": 2}),
         fingerprint({**cats, "weight": 1}, {**dogs, "weight": 1}),
         fingerprint(cats, {**dogs, "path": plans["large"], "name": "dogs"}),
+        fingerprint(cats, {**dogs, "loss_weight": 2}),
+        *(
+            fingerprint({**cats, "weight": 1}, {**dogs, "weight": weight, **limit})
+            for weight, limit in ((1, {"max_epochs": 2}), ({0: 1, 1: 2}, {}), ({0: 1, 1: 3}, {}))
+        ),
     ]
-    assert all(other != found for other in others)
+    assert all(other != found for other in others) and len({json.dumps(other) for other in others}) == len(others)
     # Moved: the tar lies beside the plan as before, elsewhere.
     for name in ("cats", "dogs"):
         shutil.copytree(plans[name], tmp_path / "moved" / name)
@@ -201,3 +226,18 @@ def test_packs_of_different_lengths_are_warned_of(plans, tokenizer, tmp_path):
 def test_wrong_units_are_one_clear_error(entries, message):
     with pytest.raises(ValueError, match=message):
         parse_sources(entries)
+
+
+def test_loss_weights_are_scaled_to_a_mean_of_one_over_the_labels(plans, processor):
+    entries = [{"path": plans["cats"], "loss_weight": 3}, {"path": plans["dogs"], "epochs": 2}]
+    mixture = PackMixture(parse_sources(entries), processor)
+    cats, dogs = mixture.loss_weights
+    labels = [dataset.plan["totals"]["labels"] for dataset in mixture.datasets]
+    assert cats == pytest.approx(3 * dogs)
+    assert (cats * labels[0] + dogs * 2 * labels[1]) / (labels[0] + 2 * labels[1]) == pytest.approx(1)
+    items = [mixture[0], mixture[len(mixture) - 1]]
+    batch = PackingCollator()(items)
+    assert batch["loss_weights"].tolist() == pytest.approx([cats, dogs]) and batch["loss_weights"].shape == (2,)
+    # The same for all is none.
+    alike = PackMixture(parse_sources([{**entry, "loss_weight": 3} for entry in entries]), processor)
+    assert alike.loss_weights is None and "loss_weights" not in PackingCollator()([alike[0]])

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from open_qwen2vl import PackedTrainer, PackedTrainingArguments
-from open_qwen2vl.data.packing.mixture import PackMixture, parse_sources
+from open_qwen2vl.data import PackMixture, parse_sources
 from open_qwen2vl.trainer import run_recipe
 from open_qwen2vl.trainer.checkpoints import saving
 from open_qwen2vl.trainer.model_loading import load_pretrained

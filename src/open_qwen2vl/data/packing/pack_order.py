@@ -1,4 +1,5 @@
 """The order in which a run reads the packs of a mixture: a pure function of mixture, seed, epoch and global batch.
+Where sources have schedules or limits on epochs it depends on the length of the run, too.
 
     source ─ endless stream of seeded permutations ─► its picks of this epoch ─┐
     source ─ ...                                                               ├─ interleaved evenly ─► optimizer steps
@@ -9,13 +10,14 @@ Nothing of it is state: a resumed run asks for the same epoch and skips. The pac
 global batch is split into devices, packs per device and accumulation.
 """
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
 from torch.utils.data import Sampler
 
 from .mixture import PackMixture
-from .weights import picks_per_epoch
+from .weights import picks_per_epoch, turns_of_run
 
 
 class PackOrder(Sampler[int]):
@@ -28,6 +30,9 @@ class PackOrder(Sampler[int]):
     ([`source_phases`]); Qwen2-VL's budgets of pixels are mixed unless the sources have phases. Each phase is filled up
     with empty packs to a whole optimizer step.
 
+    A schedule of weights, or a limit on the epochs of a source, is about the run: the turns of its sources are laid
+    out from its first pack to its last, and an epoch, as long as the mean weights make it, is a part of them.
+
     Args:
         mixture ([`PackMixture`]): the packs.
         world_size (`int`): data-parallel ranks.
@@ -35,9 +40,11 @@ class PackOrder(Sampler[int]):
         accumulation (`int`): micro-batches of an optimizer step.
         seed (`int`): of the permutations, not negative.
         shuffle (`bool`, *optional*, defaults to `True`): `False`, for evaluation, reads the sources as planned.
+        run (`tuple[float, int]`, *optional*, defaults to one epoch): epochs of the run, and its optimizer steps, which
+            count instead if above 0.
 
     Raises:
-        ValueError: if one of the three counts is below 1.
+        ValueError: if one of the three counts is below 1, or for schedules or limits that this run cannot follow.
     """
 
     def __init__(
@@ -48,6 +55,7 @@ class PackOrder(Sampler[int]):
         accumulation: int,
         seed: int,
         shuffle: bool = True,
+        run: tuple[float, int] = (1.0, -1),
     ):
         for name, value in (("world_size", world_size), ("batch_size", batch_size), ("accumulation", accumulation)):
             if value < 1:
@@ -59,8 +67,18 @@ class PackOrder(Sampler[int]):
         )
         self.seed, self.shuffle, self.epoch = seed, shuffle, 0
         self._sizes = [len(dataset) for dataset in mixture.datasets]
-        self._counts = picks_per_epoch(mixture.sources, self._sizes, [dataset.plan for dataset in mixture.datasets])
+        plans, (epochs, steps) = [dataset.plan for dataset in mixture.datasets], run
+        self._counts = picks_per_epoch(mixture.sources, self._sizes, plans, 1.0 if steps > 0 else epochs)
         self._phases = mixture.phases
+        self._turns: np.ndarray | None = None  # source of each pack of the run, where that is not the same in all
+        if any(source.follows_run for source in mixture.sources):
+            if len(self._phases) > 1:
+                raise ValueError(
+                    "max_epochs and schedules of weights need sources that share batches, and these have other tokens "
+                    "per image"
+                )
+            steps = steps if steps > 0 else math.ceil(epochs * len(self) / self.global_batch)
+            self._turns = turns_of_run(mixture.sources, self._sizes, plans, steps * self.global_batch)
         self._mixture = mixture
         self._labels_of_epoch = -1, np.zeros(0, np.int64)
         # The empty packs have no patches.
@@ -74,14 +92,18 @@ class PackOrder(Sampler[int]):
         """
         self.epoch = epoch
 
+    @property
+    def counts_of_run(self) -> list[int] | None:
+        """Packs of each source that the run reads, where schedules or limits say so."""
+        return None if self._turns is None else np.bincount(self._turns, minlength=len(self._sizes)).tolist()
+
     def __len__(self) -> int:
         packs = (sum(self._counts[source] for source in phase) for phase in self._phases)
         return sum(-(-number // self.global_batch) * self.global_batch for number in packs)
 
     def __iter__(self) -> Iterator[int]:
         epoch = self.epoch
-        for phase in self._phases:
-            packs = self._phase_order(phase, epoch)
+        for packs in self._epoch_orders(epoch):
             for start in range(0, len(packs), self.global_batch):
                 yield from self._deal(packs[start : start + self.global_batch]).tolist()
 
@@ -89,10 +111,25 @@ class PackOrder(Sampler[int]):
         """Labels that a step of the run is planned to have, on all ranks; steps count from 0 over all epochs."""
         epoch, step = divmod(step, len(self) // self.global_batch)
         if self._labels_of_epoch[0] != epoch:
-            packs = np.concatenate([self._phase_order(phase, epoch) for phase in self._phases])
+            packs = np.concatenate(list(self._epoch_orders(epoch)))
             labels = np.append(self._mixture.labels_per_pack, np.zeros(len(self._sizes), np.int64))[packs]
             self._labels_of_epoch = epoch, labels.reshape(-1, self.global_batch).sum(1)
         return int(self._labels_of_epoch[1][step])
+
+    def _epoch_orders(self, epoch: int) -> Iterator[np.ndarray]:
+        """Indices of an epoch's packs, phase by phase, each filled up to whole optimizer steps."""
+        if self._turns is None:
+            yield from (self._phase_order(phase, epoch) for phase in self._phases)
+            return
+        start, stop = epoch * len(self), (epoch + 1) * len(self)
+        before = np.bincount(self._turns[:start], minlength=len(self._sizes))
+        turns = self._turns[start:stop]
+        # Behind the end of the run, where nobody reads, empty packs.
+        order = np.full(len(self), sum(self._sizes))
+        for source, first in enumerate(before.tolist()):
+            own = turns == source
+            order[: len(turns)][own] = sum(self._sizes[:source]) + self._stream(source, first, first + int(own.sum()))
+        yield order
 
     def _phase_order(self, phase: list[int], epoch: int) -> np.ndarray:
         """Indices of a phase's packs, filled up to whole optimizer steps."""
@@ -101,17 +138,18 @@ class PackOrder(Sampler[int]):
         missing = -len(turns) % self.global_batch
         order = np.full(len(turns) + missing, sum(self._sizes) + phase[0])
         for turn, source in enumerate(phase):
-            first = sum(self._sizes[:source])
-            order[: len(turns)][turns == turn] = first + self._picks(source, epoch)
+            first, count = sum(self._sizes[:source]), self._counts[source]
+            order[: len(turns)][turns == turn] = first + self._stream(source, epoch * count, (epoch + 1) * count)
         return order
 
-    def _picks(self, source: int, epoch: int) -> np.ndarray:
-        """Packs of a source in an epoch: the next `count` of its endless stream of permutations."""
-        size, count = self._sizes[source], self._counts[source]
-        start, stop = epoch * count, (epoch + 1) * count
+    def _stream(self, source: int, start: int, stop: int) -> np.ndarray:
+        """Packs of a source: a part of its endless stream of permutations."""
+        size = self._sizes[source]
+        if start == stop:
+            return np.zeros(0, np.int64)
         numbers = range(start // size, -(-stop // size))
         stream = np.concatenate([self._permutation(source, number) for number in numbers])
-        return stream[start - numbers[0] * size :][:count]
+        return stream[start - numbers[0] * size :][: stop - start]
 
     def _permutation(self, source: int, number: int) -> np.ndarray:
         size = self._sizes[source]
