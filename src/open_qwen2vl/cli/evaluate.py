@@ -14,23 +14,34 @@ def run(options: OPTIONS) -> None:
     from ..evaluation.evaluate import evaluate
     from ..evaluation.few_shot import FewShot
 
+    shared = {
+        "batch_size": options.batch_size,
+        "limit": options.limit,
+        "max_new_tokens": options.max_new_tokens,
+        "judge": options.judge,
+        "include_path": options.include_path,
+    }
     few_shot = None
     if options.shots is not None:
         few_shot = FewShot(options.shots, options.seeds, options.demonstrations, options.shot_separator)
-    evaluate(
-        options.model,
-        options.tasks,
-        options.output,
-        rules=options.rules,
-        batch_size=options.batch_size,
-        limit=options.limit,
-        image_seq_length=options.image_seq_length,
-        max_new_tokens=options.max_new_tokens,
-        judge=options.judge,
-        device=options.device,
-        include_path=options.include_path,
-        few_shot=few_shot,
-    )
+    if options.endpoint is not None:
+        from ..evaluation.harness import import_harness
+
+        import_harness()  # its absence is one line
+        from ..evaluation.endpoint import evaluate_endpoint
+
+        evaluate_endpoint(options.endpoint, options.tasks, options.output, model=options.endpoint_model, **shared)
+    else:
+        evaluate(
+            options.model,
+            options.tasks,
+            options.output,
+            rules=options.rules,
+            image_seq_length=options.image_seq_length,
+            device=options.device,
+            few_shot=few_shot,
+            **shared,
+        )
     if PartialState().is_main_process:
         print((Path(options.output) / "table.md").read_text(encoding="utf-8"), end="")
         print(f"\n{options.output}/results.json")

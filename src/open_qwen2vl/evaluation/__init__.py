@@ -1,6 +1,6 @@
 """Evaluation with lmms-eval: the plugin, the paper's rules as tasks, results, the report.
 
-    evaluate.py            a checkpoint or a model in memory
+    evaluate.py            a checkpoint or a model in memory; endpoint.py one behind a server, over HTTP
       runs.py              one task after another
       benchmarks.py        the eight benchmarks: their tasks, metrics and rules; tasks/ has those of ours
       few_shot.py          demonstrations in front of a question, for base models

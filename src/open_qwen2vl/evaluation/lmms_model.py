@@ -106,7 +106,7 @@ class TransformersModel(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Generate an answer to each request, cut at the first of its `until` strings."""
-        options = [json.dumps(_generation_kwargs(request), sort_keys=True, default=str) for request in requests]
+        options = [json.dumps(generation_kwargs(request), sort_keys=True, default=str) for request in requests]
         # Longest first: what does not fit into memory fails at once.
         order = sorted(range(len(requests)), key=lambda i: (options[i], -len(str(requests[i].args[0])), i))
         batches = [
@@ -159,11 +159,7 @@ class TransformersModel(lmms):
         return {i: answer for share, _ in shares for i, answer in share.items()}
 
     def _answer_own(self, requests: list[Instance], batches: list[list[int]], answer: Callable) -> dict:
-        nth, seen = [], Counter()
-        for request in requests:
-            # A task may ask the same thing several times.
-            seen[id(request)] += 1
-            nth.append(seen[id(request)])
+        nth = count_repeats(requests)
         answers: dict[int, tuple[Any, ShownPrompt]] = {}
         total = sum(len(batch) for batch in batches)
         hidden = self.state is not None and not self.state.is_main_process
@@ -202,27 +198,21 @@ class TransformersModel(lmms):
         return _Work(known, waiting, inputs, [self.prompt_builder.continuation_ids(prompt, one) for one in answers])
 
     def _prompt(self, request: Instance) -> Prompt:
-        context, *_, document, task, split = request.args
-        doc = self.task_dict[task][split][document]
-        maker = next(argument for argument in request.args[1:3][::-1] if callable(argument))
         try:
-            if self.make_messages is not None:
-                return self.prompt_builder.build(self.make_messages(document, doc))
-            messages = maker(doc) if _is_chat(request) else user_turn(maker(doc), context)
-            return self.prompt_builder.build(messages)
+            return self.prompt_builder.build(request_messages(self, request))
         except (ValueError, OSError) as error:
-            raise ValueError(f"{task}, sample {document}: {error}") from error
+            raise ValueError(f"{request.args[4]}, sample {request.args[3]}: {error}") from error
 
     def _key(self, request: Instance, prompt: Prompt, nth: int) -> str:
         continuation = _continuation(self, request) if request.request_type == "loglikelihood" else None
-        options = {} if continuation is not None else _generation_kwargs(request)
+        options = {} if continuation is not None else generation_kwargs(request)
         parts = (request.request_type, request.args[4], request.args[3], nth, prompt.text, continuation, options)
         budget = (self.prompt_builder.options, self.max_new_tokens, self.prompt_builder.style)
         return request_key(self.fingerprint, *parts, *budget, *prompt.images, *(clip.digest for clip in prompt.clips))
 
     @torch.inference_mode()
     def _generate(self, requests: list[Instance], work: _Work) -> list[str]:
-        options, until = generation_options(_generation_kwargs(requests[0]), self.max_new_tokens)
+        options, until = generation_options(generation_kwargs(requests[0]), self.max_new_tokens)
         inputs = work.inputs.to(self.device)
         length = inputs["input_ids"].shape[1]
         self._check_length(length + options["max_new_tokens"])
@@ -232,7 +222,7 @@ class TransformersModel(lmms):
         ids = self.model.generate(**inputs, **options)[:, length:]
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         texts = [cut_at(text, until) for text in texts]
-        if not _generation_kwargs(requests[0]).get("boxes"):
+        if not generation_kwargs(requests[0]).get("boxes"):
             return texts
         return [
             f"{text}\n{self._boxes_line(own, prompt, until)}"
@@ -267,12 +257,30 @@ class SimpleTransformersModel(TransformersModel):
     is_simple = True
 
 
-def _is_chat(request: Instance) -> bool:
+def request_messages(model: lmms, request: Instance) -> list[dict[str, Any]]:
+    """Messages of a request: by the model's `make_messages` where it has one, else the task's own."""
+    context, *_, document, task, split = request.args
+    doc = model.task_dict[task][split][document]
+    if model.make_messages is not None:
+        return model.make_messages(document, doc)
+    maker = next(argument for argument in request.args[1:3][::-1] if callable(argument))
     # (context, doc_to_messages, kwargs, document, task, split) or (context, kwargs or answer, doc_to_visual, ...)
-    return callable(request.args[1]) and isinstance(request.args[2], dict)
+    is_chat = callable(request.args[1]) and isinstance(request.args[2], dict)
+    return maker(doc) if is_chat else user_turn(maker(doc), context)
 
 
-def _generation_kwargs(request: Instance) -> dict[str, Any]:
+def count_repeats(requests: Sequence[Instance]) -> list[int]:
+    """Which time each request is asked, from 1: a task may ask the same thing several times."""
+    seen = Counter()
+    numbers = []
+    for request in requests:
+        seen[id(request)] += 1
+        numbers.append(seen[id(request)])
+    return numbers
+
+
+def generation_kwargs(request: Instance) -> dict[str, Any]:
+    """Options of a generation request, by lmms-eval's names."""
     return next(argument for argument in request.args[1:3] if isinstance(argument, dict))
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 from ..options import flag, option
 
 _BASE = "base models"
+_ENDPOINT = "a server in place of MODEL"
 
 
 @dataclass(frozen=True)
@@ -16,10 +17,10 @@ class EvaluateOptions:
         ValueError: for options that do not go together.
     """
 
-    model: str = option(
-        help="hub id or folder of a model, or a training's output_dir", positional=True, metavar="MODEL"
-    )
     output: str = option(help="folder of the results; a rerun finishes a killed run", metavar="DIR")
+    model: str | None = option(
+        None, help="hub id or folder of a model, or a training's output_dir", positional=True, metavar="MODEL"
+    )
     tasks: tuple[str, ...] | None = option(
         None,
         help="benchmarks, or any tasks of lmms-eval (default: the paper's eight)",
@@ -63,7 +64,22 @@ class EvaluateOptions:
         group=_BASE,
     )
 
+    endpoint: str | None = option(
+        None,
+        help="ask a server of OpenAI's chat completions, as http://127.0.0.1:8000/v1: --batch-size requests at a "
+        "time, with the key of OPENAI_API_KEY",
+        metavar="URL",
+        group=_ENDPOINT,
+    )
+    endpoint_model: str | None = option(
+        None,
+        help="the model's name there (default: the only one that the server lists)",
+        metavar="NAME",
+        group=_ENDPOINT,
+    )
+
     def __post_init__(self):
+        self._check_endpoint()
         for name in ("batch_size", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
@@ -73,6 +89,21 @@ class EvaluateOptions:
             raise ValueError(
                 f"--include-path {self.include_path[0]}: the tasks there may run any code; --trust-task-code allows it"
             )
+
+    def _check_endpoint(self) -> None:
+        if (self.model is None) == (self.endpoint is None):
+            raise ValueError("give a MODEL or --endpoint URL, one of the two")
+        if self.endpoint is None:
+            if self.endpoint_model is not None:
+                raise ValueError("--endpoint-model goes with --endpoint")
+            return
+        if not self.endpoint.startswith(("http://", "https://")):
+            raise ValueError(f"--endpoint {self.endpoint}: it begins with http:// or https://")
+        paper = self.rules == "paper"
+        local = {"image_seq_length": self.image_seq_length, "device": self.device, "shots": self.shots}
+        if paper or any(value is not None for value in local.values()):
+            named = "--rules paper" if paper else flag(next(name for name in local if local[name] is not None))
+            raise ValueError(f"{named} does not go with --endpoint: the server loads the model and makes the prompts")
 
 
 @dataclass(frozen=True)

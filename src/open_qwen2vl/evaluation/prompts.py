@@ -81,7 +81,8 @@ class PromptBuilder:
         and [`SEPARATOR`].
         """
         turns = [
-            {"role": message["role"], "content": _parts(message["content"], self.processor)} for message in messages
+            {"role": message["role"], "content": content_parts(message["content"], self.processor)}
+            for message in messages
         ]
         clips = _message_clips(turns)
         if self.style == "raw":
@@ -162,7 +163,7 @@ def _is_video(one: Image.Image | Clip | str) -> bool:
 def message_images(messages: list[dict[str, Any]]) -> list[Image.Image]:
     """The images of messages, in reading order."""
     parts = [part for message in messages for part in message["content"] if isinstance(message["content"], list)]
-    return [part["image"] for part in _parts([part for part in parts if part["type"] == "image"])]
+    return [part["image"] for part in content_parts([part for part in parts if part["type"] == "image"])]
 
 
 def _message_clips(messages: list[dict[str, Any]]) -> list[Clip]:
@@ -184,7 +185,10 @@ def _with_frames(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _parts(content: str | list[dict[str, Any]], processor: ProcessorMixin | None = None) -> list[dict[str, Any]]:
+def content_parts(
+    content: str | list[dict[str, Any]], processor: ProcessorMixin | None = None
+) -> list[dict[str, Any]]:
+    """Parts of a message's content as [`PromptBuilder.build`] takes it, images opened; videos need the processor."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     return [_part(part, processor) for part in content]
