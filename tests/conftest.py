@@ -1,8 +1,10 @@
 """Tiny real models, tokenizers and processors, made on the spot and shared by all tests."""
 
 import functools
+import logging
 import os
 import shutil
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -162,6 +164,39 @@ def qwen_vl_folder(tmp_path_factory) -> Callable[[str], Path]:
     """Of a model_type (`qwen2_vl`, `qwen2_5_vl`, `qwen3_vl`) the folder of its tiny checkpoint, made once."""
     root = tmp_path_factory.mktemp("qwen_vl")
     return functools.cache(lambda family: qwen_vl.save_qwen_vl(root / family, family))
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint():
+    """Address of an S3 server of this machine, which is empty at first."""
+    server = pytest.importorskip("moto.server", reason="moto is not installed")
+    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    running.start()
+    yield "http://{}:{}".format(*running.get_host_and_port())
+    running.stop()
+
+
+@pytest.fixture
+def bucket(s3_endpoint, monkeypatch) -> str:
+    """URL of a new bucket; who reads it finds the server in the environment, subprocesses too."""
+    import fsspec
+
+    settings = {"AWS_ENDPOINT_URL": s3_endpoint, "AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "secret",
+                "AWS_DEFAULT_REGION": "us-east-1"}  # fmt: skip
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    name = f"bucket-{uuid.uuid4().hex}"
+    fsspec.filesystem("s3", use_listings_cache=False).mkdir(name)
+    yield f"s3://{name}"
+    fsspec.filesystem("s3").clear_instance_cache()  # made for this environment
+
+
+@pytest.fixture
+def memory() -> str:
+    """URL of a new folder in fsspec's own memory: remote for all that asks, but not seen by other processes."""
+    return f"memory://{uuid.uuid4().hex}"
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
 """Files and folders that are there as a whole or not at all, and what is remembered of a file.
 
 What is written goes to `NAME.PID.tmp`, is synced to the disk and renamed; its folder is synced after that, so that a
-power cut leaves the old one or the new one. What a killed run leaves is removed by the next run.
+power cut leaves the old one or the new one. What a killed run leaves is removed by the next run. In a bucket nothing
+can be renamed: there a file is written on this machine (`TMPDIR`) and uploaded, and it is seen when that is complete.
 """
 
 import contextlib
@@ -10,17 +11,25 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .places import Place, identities, identity, is_remote, open_stream, upload
+
 
 @contextlib.contextmanager
-def renamed_when_whole(path: Path, keep_suffix: bool = False) -> Iterator[Path]:
-    """A temporary name for a file, which gets its own at the end of the block; what is there is replaced.
+def renamed_when_whole(path: Place, keep_suffix: bool = False) -> Iterator[Path]:
+    """A temporary file of this machine, which gets its name at the end of the block; what is there is replaced.
 
     `keep_suffix` ends the temporary name in the file's own suffix, for writers that go by it.
     """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="open-qwen2vl-") as folder:
+            yield Path(folder) / path.name
+            upload(Path(folder) / path.name, path)
+        return
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp{path.suffix if keep_suffix else ''}")
     try:
         with os_errors_named(path):
@@ -68,21 +77,23 @@ def remove_folder(folder: Path, trash: str = ".deleted") -> None:
     shutil.rmtree(renamed, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Place, text: str) -> None:
     """Write a file of UTF-8 as a whole."""
     with renamed_when_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, content: Any, **options: Any) -> None:
+def write_json(path: Place, content: Any, **options: Any) -> None:
     """Write a JSON file as a whole; `options` are those of `json.dumps`."""
     write_text(path, json.dumps(content, **{"indent": 1, **options}) + "\n")
 
 
-def remove_temporaries(paths: Iterable[Path]) -> None:
+def remove_temporaries(paths: Iterable[Place]) -> None:
     """Remove what a killed run left of files or folders with these names; their folders need not exist."""
     names: dict[Path, set[str]] = {}
     for path in paths:
+        if is_remote(path):  # it is not there before it is whole
+            continue
         names.setdefault(path.parent, set()).add(path.name)
     for folder, whole in names.items():
         for temporary in folder.glob("*.tmp*"):
@@ -115,23 +126,43 @@ def os_errors_named(path: str | os.PathLike) -> Iterator[None]:
         raise
 
 
-def describe_shard(shard: str | Path, folder: Path) -> dict[str, Any]:
-    """What is remembered of a file: `path` relative to a folder (posix), `size` in bytes and `mtime_ns`."""
-    stat = os.stat(shard)
+def describe_shard(shard: str | Place, folder: Place) -> dict[str, Any]:
+    """What is remembered of a file: `path`, `size` in bytes and `mtime_ns`, or `etag` in a bucket.
+
+    The path is relative to a folder (posix); it is the URL of what is remote, and absolute for a remote folder.
+    """
+    return {"path": described_path(shard, folder), **identity(shard)}
+
+
+def describe_shards(shards: Sequence[str | Place], folder: Place) -> list[dict[str, Any]]:
+    """[`describe_shard`] of many; those of a folder of a bucket cost a listing, not a request each."""
+    found = []
+    for shard, known in zip(shards, identities(shards), strict=True):
+        if known is None:
+            raise FileNotFoundError(errno.ENOENT, "no such file", str(shard))
+        found.append({"path": described_path(shard, folder), **known})
+    return found
+
+
+def described_path(shard: str | Place, folder: Place) -> str:
+    """How a file or folder is named for a folder: see [`describe_shard`]."""
+    if is_remote(shard):
+        return str(shard)
     # The file's own name is kept even if it is a link; its folder is resolved, for `..` means nothing across links.
     resolved = Path(shard).parent.resolve() / Path(shard).name
-    relative = Path(os.path.relpath(resolved, folder.resolve())).as_posix()
-    return {"path": relative, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    return str(resolved) if is_remote(folder) else Path(os.path.relpath(resolved, folder.resolve())).as_posix()
 
 
-def shard_path(folder: str | Path, shard: dict[str, Any]) -> str:
-    """The absolute path of a file that [`describe_shard`] described for this folder."""
+def shard_path(folder: str | Place, shard: dict[str, Any]) -> str:
+    """The absolute path, or URL, of a file that [`describe_shard`] described for this folder."""
+    if is_remote(shard["path"]) or is_remote(folder):
+        return shard["path"]
     return os.path.normpath(os.path.join(os.path.realpath(folder), shard["path"]))
 
 
-def content_hash(path: str | os.PathLike) -> str:
+def content_hash(path: str | Place) -> str:
     """SHA-256 of a file, in hex; a `ValueError` for a pipe, which nobody may ever write to."""
-    if os.path.exists(path) and not os.path.isfile(path):
+    if not is_remote(path) and os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path}: no regular file")
-    with open(path, "rb") as file:
+    with open_stream(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,14 +1,23 @@
-"""One process at a time writes an output: a lock file, which is free again as soon as its process is gone."""
+"""One process at a time writes an output: a lock file, which is free again as soon as its process is gone.
+
+A bucket has no such locks. The lock of an output there lies on this machine (`TMPDIR`): it keeps this user's processes
+apart, not those of several machines. Two of these with the same command write the same bytes; that no other command
+writes there is for the user to see to.
+"""
 
 import contextlib
 import errno
 import fcntl
+import hashlib
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from .places import Place, is_remote
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +32,7 @@ class FolderInUse(ValueError):
 
 @contextlib.contextmanager
 def only_writer(
-    output: str | os.PathLike,
+    output: str | Place,
     doing: str = "writing",
     *,
     is_file: bool = False,
@@ -36,11 +45,10 @@ def only_writer(
     The lock of a folder lies in it, that of a file beside it. Of several ranks each holds a part, so that they work
     side by side, but not beside another run.
     """
-    output = Path(output)
-    path = output.with_name(f".{output.name}{LOCK_NAME}") if is_file else output / LOCK_NAME
+    path = _lock_path(output, is_file)
     if blocking := next((folder for folder in (path.parent, *path.parent.parents) if folder.is_file()), None):
         raise ValueError(f"{output}: {blocking} is a file, not a folder")
-    if is_file and output.is_dir():
+    if is_file and not is_remote(output) and Path(output).is_dir():
         raise ValueError(f"{output} is a folder; a file is to be written")
     made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,6 +68,14 @@ def only_writer(
         with contextlib.suppress(OSError):
             for folder in made:
                 folder.rmdir()  # nothing was written
+
+
+def _lock_path(output: str | Place, is_file: bool) -> Path:
+    if is_remote(output):
+        digest = hashlib.sha256(str(output).rstrip("/").encode()).hexdigest()[:32]
+        return Path(tempfile.gettempdir(), f"open-qwen2vl-locks-{os.getuid()}", digest + LOCK_NAME)
+    output = Path(output)
+    return output.with_name(f".{output.name}{LOCK_NAME}") if is_file else output / LOCK_NAME
 
 
 def _wait_for(path: Path, what: str, patience: float, rank: int, length: int) -> BinaryIO:

@@ -13,6 +13,7 @@ from ..data.storage.tables import Columns, RowTable, column_types, find_tables
 from ..data.storage.tars import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, has_dotted_key, index_shard, read_member
 from ..evaluation.harness import load_tasks, make_task_manager, root_cause
 from ..files import describe_shard
+from ..places import open_file
 from ..processing.sample_error import SampleError
 
 QUESTIONS = ("question", "query", "prompt", "problem", "caption", "text")
@@ -166,7 +167,7 @@ def _read_picture(path: Path) -> bytes:
 def _read_tar(tar: Path) -> Iterator[Entry | SampleError]:
     index = index_shard(tar)
     yield from (SampleError(reason, f"{tar}: {key}") for key, reason in index.skipped)
-    with open(tar, "rb", buffering=0) as file:
+    with open_file(tar, whole=True) as file:
         for sample in index.samples:
             extension = next((ext for ext in IMAGE_EXTENSIONS if ext in sample.members), None)
             if extension is None:
@@ -175,7 +176,7 @@ def _read_tar(tar: Path) -> Iterator[Entry | SampleError]:
             read = {}
             try:
                 for ext in filter(None, (extension, "txt" if "txt" in sample.members else None)):
-                    read[ext] = read_member(file.fileno(), f"{sample.key}.{ext}", *sample.members[ext])
+                    read[ext] = read_member(file, f"{sample.key}.{ext}", *sample.members[ext])
             except SampleError as error:
                 yield error
                 continue

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 
 from ..data.storage.json_records import read_record, record_spans
+from ..places import open_file
 from ..processing.sample_error import SampleError
 
 BROKEN = (AttributeError, KeyError, TypeError, ValueError)  # of an entry that is not as its format has it
@@ -68,10 +69,10 @@ def read_annotations(source: str, split: str, skipped: Counter) -> tuple[str, It
 
 def _records(path: Path, skipped: Counter) -> Iterator[dict[str, Any]]:
     """The objects of an array, one at a time: these files have up to a gigabyte."""
-    with open(path, "rb", buffering=0) as file:
-        for offset, size in record_spans(path, 0, path.stat().st_size):
+    with open_file(path) as file:
+        for offset, size in record_spans(path, 0, None):
             try:
-                record = read_record(file.fileno(), offset, size)
+                record = read_record(file, offset, size)
             except SampleError as error:
                 skipped[error.reason] += 1
                 continue

@@ -12,6 +12,7 @@ from open_qwen2vl.data.scoring import ScoreOptions, find_score_files, score_pool
 from open_qwen2vl.data.scoring.clip import ClipScorer
 from open_qwen2vl.data.scoring.pairs import RawPair
 from open_qwen2vl.data.storage.tars import index_shard, read_member
+from open_qwen2vl.places import open_file
 from tests.data.scoring.conftest import TINY_CLIP, rows
 
 UID = "0" * 32
@@ -29,11 +30,9 @@ def expected_scores(clip_folder, tar):
     model.eval()
     tokenizer = open_clip.get_tokenizer(name)
     scores = {}
-    with open(tar, "rb") as file, torch.no_grad():
+    with open_file(tar) as file, torch.no_grad():
         for sample in index_shard(tar).samples:
-            data = {
-                ext: read_member(file.fileno(), f"{sample.key}.{ext}", *sample.members[ext]) for ext in sample.members
-            }
+            data = {ext: read_member(file, f"{sample.key}.{ext}", *sample.members[ext]) for ext in sample.members}
             image = Image.open(io.BytesIO(data.get("jpg") or data["png"]))
             one = model.encode_image(preprocess(image)[None], normalize=True)
             other = model.encode_text(tokenizer([data["txt"].decode()]), normalize=True)

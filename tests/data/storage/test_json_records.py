@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from open_qwen2vl.data.storage import json_records
 from open_qwen2vl.data.storage.json_records import cut_records, read_record, record_spans
+from open_qwen2vl.places import open_file
 from open_qwen2vl.processing.sample_error import SampleError
 
 TEXTS = st.text(alphabet=st.sampled_from('{}[]"\\\n\u2028 a,:\u00e9\U0001f600'), max_size=12)
@@ -19,13 +20,9 @@ RECORDS = st.lists(st.dictionaries(TEXTS, VALUES, max_size=3), max_size=12)
 
 
 def read_all(path, number=5):
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return [
-            [
-                record
-                for span in record_spans(path, *group)
-                if (record := read_record(file.fileno(), *span)) is not None
-            ]
+            [record for span in record_spans(path, *group) if (record := read_record(file, *span)) is not None]
             for group in cut_records(path, number)
         ]
 
@@ -64,10 +61,10 @@ def test_a_broken_record_costs_itself_only(tmp_path):
         path.write_text(joined)
         spans = list(record_spans(path, *cut_records(path, 10)[0]))
         assert len(spans) == 3
-        with open(path, "rb") as file:
-            assert [read_record(file.fileno(), *spans[i]) for i in (0, 2)] == [{"id": "a"}] * 2
+        with open_file(path) as file:
+            assert [read_record(file, *spans[i]) for i in (0, 2)] == [{"id": "a"}] * 2
             with pytest.raises(SampleError, match=f"at byte {spans[1][0]}") as caught:
-                read_record(file.fileno(), *spans[1])
+                read_record(file, *spans[1])
         assert caught.value.reason == "invalid_json"
 
 
@@ -99,10 +96,10 @@ def test_a_huge_record_is_passed_over_unread(tmp_path, name):
         file.write(b'"}' + (b", " if array else b"\n") + b'{"id": 3}' + b"]" * array)
     tracemalloc.start()
     spans = list(record_spans(path, *cut_records(path, 10)[0]))
-    with open(path, "rb") as file:
-        assert [read_record(file.fileno(), *spans[i]) for i in (0, 2)] == [{"id": 1}, {"id": 3}]
+    with open_file(path) as file:
+        assert [read_record(file, *spans[i]) for i in (0, 2)] == [{"id": 1}, {"id": 3}]
         with pytest.raises(SampleError) as caught:
-            read_record(file.fileno(), *spans[1])
+            read_record(file, *spans[1])
     assert caught.value.reason == "record_too_large"
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -19,6 +19,7 @@ from open_qwen2vl.data.storage.tar_index import index_path, member_image_size, r
 from open_qwen2vl.data.storage.tars import index_shard, read_json, sample_uid
 from open_qwen2vl.data.storage.uids import UID_DTYPE, parse_uid, write_uids
 from open_qwen2vl.families import register_family
+from open_qwen2vl.places import open_file
 from open_qwen2vl.processing.images import decode_image, read_image_size
 from open_qwen2vl.processing.sample_error import SampleError
 from tests.data.conftest import encode_image, write
@@ -29,10 +30,11 @@ OPTIONS = {"image_seq_length": 4, "max_length": 128, "num_workers": 1}
 
 
 def size_of(data):
-    with tempfile.TemporaryFile() as file:
-        file.write(b"before" + data + b"behind")
-        file.flush()
-        return member_image_size(file.fileno(), 6, len(data))
+    with tempfile.NamedTemporaryFile() as whole:
+        whole.write(b"before" + data + b"behind")
+        whole.flush()
+        file = open_file(whole.name)
+        return member_image_size(file, 6, len(data))
 
 
 FORMATS = [
@@ -164,7 +166,7 @@ def test_plans_over_resharded_tars_open_no_image(make, tokenizer, tmp_path):
     """The pictures are gone after resharding, and two plans of different budgets are what they were before."""
     register_family("ToyProcessor", ToyDocuments, "toy")
     pool = write(tmp_path / "pool.tar", list(make()))
-    uids = [sample_uid(read_json(file.fileno(), one), pool.name, one.key) for file in [open(pool, "rb")]
+    uids = [sample_uid(read_json(file, one), pool.name, one.key) for file in [open_file(pool)]
             for one in index_shard(pool).samples]  # fmt: skip
     write_uids(tmp_path / "subset.npy", np.sort(np.array([parse_uid(uid) for uid in uids], UID_DTYPE)))
     reshard(ReshardOptions([pool], tmp_path / "subset.npy", tmp_path / "out", num_workers=1))

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from open_qwen2vl.data.storage import tar_headers, tars
-from open_qwen2vl.data.storage.open_files import read_at
+from open_qwen2vl.data.storage import tars
 from open_qwen2vl.data.storage.tars import (
     find_shards,
     find_tars,
@@ -21,15 +20,16 @@ from open_qwen2vl.data.storage.tars import (
     sample_uid,
     split_member_name,
 )
+from open_qwen2vl.places import LocalFile, open_file
 from open_qwen2vl.processing.sample_error import SampleError
 
 
 def read_all(path, index=None):
     """Every member's bytes by key and extension, read through the index."""
     index = index or index_shard(path)
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return {
-            (sample.key, ext): read_member(file.fileno(), f"{sample.key}.{ext}", *place)
+            (sample.key, ext): read_member(file, f"{sample.key}.{ext}", *place)
             for sample in index.samples
             for ext, place in sample.members.items()
         }
@@ -221,10 +221,9 @@ def test_hostile_sizes_do_not_loop(write_tar):
 def test_moved_member_is_noticed(write_tar):
     path = write_tar([("a.jpg", b"12345"), ("b.jpg", b"12345"), ("c" * 120 + ".jpg", b"12345")])
     samples = {sample.key: sample.members["jpg"] for sample in index_shard(path).samples}
-    with open(path, "rb") as file:
-        descriptor = file.fileno()
-        assert read_member(descriptor, "a.jpg", *samples["a"]) == b"12345"
-        assert read_member(descriptor, "a.JPG", *samples["a"]) == b"12345"
+    with open_file(path) as file:
+        assert read_member(file, "a.jpg", *samples["a"]) == b"12345"
+        assert read_member(file, "a.JPG", *samples["a"]) == b"12345"
         for name, (offset, size) in {
             "a.jpg": samples["b"],  # another member
             "b.jpg": (samples["b"][0], 4),  # another size
@@ -234,7 +233,7 @@ def test_moved_member_is_noticed(write_tar):
             "e.jpg": (10**9, 5),  # behind the end
         }.items():
             with pytest.raises(SampleError) as error:
-                read_member(descriptor, name, offset, size)
+                read_member(file, name, offset, size)
             assert error.value.reason == "moved_member"
 
 
@@ -349,7 +348,8 @@ def test_zeros_and_holes_are_passed_over_in_large_steps(write_tar, sample, monke
         file.seek(size + (4 << 30))
         file.write(write_tar(sample("b"), name="b.tar").read_bytes())
     reads = []
-    monkeypatch.setattr(tar_headers, "read_at", lambda *args: (reads.append(args), read_at(*args))[1])
+    read_at = LocalFile.read_at
+    monkeypatch.setattr(LocalFile, "read_at", lambda *args: (reads.append(args), read_at(*args))[1])
     index = index_shard(path)
     assert [one.key for one in index.samples] == ["a", "b"] and index.skipped == []
     assert len(reads) < 20
@@ -360,13 +360,13 @@ def test_members_larger_than_their_kind_may_be_are_not_read(write_tar, monkeypat
     monkeypatch.setattr(tars, "MAX_IMAGE_BYTES", 30)
     path = write_tar([(f"a.{ext}", b"x" * 31) for ext in ("txt", "json", "png")])
     (found,) = index_shard(path).samples
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         for ext, reason in (("txt", "text_too_large"), ("json", "record_too_large"), ("png", "image_too_large")):
             with pytest.raises(SampleError) as error:
-                read_member(file.fileno(), f"a.{ext}", *found.members[ext])
+                read_member(file, f"a.{ext}", *found.members[ext])
             assert error.value.reason == reason
-            assert read_member(file.fileno(), ["b.png", f"a.{ext}"], *found.members[ext], limit=9) == b"x" * 9
-        assert read_json(file.fileno(), found) is None
+            assert read_member(file, ["b.png", f"a.{ext}"], *found.members[ext], limit=9) == b"x" * 9
+        assert read_json(file, found) is None
 
 
 def test_dots_in_keys_are_told_apart_from_missing_images(write_tar):
@@ -384,10 +384,8 @@ def test_what_is_no_regular_file_is_refused(tmp_path):
 
 
 def test_an_error_of_reading_names_the_file(tmp_path):
-    folder = os.open(tmp_path, os.O_RDONLY)
-    with pytest.raises(OSError, match=str(tmp_path)):
-        read_at(folder, 1, 0)
-    os.close(folder)
+    with LocalFile(tmp_path / "a", "wb") as file, pytest.raises(OSError, match=str(tmp_path)):
+        file.read_at(1, 0)
 
 
 @settings(

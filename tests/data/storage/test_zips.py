@@ -7,6 +7,7 @@ import zipfile
 import pytest
 
 from open_qwen2vl.data.storage.zips import list_members, read_zip_member
+from open_qwen2vl.places import open_file
 from open_qwen2vl.processing.sample_error import SampleError
 
 CONTENT = {"a.jpg": b"x" * 5000, "sub/b.jpg": os.urandom(300), "\u00fc/\u4e2d.jpg": b"", "old caf\u00e9.jpg": b"1"}
@@ -21,9 +22,9 @@ def write(file, compression=zipfile.ZIP_DEFLATED, comment=b"", content=CONTENT):
 
 
 def read_all(path, limit=1 << 20):
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return {
-            name: read_zip_member(file.fileno(), name.removeprefix("./"), offset, size, limit)
+            name: read_zip_member(file, name.removeprefix("./"), offset, size, limit)
             for name, offset, size in list_members(path)
         }
 
@@ -95,8 +96,8 @@ def test_damage(tmp_path):
         (whole[: start - 20], "moved_member"),
     ):
         path.write_bytes(data)
-        with open(path, "rb") as file, pytest.raises(SampleError) as caught:
-            read_zip_member(file.fileno(), "a.jpg", offset, size, 1 << 20)
+        with open_file(path) as file, pytest.raises(SampleError) as caught:
+            read_zip_member(file, "a.jpg", offset, size, 1 << 20)
         assert caught.value.reason == reason
     path.write_bytes(whole)
     with pytest.raises(SampleError, match="larger than 4999 bytes"):

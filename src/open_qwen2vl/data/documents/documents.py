@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch
 
 from ...families.interface import DocumentProcessor
 from ...files import shard_path
+from ...places import Place
 from ...processing.media_records import Video
 from ...processing.sample_error import SampleError
 from ..engine.engine import collection_paused
@@ -45,7 +45,7 @@ class Skipped(NamedTuple):
 class Group(NamedTuple):
     """What becomes one part of a plan."""
 
-    folder: Path  # folder of the plan
+    folder: Place  # folder of the plan
     shards: range  # indices of its files in the plan's list
     # All that its part depends on: the plan's options, `shards` as `describe_shard` tells them and, where a file has
     # several groups, `range`: the first byte or row of this one and that behind it.
@@ -207,7 +207,7 @@ class _Planner:
 class DocumentReader:
     """Reads the documents of a plan, for one process."""
 
-    def __init__(self, folder: Path, plan: dict[str, Any], documents: DocumentProcessor):
+    def __init__(self, folder: Place, plan: dict[str, Any], documents: DocumentProcessor):
         paths = [shard_path(folder, shard) for shard in plan["shards"]]
         self._family, self._what = documents, plan["text_format"]
         self._form = make_form(plan, documents)

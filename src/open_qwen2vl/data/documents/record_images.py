@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...families.interface import Media
+from ...places import Place, is_remote
 from ...processing.media_records import Video, refuse_url
 from ...processing.sample_error import SampleError
 from ..storage.image_files import ImageFiles
@@ -49,7 +50,7 @@ class PlannedImage(NamedTuple):
 class RecordImages:
     """The images of a plan's records, for one process; `roots` are the plan's `images`."""
 
-    def __init__(self, folder: Path, paths: list[str], roots: list[dict[str, Any]], records: RecordReader):
+    def __init__(self, folder: Place, paths: list[str], roots: list[dict[str, Any]], records: RecordReader):
         self._paths, self._roots, self._records = paths, roots, records
         self._images = ImageFiles(folder, roots)
         self._beside = lru_cache(64)(lambda shard: ImageFiles(Path(paths[shard]).parent, [{"path": "."}]))
@@ -80,8 +81,8 @@ class RecordImages:
                 raise SampleError("missing_image", f"there is no member {name}")
             if own is not None:
                 return own
-        # Beside its table, unless folders were named: then those alone count.
-        if not self._roots and self._paths[shard].endswith(TABLES):
+        # Beside its table, unless folders were named: then those alone count. A bucket's have to be named: see there.
+        if not self._roots and self._paths[shard].endswith(TABLES) and not is_remote(self._paths[shard]):
             return PlannedImage(OWN, *self._beside(shard).find(name)[1:])
         return PlannedImage(*self._images.find(name))
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from ...places import OpenFile, open_file
 from ...processing.media_records import Video
 from ...processing.sample_error import SampleError
 from ..storage.csv_records import csv_header, csv_spans, read_csv_record
@@ -108,8 +109,8 @@ class ShardRecords:
 
     def _find_in_bytes(self, start: int, stop: int) -> Iterator[Found]:
         spans = csv_spans if self._path.endswith(CSV) else record_spans
-        with open(self._path, "rb", buffering=0) as file:
-            read = _bytes_reader(self._path, file.fileno(), self._max_bytes)
+        with open_file(self._path, whole=True) as file:
+            read = _bytes_reader(self._path, file, self._max_bytes)
             for offset, size in spans(self._path, start, stop):
                 try:
                     record = read(offset, size)
@@ -136,11 +137,11 @@ class ShardRecords:
     def _indexed_documents(self) -> tuple[list[Sample], list[str]] | None:
         """What an index names, if the headers of all records stand where it says."""
         indexed = read_shard_index(self._path)
-        with open(self._path, "rb", buffering=0) as file:
+        with open_file(self._path, whole=True) as file:
             try:
                 for sample in indexed[0] if indexed else ():
                     if "json" in sample.members:
-                        read_member(file.fileno(), f"{sample.key}.json", *sample.members["json"], limit=0)
+                        read_member(file, f"{sample.key}.json", *sample.members["json"], limit=0)
             except SampleError:
                 logger.warning("%s: its index is that of another tar: not used", self._path)
                 return None
@@ -154,15 +155,14 @@ class ShardRecords:
 
     def _find_captions(self, samples: list[Sample], uids: list[str] | None, needs_image: bool) -> Iterator[Found]:
         name = os.path.basename(self._path)
-        with open(self._path, "rb", buffering=0) as file:
-            tar = file.fileno()
+        with open_file(self._path, whole=True) as file:
             for number, sample in enumerate(samples):
                 try:
-                    (*image, (_, offset, size)), caption = caption_members(tar, sample, needs_image, self._videos)
+                    (*image, (_, offset, size)), caption = caption_members(file, sample, needs_image, self._videos)
                 except SampleError as error:
                     yield Found(RecordLocation(None, None), error, sample.key, sample.key)
                     continue
-                uid = uids[number] if uids else sample_uid(read_json(tar, sample), name, sample.key)
+                uid = uids[number] if uids else sample_uid(read_json(file, sample), name, sample.key)
                 own = [OwnImage(*location, *sample.image_sizes.get(ext, ())) for ext, *location in image]
                 if image and image[0][0] in self._videos:
                     own = [Video(OwnImage(*image[0][1:]))]
@@ -171,13 +171,13 @@ class ShardRecords:
 
     def _find_documents(self, samples: list[Sample], uids: list[str] | None) -> Iterator[Found]:
         """The samples that have a json; the others are images of theirs."""
-        with open(self._path, "rb", buffering=0) as file:
+        with open_file(self._path, whole=True) as file:
             for number, sample in enumerate(samples):
                 if "json" not in sample.members:
                     continue
                 location = RecordLocation(*sample.members["json"])
                 try:
-                    record = _read_tar_json(file.fileno(), sample.key, location.offset, location.size)
+                    record = _read_tar_json(file, sample.key, location.offset, location.size)
                 except SampleError as error:
                     record = error
                 yield Found(location, record, sample.key, sample.key, uids[number] if uids else None)
@@ -188,7 +188,7 @@ class RecordReader:
 
     def __init__(self, paths: list[str], text_format: str, columns: Columns, max_bytes: int | None = None):
         self._paths, self._text_format, self._max_bytes = paths, text_format, max_bytes
-        self._files = Newest(lambda shard: open(paths[shard], "rb", buffering=0))
+        self._files = Newest(lambda shard: open_file(paths[shard]))
         self._ahead = (-1, NOTHING)  # of the last document that was read, its tar and the bytes beside its record
         self._tables = Newest(lambda shard: RowTable(paths[shard], columns))
         # A batch is decoded whole, and other documents of a pack have rows in it.
@@ -199,7 +199,7 @@ class RecordReader:
         shard, location = document["shard"], RecordLocation(**document["record"])
         if location.row is not None:
             return self._read_row(shard, location.row)
-        file = self._files[shard].fileno()
+        file = self._files[shard]
         if not self._paths[shard].endswith(TAR):
             return _bytes_reader(self._paths[shard], file, self._max_bytes)(location.offset, location.size)
         own = [(image["offset"], image["size"]) for image in document["images"] if image["root"] == OWN]
@@ -215,7 +215,7 @@ class RecordReader:
         """An image or video of a tar's sample, as [`read_member`]; read with its record where it lies beside it."""
         ahead, span = self._ahead
         span = span if ahead == shard else NOTHING
-        return read_member(self._files[shard].fileno(), names, offset, size, limit, span)
+        return read_member(self._files[shard], names, offset, size, limit, span)
 
     def _read_row(self, shard: int, number: int) -> Any:
         try:
@@ -230,7 +230,7 @@ class RecordReader:
 
 
 def caption_members(
-    file: int, sample: Sample, needs_image: bool = True, videos: tuple[str, ...] = VIDEO_EXTENSIONS
+    file: OpenFile, sample: Sample, needs_image: bool = True, videos: tuple[str, ...] = VIDEO_EXTENSIONS
 ) -> tuple[list[tuple[str, int, int]], str]:
     """Extension, offset and size of a caption sample's video or image, if it has one, and of its text; and the text.
 
@@ -251,7 +251,7 @@ def caption_members(
     return [(ext, *sample.members[ext]) for ext in (image_ext, "txt") if ext], caption
 
 
-def _bytes_reader(path: str, file: int, max_bytes: int | None) -> Any:
+def _bytes_reader(path: str, file: OpenFile, max_bytes: int | None) -> Any:
     if path.endswith(CSV):
         header = csv_header(path)
         return lambda offset, size: read_csv_record(file, header, offset, size)
@@ -264,7 +264,7 @@ def _key(record: Any, position: str) -> str:
     return key.encode(errors="backslashreplace").decode()
 
 
-def _read_tar_json(tar: int, key: str, offset: int, size: int, span: Span = NOTHING) -> Any:
+def _read_tar_json(tar: OpenFile, key: str, offset: int, size: int, span: Span = NOTHING) -> Any:
     if size > MAX_DOCUMENT_BYTES:
         raise SampleError("record_too_large", f"{key}.json has {size:,} bytes")
     try:

@@ -9,12 +9,12 @@ mixture joins plans.
 
 import contextlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...places import Place, open_file, place, remote_errors_named
 from ...processing.sample_error import SampleError
 from ..storage.csv_records import csv_header, cut_csv
 from ..storage.hub_files import SCHEME, download_files
@@ -47,7 +47,7 @@ class SourceKind(NamedTuple):
         """Whether images may be in folders and archives of their own."""
         return not (self.suffixes == TAR and self.text_format in ("caption", "text"))
 
-    def cut(self, path: str | os.PathLike, number: int) -> list[tuple[int, int]]:
+    def cut(self, path: str | Place, number: int) -> list[tuple[int, int]]:
         """The ranges of a file's groups of `number` records; not for tars, which are whole."""
         if self.suffixes == TABLES:
             columns = columns_of({"text_format": self.text_format, "caption_column": self.caption_column})
@@ -55,38 +55,39 @@ class SourceKind(NamedTuple):
         return (cut_csv if self.suffixes == CSV else cut_records)(path, number)
 
 
-def find_sources(paths: Iterable[str | Path]) -> list[Path]:
+def find_sources(paths: Iterable[str | Place]) -> list[Place]:
     """The files that the given paths stand for.
 
     Args:
-        paths (`Iterable[str | Path]`): files, folders that stand for their `*.tar`, for a data set saved by
+        paths (`Iterable[str | Place]`): files, folders that stand for their `*.tar`, for a data set saved by
             `Dataset.save_to_disk`, for their `*.parquet`, or for their `*.jsonl`; and `hf://datasets/...`, which is
             downloaded.
 
     Returns:
-        `list[Path]`: the files in the order given.
+        `list[Place]`: the files in the order given.
 
     Raises:
         ValueError: if there are none, or a path does not exist, or a file is named twice, or a folder has several
             splits.
     """
-    found: list[Path] = []
+    found: list[Place] = []
     for path in paths:
         if str(path).startswith(SCHEME):
             found += download_files(str(path))
             continue
-        path, others = Path(path), []
-        if path.is_dir() and not any(path.glob("*.tar")):
-            others = find_tables(path) or sorted(path.glob("*.jsonl"))
+        with remote_errors_named(path):
+            path, others = place(path), []
+            if path.is_dir() and not any(path.glob("*.tar")):
+                others = find_tables(path) or sorted(path.glob("*.jsonl"))
         found += others or [path]  # a folder of tars, or of nothing, is left to find_shards
     return find_shards(found)
 
 
 def source_kind(
-    paths: Sequence[str | Path], caption_column: str | None = None, has_images: bool = False
+    paths: Sequence[str | Place], caption_column: str | None = None, has_images: bool = False
 ) -> SourceKind:
     """The kind of some files, perhaps with images elsewhere; a `ValueError` for a file of no kind, or of several."""
-    first, *others = (_kind(os.fspath(path), caption_column, has_images) for path in paths)
+    first, *others = (_kind(str(path), caption_column, has_images) for path in paths)
     for path, kind in zip(paths[1:], others, strict=True):
         if kind == first:
             continue
@@ -189,17 +190,17 @@ def is_turns_type(arrow_type: Any) -> bool:
 
 def _first_of_tar(path: str) -> Iterator[Any]:
     """What stands in the first json members. What is damaged is counted when the tar is planned."""
-    with open(path, "rb", buffering=0) as file, contextlib.suppress(SampleError):
+    with open_file(path, whole=True) as file, contextlib.suppress(SampleError):
         for name, offset, size in islice(list_files(path), LOOKED_AT):
             named = split_member_name(name)
             if named and named[1] == "json" and size <= MAX_DOCUMENT_BYTES:
                 with contextlib.suppress(ValueError, RecursionError):
-                    yield json.loads(read_member(file.fileno(), name, offset, size))
+                    yield json.loads(read_member(file, name, offset, size))
 
 
 def first_of_json(path: str) -> Iterator[Any]:
     """The first records of a file that can be parsed."""
-    with open(path, "rb", buffering=0) as file:
-        for offset, size in islice(record_spans(path, 0, os.path.getsize(path)), LOOKED_AT):
+    with open_file(path, whole=True) as file:
+        for offset, size in islice(record_spans(path, 0, None), LOOKED_AT):
             with contextlib.suppress(SampleError):
-                yield read_record(file.fileno(), offset, size, MAX_DOCUMENT_BYTES)
+                yield read_record(file, offset, size, MAX_DOCUMENT_BYTES)

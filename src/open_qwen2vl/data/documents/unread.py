@@ -2,10 +2,10 @@
 
 import logging
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import pyarrow as pa
 
+from ...places import Place
 from ...processing.conversation_records import FLAGS, UNREAD
 from ..storage.csv_records import csv_header
 from ..storage.tables import COLUMNS, column_types
@@ -26,7 +26,7 @@ _READ_OF_PARTS = ("type", "text", "image", "image_url", "video", "video_url", "p
 _READ_OF_TURNS = ("role", "from", "content", "value", "user", "assistant", "system", *_NAMES, *FLAGS, *UNREAD)
 
 
-def warn_of_unread_fields(path: str | Path, kind: SourceKind) -> None:
+def warn_of_unread_fields(path: str | Place, kind: SourceKind) -> None:
     """Name the fields of a file's records, of their turns, and in json of parts of content, that are not read."""
     fields, turns, parts = _fields(str(path), kind)
     own = (kind.caption_column, image_field(fields, kind.text_format == "caption"))

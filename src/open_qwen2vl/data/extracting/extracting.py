@@ -20,6 +20,7 @@ from ...families import document_processor
 from ...families.interface import DocumentProcessor
 from ...files import describe_shard, remove_temporaries, renamed_when_whole, shard_path, write_json
 from ...output_lock import only_writer
+from ...places import open_file
 from ...processing.sample_error import SampleError
 from ..engine.engine import Outcome, ShardTask, StepReport, run_tasks
 from ..storage.tars import (
@@ -143,13 +144,13 @@ class _Extractor:
         index = index_shard(task.source)
         skipped = [(str(task.source), key, reason, "") for key, reason in index.skipped]
         with (
-            open(task.source, "rb", buffering=0) as source,
+            open_file(task.source, whole=True) as source,
             renamed_when_whole(task.output) as temporary,
             tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as output,
         ):
             for sample in index.samples:
                 try:
-                    members = list(self._members(source.fileno(), sample))
+                    members = list(self._members(source, sample))
                 except SampleError as error:
                     skipped.append((str(task.source), sample.key, error.reason, str(error)))
                     continue

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ...places import open_file
 from ...processing.sample_error import SampleError
 from ..storage.tars import index_shard, read_member
 from .decisions import Selection
@@ -99,12 +100,12 @@ def _captions(selection: Selection, files: list[int], tar: Path) -> Iterator[tup
         {"kept": selection.kept, "factor": FILE_FACTOR, "files": files},
     ).fetchall()
     kept = dict(rows)
-    with open(tar, "rb", buffering=0) as file:
+    with open_file(tar, whole=True) as file:
         for sample in index_shard(tar).samples:
             if sample.key not in kept or "txt" not in sample.members:
                 continue
             try:
-                text = read_member(file.fileno(), f"{sample.key}.txt", *sample.members["txt"])
+                text = read_member(file, f"{sample.key}.txt", *sample.members["txt"])
             except SampleError:
                 continue
             yield text.decode(errors="replace"), kept[sample.key]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 
 from ...files import shard_path
+from ...places import open_file
 from ...processing.images import decode_image
 from ...processing.sample_error import SampleError
 from ..scoring.score_files import read_score_metadata
@@ -135,13 +136,13 @@ def _read(tar: Path, sample: Sample) -> Content:
     caption = ""
     try:
         extension = next((ext for ext in IMAGE_EXTENSIONS if ext in sample.members), None)
-        with open(tar, "rb", buffering=0) as file:
+        with open_file(tar) as file:
             if "txt" in sample.members:
-                text = read_member(file.fileno(), f"{sample.key}.txt", *sample.members["txt"])
+                text = read_member(file, f"{sample.key}.txt", *sample.members["txt"])
                 caption = text.decode(errors="replace")
             if extension is None:
                 return Content(caption, None, "missing_image")
-            image = read_member(file.fileno(), f"{sample.key}.{extension}", *sample.members[extension])
+            image = read_member(file, f"{sample.key}.{extension}", *sample.members[extension])
         return Content(caption, _thumbnail(image))
     except SampleError as error:
         return Content(caption, None, error.reason)

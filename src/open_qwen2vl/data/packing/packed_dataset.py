@@ -12,7 +12,6 @@ import logging
 import os
 from collections import Counter
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from torch.utils.data import Dataset
 from ...families import document_processor
 from ...families.interface import DocumentProcessor
 from ...files import shard_path
+from ...places import Place, arrow_source, identities, place
 from ...processing.sample_error import SampleError
 from ...processing.text_formats import tokenizer_fingerprint
 from ..documents.documents import DocumentReader
@@ -52,7 +52,7 @@ class PackedDataset(Dataset):
       left out whole, with all that share a picture with it; `S` is 0 where a pack has no other.
 
     Args:
-        packs_dir (`str | Path`): folder of the plan.
+        packs_dir (`str | Place`): folder of the plan.
         processor (`ProcessorMixin`): of a family of `families/`; its tokenizer must be the plan's, its sizes of media
             too, and for conversations its chat template.
         files_checked (`bool`, *optional*, defaults to `False`): leave out [`check_files`], which has been called.
@@ -62,8 +62,8 @@ class PackedDataset(Dataset):
             if one of its files is gone or has changed.
     """
 
-    def __init__(self, packs_dir: str | Path, processor: Any, files_checked: bool = False):
-        self.folder = Path(packs_dir)
+    def __init__(self, packs_dir: str | Place, processor: Any, files_checked: bool = False):
+        self.folder = place(packs_dir)
         self.processor = processor
         self.plan = read_plan(self.folder)
         try:
@@ -134,17 +134,17 @@ class PackedDataset(Dataset):
     def _open_files(self) -> "_OpenFiles":
         # A forked worker must not share file positions with its parent; a spawned one starts without files.
         if self._files is None or self._files.process != os.getpid():
-            self._files = _OpenFiles(self.folder, self.plan, self.documents)
+            self._files = _OpenFiles(place(str(self.folder)), self.plan, self.documents)
         return self._files
 
 
 class _OpenFiles:
     """The files of one process."""
 
-    def __init__(self, folder: Path, plan: dict[str, Any], documents: DocumentProcessor):
+    def __init__(self, folder: Place, plan: dict[str, Any], documents: DocumentProcessor):
         self.process = os.getpid()
         self.reader = DocumentReader(folder, plan, documents)
-        parts = Newest(lambda part: pq.ParquetFile(folder / plan["parts"][part]["name"]))
+        parts = Newest(lambda part: pq.ParquetFile(arrow_source(folder / plan["parts"][part]["name"])))
         self._parts = parts
         self._row_group = lru_cache(ROW_GROUPS)(
             lambda part, group: parts[part].read_row_group(group, columns=["documents"], use_threads=False)
@@ -155,7 +155,7 @@ class _OpenFiles:
         return self._row_group(part, group)["documents"][row].as_py()
 
 
-def _check_tokenizer(folder: Path, plan: dict[str, Any], tokenizer: Any) -> None:
+def _check_tokenizer(folder: Place, plan: dict[str, Any], tokenizer: Any) -> None:
     fingerprint = tokenizer_fingerprint(tokenizer)
     if fingerprint != plan["tokenizer"]:
         raise ValueError(
@@ -164,7 +164,7 @@ def _check_tokenizer(folder: Path, plan: dict[str, Any], tokenizer: Any) -> None
         )
 
 
-def _check_chat_template(folder: Path, plan: dict[str, Any], documents: DocumentProcessor) -> None:
+def _check_chat_template(folder: Place, plan: dict[str, Any], documents: DocumentProcessor) -> None:
     fingerprint = conversation_format(documents).fingerprint
     if fingerprint != plan["chat_template"]:
         raise ValueError(
@@ -173,17 +173,16 @@ def _check_chat_template(folder: Path, plan: dict[str, Any], documents: Document
         )
 
 
-def check_files(folder: Path, plan: dict[str, Any]) -> None:
-    """Raise ValueError for a file of a plan that is gone, or has another size or time than when it was planned."""
-    for file in [*plan["shards"], *(root for root in plan["images"] if "size" in root)]:
-        path = shard_path(folder, file)
-        try:
-            stat = os.stat(path)
-        except FileNotFoundError:
-            raise ValueError(f"{folder}: the file {path} of this plan is gone") from None
-        for name, found in (("size", stat.st_size), ("mtime_ns", stat.st_mtime_ns)):
-            if found != file[name]:
+def check_files(folder: Place, plan: dict[str, Any]) -> None:
+    """Raise ValueError for a file of a plan that is gone, or has another size or time (ETag) than it had."""
+    files = [*plan["shards"], *(root for root in plan["images"] if "size" in root)]
+    paths = [shard_path(folder, file) for file in files]
+    for path, file, found in zip(paths, files, identities(paths), strict=True):
+        if found is None:
+            raise ValueError(f"{folder}: the file {path} of this plan is gone")
+        for name, now in found.items():
+            if now != file[name]:
                 raise ValueError(
-                    f"{folder}: the file {path} has changed since it was planned ({name} {file[name]}, now {found}): "
+                    f"{folder}: the file {path} has changed since it was planned ({name} {file[name]}, now {now}): "
                     "plan it again"
                 )

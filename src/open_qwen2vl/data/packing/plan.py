@@ -14,15 +14,15 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...families import difference, document_processor
 from ...families.interface import DocumentProcessor, Media
-from ...files import describe_shard, remove_temporaries, shard_path
+from ...files import describe_shards, remove_temporaries, shard_path
 from ...output_lock import only_writer
+from ...places import Place, place
 from ...processing.text_formats import tokenizer_fingerprint
 from ...processing.tool_forms import TOOL_FORMS
 from ..documents.documents import Group, Skipped, plan_group
@@ -60,11 +60,11 @@ class _Task:
     group: Group
 
     @property
-    def part(self) -> Path:
+    def part(self) -> Place:
         return self.group.folder / f"part-{self.number:05d}.parquet"
 
     @property
-    def skipped(self) -> Path:
+    def skipped(self) -> Place:
         return self.group.folder / f"skipped-{self.number:05d}.parquet"
 
     @property
@@ -76,14 +76,14 @@ class _Task:
         return sum(shard["size"] for shard in settings["shards"])
 
 
-def plan_packs(shards: Sequence[str | Path], output: str | Path, processor: Any, **options: Any) -> PlanReport:
+def plan_packs(shards: Sequence[str | Place], output: str | Place, processor: Any, **options: Any) -> PlanReport:
     """Plan the packs of captions, texts, interleaved documents or conversations.
 
     The same input gives the same plan, with any number of workers.
 
     Args:
-        shards (`Sequence[str | Path]`): files of one kind of `sources.py`; [`find_sources`] lists those of a folder.
-        output (`str | Path`): folder of the plan, which is locked meanwhile. Finished parts in it are kept.
+        shards (`Sequence[str | Place]`): files of one kind of `sources.py`; [`find_sources`] lists those of a folder.
+        output (`str | Place`): folder of the plan, which is locked meanwhile. Finished parts in it are kept.
         processor (`ProcessorMixin` or `PreTrainedTokenizerBase`): of a family of `families/`; for Open-Qwen2VL a fast
             tokenizer after [`prepare_tokenizer`] is enough.
         options: fields of [`PackOptions`].
@@ -110,12 +110,12 @@ def plan_packs(shards: Sequence[str | Path], output: str | Path, processor: Any,
 
 
 def _plan(
-    kind: SourceKind, shards: Sequence[str | Path], chosen: PackOptions, documents: DocumentProcessor
+    kind: SourceKind, shards: Sequence[str | Place], chosen: PackOptions, documents: DocumentProcessor
 ) -> PlanReport:
     """Make the parts that are missing, then plan.json."""
-    folder = Path(chosen.output)
+    folder = place(chosen.output)
     settings = _settings(kind, chosen, documents, folder)
-    described = [describe_shard(shard, folder) for shard in shards]
+    described = describe_shards(shards, folder)
     tasks = [
         _Task(number, Group(folder, files, {**settings, "shards": [described[i] for i in files], **cut}))
         for number, (files, cut) in enumerate(_groups(kind, shards, chosen))
@@ -132,7 +132,7 @@ def _plan(
     return _finish(folder, {**settings, "shards": described}, tasks)
 
 
-def _settings(kind: SourceKind, options: PackOptions, documents: DocumentProcessor, folder: Path) -> dict[str, Any]:
+def _settings(kind: SourceKind, options: PackOptions, documents: DocumentProcessor, folder: Place) -> dict[str, Any]:
     """All that a plan depends on but its files."""
     settings: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -201,7 +201,7 @@ def _check_room(kind: SourceKind, options: PackOptions, documents: DocumentProce
 
 
 def _groups(
-    kind: SourceKind, paths: Sequence[str | Path], options: PackOptions
+    kind: SourceKind, paths: Sequence[str | Place], options: PackOptions
 ) -> Iterator[tuple[range, dict[str, Any]]]:
     """The files of each group by their index, and the range of a file of several groups."""
     if str(paths[0]).endswith(".tar"):
@@ -213,15 +213,16 @@ def _groups(
             yield range(number, number + 1), {"range": [start, stop]}
 
 
-def _missing_parts(folder: Path, tasks: list[_Task]) -> list[_Task]:
+def _missing_parts(folder: Place, tasks: list[_Task]) -> list[_Task]:
     """Tasks still to do; raises if the folder holds parts of another plan."""
     advice = f"delete {folder} or choose another output"
-    strangers = sorted(set(folder.glob("part-*.parquet")) - {task.part for task in tasks})
+    there = set(folder.glob("part-*.parquet"))
+    strangers = sorted(there - {task.part for task in tasks})
     if strangers:
         raise ValueError(f"{strangers[0]}: part of a plan with more groups; {advice}")
     missing = []
     for task in tasks:
-        if not task.part.exists():
+        if task.part not in there:
             missing.append(task)
             continue
         made = read_part_metadata(task.part).get("settings", {})
@@ -277,7 +278,7 @@ def _make_part(task: _Task, documents: DocumentProcessor) -> Outcome:
     return Outcome.of(report.samples, skipped)
 
 
-def _finish(folder: Path, plan: dict[str, Any], tasks: list[_Task]) -> PlanReport:
+def _finish(folder: Place, plan: dict[str, Any], tasks: list[_Task]) -> PlanReport:
     """Sum up the parts and write plan.json."""
     reports = [PlanReport(**read_part_metadata(task.part)["report"]) for task in tasks]
     total = PlanReport.of_parts(reports)

@@ -11,7 +11,6 @@ renamed when it is whole.
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ...files import renamed_when_whole, write_text
+from ...places import Place, arrow_source
 from ..documents.documents import Skipped
 from ..documents.items import Document
+from ..storage.open_files import map_array
 
 PLAN_NAME, FIGURES_NAME = "plan.json", "figures.npy"
 FIGURES = ("tokens", "images", "patches", "labels")  # of a pack; columns of a part, rows of `figures.npy`
@@ -77,45 +78,45 @@ def packs_table(documents: list[Document], pack_of_document: np.ndarray) -> pa.T
     return pa.table({**columns, "documents": rows})
 
 
-def write_part(path: Path, table: pa.Table, metadata: dict[str, Any]) -> None:
+def write_part(path: Place, table: pa.Table, metadata: dict[str, Any]) -> None:
     """Write a part with what it was made from."""
     _write_table(path, table.replace_schema_metadata({_METADATA_KEY: json.dumps(metadata, sort_keys=True)}))
 
 
-def read_part_metadata(path: Path) -> dict[str, Any]:
+def read_part_metadata(path: Place) -> dict[str, Any]:
     """What a part was made from, as given to [`write_part`]; a `ValueError` if it is no part of a plan."""
     try:
-        return json.loads(pq.read_schema(path).metadata[_METADATA_KEY])
+        return json.loads(pq.read_schema(arrow_source(path)).metadata[_METADATA_KEY])
     except (pa.ArrowInvalid, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a part of a plan; delete it") from error
 
 
-def write_skipped(path: Path, rows: list[Skipped]) -> None:
+def write_skipped(path: Place, rows: list[Skipped]) -> None:
     """Write the list of the samples that a part leaves out."""
     columns = zip(*rows, strict=True) if rows else [[]] * len(_SKIPPED)
     _write_table(path, pa.table([pa.array(column, pa.string()) for column in columns], schema=_SKIPPED))
 
 
-def write_plan(folder: Path, plan: dict[str, Any]) -> None:
+def write_plan(folder: Place, plan: dict[str, Any]) -> None:
     """Write `plan.json`, unless it already stands there."""
     path, text = folder / PLAN_NAME, json.dumps(plan, indent=1, sort_keys=True) + "\n"
     if not path.exists() or path.read_text(encoding="utf8") != text:
         write_text(path, text)
 
 
-def write_figures(folder: Path, parts: Sequence[Path]) -> None:
+def write_figures(folder: Place, parts: Sequence[Place]) -> None:
     """Write `figures.npy` from the parts, unless it already stands there."""
     figures = np.stack([read_column(parts, name).astype(np.int32) for name in FIGURES])
-    if not (folder / FIGURES_NAME).exists() or not np.array_equal(np.load(folder / FIGURES_NAME), figures):
+    if not (folder / FIGURES_NAME).exists() or not np.array_equal(map_array(folder / FIGURES_NAME), figures):
         with renamed_when_whole(folder / FIGURES_NAME) as temporary, open(temporary, "wb") as file:
             np.save(file, figures)
 
 
-def read_figure(folder: Path, parts: Sequence[Path], name: str, packs: int) -> np.ndarray:
+def read_figure(folder: Place, parts: Sequence[Place], name: str, packs: int) -> np.ndarray:
     """One of `FIGURES` for each pack, int64 `(packs,)`; from the parts where the plan is older than `figures.npy`."""
     try:
         # Mapped: the processes of a machine share what they read of it.
-        figures = np.load(folder / FIGURES_NAME, mmap_mode="r")
+        figures = map_array(folder / FIGURES_NAME)
     except FileNotFoundError:
         return read_column(parts, name).astype(np.int64)
     if figures.shape != (len(FIGURES), packs):
@@ -123,14 +124,14 @@ def read_figure(folder: Path, parts: Sequence[Path], name: str, packs: int) -> n
     return figures[FIGURES.index(name)].astype(np.int64)
 
 
-def read_column(parts: Sequence[Path], name: str) -> np.ndarray:
+def read_column(parts: Sequence[Place], name: str) -> np.ndarray:
     """A column of all parts, one after the other."""
     # Three times as fast as read_table: a part has many small row groups.
-    tables = (pq.ParquetFile(part).read(columns=[name], use_threads=False) for part in parts)
+    tables = (pq.ParquetFile(arrow_source(part)).read(columns=[name], use_threads=False) for part in parts)
     return np.concatenate([table[name].to_numpy() for table in tables])
 
 
-def read_plan(folder: Path) -> dict[str, Any]:
+def read_plan(folder: Place) -> dict[str, Any]:
     """The content of `plan.json`; a `ValueError` if it is not there or of a version that this code does not know."""
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
@@ -147,7 +148,7 @@ def read_plan(folder: Path) -> dict[str, Any]:
     return plan
 
 
-def _write_table(path: Path, table: pa.Table) -> None:
+def _write_table(path: Place, table: pa.Table) -> None:
     with renamed_when_whole(path) as temporary:
         # Nobody searches by value; without statistics a footer, which is read to get at any pack, is half the size.
         pq.write_table(

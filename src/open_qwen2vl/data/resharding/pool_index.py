@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ...files import renamed_when_whole
+from ...places import open_file
 from ..engine.engine import Outcome, ShardTask, collection_paused
 from ..storage.tars import Sample, has_bad_uid, index_shard, read_json, sample_uid
 from ..storage.uids import find_uids, parse_uids, read_uids
@@ -45,9 +46,9 @@ class PoolIndexer:
         """Index a tar."""
         index = index_shard(task.source)
         samples, uids, skipped, unnamed = [], [], list(index.skipped), []
-        with open(task.source, "rb", buffering=0) as file:
+        with open_file(task.source, whole=True) as file:
             for sample in index.samples:
-                metadata = read_json(file.fileno(), sample)
+                metadata = read_json(file, sample)
                 if not sample.members or has_bad_uid(metadata):
                     skipped.append((sample.key, "bad_uid" if sample.members else "missing_image"))
                     continue

@@ -8,7 +8,6 @@ by the kernel where it can.
 import os
 import tarfile
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ...files import renamed_when_whole, shard_path
+from ...places import LocalFile, OpenFile, Place, arrow_source, identity, open_file
 from ..engine.engine import Outcome, ShardTask, collection_paused
 from ..storage.open_files import Newest
 from ..storage.tar_index import SCHEMA, member_image_size, write_shard_index
@@ -30,7 +30,7 @@ _CHUNK = 8 << 20
 class TarWriter:
     """Writes one tar after the other, from the working folder of [`reshard`] and its recipe."""
 
-    def __init__(self, output: Path, work: Path, subset: str, recipe: dict[str, Any]):
+    def __init__(self, output: Place, work: Place, subset: str, recipe: dict[str, Any]):
         self._output, self._work, self._recipe = output, work, recipe
         self._uids = read_uids(subset)
         self._layout = Layout(work, recipe["shuffle_seed"])
@@ -45,13 +45,13 @@ class TarWriter:
         uids = [format_uid(high, low) for high, low in self._uids[samples["place"].to_numpy()].tolist()]
         placed = _Placed(samples, tars, uids)
         with renamed_when_whole(task.output.with_name(f"{number:05d}.tar")) as temporary:
-            with open(temporary, "w+b", buffering=0) as file:
+            with LocalFile(temporary, "w+b") as file:
                 for tar, source, length, target in placed.copies:
                     self._copy(tar, source, length, target, file.fileno())
                 for target, header in placed.headers:
                     os.pwrite(file.fileno(), header, target)
                 os.ftruncate(file.fileno(), placed.end + END_OF_TAR)
-                table = _index_table(placed, uids, file.fileno())
+                table = _index_table(placed, uids, file)
         write_shard_index(task.output, table, placed.end + END_OF_TAR)
         return Outcome(len(uids), {}, [])
 
@@ -59,32 +59,31 @@ class TarWriter:
         tables, order = [], []
         for tar in np.unique(tars):
             own = np.flatnonzero(tars == tar)
-            tables.append(pq.read_table(index_name(self._work, tar)).take(rows[own]))
+            tables.append(pq.read_table(arrow_source(index_name(self._work, tar))).take(rows[own]))
             order.append(own)
         # The rows were read tar by tar: the place of each in the output undoes that.
         back = np.argsort(np.concatenate(order), kind="stable")
         return pa.concat_tables(tables).take(back).combine_chunks()
 
-    def _open(self, tar: int) -> Any:
+    def _open(self, tar: int) -> OpenFile:
         described = self._recipe["shards"][tar]
-        file = open(shard_path(self._output, described), "rb", buffering=0)
-        found = os.fstat(file.fileno())
-        if (found.st_size, found.st_mtime_ns) != (described["size"], described["mtime_ns"]):
-            raise ValueError(f"{file.name}: has changed since the run began; run again with another output")
-        return file
+        path = shard_path(self._output, described)
+        if any(described[name] != now for name, now in identity(path).items()):
+            raise ValueError(f"{path}: has changed since the run began; run again with another output")
+        return open_file(path, whole=True)
 
     def _copy(self, tar: int, source: int, length: int, target: int, output: int) -> None:
-        file = self._tars[tar].fileno()
+        file = self._tars[tar]
         while length:  # the kernel may copy less than asked for, as from one file system to another
             copied = _copy_in_kernel(file, output, length, source, target)
             if not copied:
-                copied = os.pwrite(output, os.pread(file, min(length, _CHUNK), source), target)
+                copied = os.pwrite(output, file.read_at(min(length, _CHUNK), source), target)
             if not copied:
                 raise ValueError(f"{shard_path(self._output, self._recipe['shards'][tar])}: ends before byte {source}")
             source, target, length = source + copied, target + copied, length - copied
 
 
-def index_name(work: Path, tar: int) -> Path:
+def index_name(work: Place, tar: int) -> Place:
     """The working index of a tar of the pool, by its number."""
     return work / f"index-{tar:05d}.parquet"
 
@@ -152,7 +151,7 @@ def _lists(column: pa.ChunkedArray) -> list[list]:
     return [values[start:end] for start, end in pairwise([0, *ends.tolist()])]
 
 
-def _index_table(placed: _Placed, uids: list[str], file: int) -> pa.Table:
+def _index_table(placed: _Placed, uids: list[str], file: OpenFile) -> pa.Table:
     members = [member for own in placed.members for member in own]
     sizes = [
         (member_image_size(file, offset, size) if _is_image(extension) else None) or (None, None)
@@ -172,9 +171,11 @@ def _is_image(extension: str) -> bool:
     return extension.rpartition(".")[2] in IMAGE_EXTENSIONS
 
 
-def _copy_in_kernel(source: int, target: int, length: int, offset: int, target_offset: int) -> int:
+def _copy_in_kernel(source: OpenFile, target: int, length: int, offset: int, target_offset: int) -> int:
     """Bytes copied; 0 where the system, or one of the file systems, cannot do it."""
+    if not isinstance(source, LocalFile):
+        return 0
     try:
-        return os.copy_file_range(source, target, length, offset, target_offset)
+        return os.copy_file_range(source.fileno(), target, length, offset, target_offset)
     except (OSError, AttributeError):
         return 0

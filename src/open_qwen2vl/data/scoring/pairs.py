@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from ...places import OpenFile, open_file
 from ...processing.images import decode_image
 from ...processing.sample_error import SampleError
 from ..documents.records import caption_members
@@ -53,21 +54,21 @@ def read_pairs(
 
     `num_threads` read and prepare, 0 the caller's alone; so many samples are `ahead` of the one that is returned.
     """
-    with open(tar, "rb", buffering=0) as file:
+    with open_file(tar, whole=True) as file:
         if not num_threads:
-            yield from (_prepare(file.fileno(), tar.name, sample, prepare) for sample in samples)
+            yield from (_prepare(file, tar.name, sample, prepare) for sample in samples)
             return
         with ThreadPoolExecutor(num_threads) as pool:
             waiting: deque = deque()
             for sample in samples:
-                waiting.append(pool.submit(_prepare, file.fileno(), tar.name, sample, prepare))
+                waiting.append(pool.submit(_prepare, file, tar.name, sample, prepare))
                 if len(waiting) > ahead:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
 
 
-def _prepare(file: int, tar_name: str, sample: Sample, prepare: Callable[[RawPair], Any]) -> PreparedSample:
+def _prepare(file: OpenFile, tar_name: str, sample: Sample, prepare: Callable[[RawPair], Any]) -> PreparedSample:
     metadata = read_json(file, sample)
     uid = sample_uid(metadata, tar_name, sample.key)
     try:

@@ -4,7 +4,8 @@
     a name ── ImageFiles.find ──► location (root, offset, size), kept in the plan ── ImageFiles.read ──► bytes
 
 Folders are looked at first. A name is a path inside of a root, perhaps an absolute one: others, `..` and links that
-leave the folder are refused. An archive's member is read by its offset, and only if it still has its name.
+leave the folder are refused. An archive's member is read by its offset, and only if it still has its name. A folder of
+a bucket is listed once, as an archive is: to ask for each name would be a request each.
 """
 
 import contextlib
@@ -13,15 +14,18 @@ import hashlib
 import logging
 import os
 import posixpath
+import shutil
 import stat
 import struct
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...files import describe_shard, os_errors_named, renamed_when_whole, shard_path
+from ...files import describe_shard, described_path, os_errors_named, renamed_when_whole, shard_path
+from ...places import OpenFile, Place, is_remote, list_tree, open_file, place, remote_errors_named
 from ...processing.sample_error import SampleError
 from .open_files import Newest, check_mapped, map_array
 from .tars import MAX_VIDEO_BYTES, list_files, most_media_bytes, read_member
@@ -44,24 +48,30 @@ class ImageLocation(NamedTuple):
     size: int  # bytes in the file, compressed ones of a zip
 
 
-def describe_images(images: Sequence[str | Path], folder: Path) -> list[dict[str, Any]]:
+def describe_images(images: Sequence[str | Place], folder: Place) -> list[dict[str, Any]]:
     """What a plan remembers of image folders and archives; a `ValueError` for what is none that can be read."""
     described = []
-    for path in map(Path, images):
-        if not path.is_dir() and not (path.is_file() and path.suffix in (".tar", ".zip")):
-            raise ValueError(f"{path}: images are read from folders, .tar and .zip files (unpack compressed tars)")
-        root = describe_shard(path, folder)
-        described.append({"path": root["path"]} if path.is_dir() else root)
+    for path in map(place, images):
+        with remote_errors_named(path):
+            is_folder = path.is_dir()
+            if not is_folder and not (path.is_file() and path.suffix in (".tar", ".zip")):
+                raise ValueError(f"{path}: images are read from folders, .tar and .zip files (unpack compressed tars)")
+        described.append({"path": described_path(path, folder)} if is_folder else describe_shard(path, folder))
     return described
 
 
-def index_archives(folder: Path, images: Sequence[dict[str, Any]]) -> None:
+def index_archives(folder: Place, images: Sequence[dict[str, Any]]) -> None:
     """Write the index of all archives' members, if there are archives: 16 bytes of memory for each, once."""
     remove_index(folder)
-    archives = {number: shard_path(folder, root) for number, root in enumerate(images) if "size" in root}
+    paths = {number: shard_path(folder, root) for number, root in enumerate(images)}
+    archives = {number: path for number, path in paths.items() if "size" in images[number] or is_remote(path)}
     if not archives:
         return
-    raw = folder / f"{INDEX_NAME}.raw"
+    with tempfile.TemporaryDirectory(dir=None if is_remote(folder) else folder, prefix=f"{INDEX_NAME}.") as scratch:
+        _write_index(folder, archives, Path(scratch) / "raw")
+
+
+def _write_index(folder: Place, archives: dict[int, str], raw: Path) -> None:
     with os_errors_named(raw), open(raw, "wb") as file:
         for number, path in archives.items():
             file.writelines(_ENTRY.pack(_hash(name), number, offset, size) for name, offset, size in _members(path))
@@ -76,31 +86,35 @@ def index_archives(folder: Path, images: Sequence[dict[str, Any]]) -> None:
             np.lib.format.write_array_header_1_0(file, {**header, "shape": (len(entries),)})
             for start in range(0, len(entries), _SORTED_AT_ONCE):
                 file.write(entries[order[start : start + _SORTED_AT_ONCE]][fields].astype(dtype).tobytes())
-    raw.unlink()
 
 
-def remove_index(folder: Path) -> None:
-    """Remove what [`index_archives`] wrote."""
+def remove_index(folder: Place) -> None:
+    """Remove what [`index_archives`] wrote, and what a killed run left of it."""
     for path in folder.glob(f"{INDEX_NAME}.*"):
-        path.unlink(missing_ok=True)
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 class ImageFiles:
     """The images of a plan, for one process; `images` is from [`describe_images`]."""
 
-    def __init__(self, folder: Path, images: Sequence[dict[str, Any]]):
-        paths = [shard_path(folder, root) for root in images]
+    def __init__(self, folder: Place, images: Sequence[dict[str, Any]]):
+        paths = {number: shard_path(folder, root) for number, root in enumerate(images)}
         self._folder = folder
-        self._archives = {number: paths[number] for number, root in enumerate(images) if "size" in root}
-        self._folders = {
-            number: os.path.realpath(path) for number, path in enumerate(paths) if number not in self._archives
+        self._archives = {number: path for number, path in paths.items() if "size" in images[number]}
+        self._remote_folders = {
+            number: path for number, path in paths.items() if number not in self._archives and is_remote(path)
         }
-        self._files = Newest(lambda number: open(self._archives[number], "rb", buffering=0))
+        self._folders = {
+            number: os.path.realpath(path)
+            for number, path in paths.items()
+            if number not in self._archives and number not in self._remote_folders
+        }
+        self._files = Newest(lambda number: open_file(self._archives[number]))
         self._real_folder = functools.lru_cache(1024)(os.path.realpath)
 
     def find(self, name: str) -> ImageLocation:
         """Where the image of a path inside of a folder or archive is; a [`SampleError`] if nowhere."""
-        if not self._folders and not self._archives:
+        if not self._folders and not self._archives and not self._remote_folders:
             raise ValueError(
                 f"a record names the image {name}, but no folder or archive of images was given (--images)"
             )
@@ -115,11 +129,13 @@ class ImageFiles:
         """The file of an image that `find` found, or its first `limit` bytes; or a [`SampleError`]."""
         location = ImageLocation(*location)
         if location.root in self._archives:
-            file = self._files[location.root].fileno()
+            file = self._files[location.root]
             if self._archives[location.root].endswith(".zip"):
                 most = most_media_bytes(name)
                 return read_zip_member(file, _checked_name(name), location.offset, location.size, most, limit)
             return _read_tar_member(file, _checked_name(name), location, limit)
+        if location.root in self._remote_folders:
+            return self._read_object(_checked_name(name), location, limit)
         path = self._path_in_folder(location.root, _checked_name(name))
         try:
             found = os.stat(path).st_size
@@ -131,6 +147,15 @@ class ImageFiles:
             with open(path, "rb", buffering=0) as file:
                 return file.read() if limit is None else file.read(limit)
         except OSError as error:
+            raise SampleError("missing_image", f"{name}: {error}") from error
+
+    def _read_object(self, name: str, location: ImageLocation, limit: int | None) -> bytes:
+        file = open_file(f"{self._remote_folders[location.root]}/{name}")
+        try:
+            if file.size != location.size:
+                raise SampleError("image_changed", f"{name} has {file.size} bytes, planned {location.size}")
+            return file.read_at(file.size if limit is None else limit, 0)
+        except FileNotFoundError as error:
             raise SampleError("missing_image", f"{name}: {error}") from error
 
     def _find(self, name: str) -> ImageLocation | None:
@@ -149,7 +174,7 @@ class ImageFiles:
                     return ImageLocation(number, 0, status.st_size)
         if not is_inside:
             raise SampleError("unsafe_image_path", f"{name} is in none of the images' folders")
-        if not self._archives:
+        if not self._archives and not self._remote_folders:
             return None
         keys, locations = self._index
         check_mapped(keys)
@@ -201,12 +226,15 @@ def _hash(name: str) -> int:
     return int.from_bytes(digest, "little")
 
 
-def _index_path(folder: Path, name: str) -> Path:
+def _index_path(folder: Place, name: str) -> Place:
     return folder / f"{INDEX_NAME}.{name}.npy"
 
 
 def _members(path: str) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of an archive's files."""
+    """Name, offset and size of the files of an archive, or of a folder of a bucket."""
+    if not path.endswith((".tar", ".zip")):
+        yield from ((name, 0, size) for name, size in list_tree(path))
+        return
     try:
         for name, offset, size in (list_members if path.endswith(".zip") else list_files)(path):
             yield posixpath.normpath(name), offset, size
@@ -214,6 +242,6 @@ def _members(path: str) -> Iterator[tuple[str, int, int]]:
         logger.warning("%s; what follows there is missing", error)
 
 
-def _read_tar_member(file: int, name: str, location: ImageLocation, limit: int | None) -> bytes:
+def _read_tar_member(file: OpenFile, name: str, location: ImageLocation, limit: int | None) -> bytes:
     # `tar -C folder .` names them with a dot.
     return read_member(file, (name, f"./{name}"), location.offset, location.size, limit)

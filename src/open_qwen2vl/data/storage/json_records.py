@@ -7,25 +7,24 @@ itself only. An array whose braces do not match has no records to go on with and
 """
 
 import json
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from ...places import OpenFile, Place, open_file
 from ...processing.sample_error import SampleError
-from .open_files import read_at
 
 MAX_RECORD_BYTES = 8 << 20  # a larger record is skipped unread; no context is as long
 _BLOCK = 1 << 20
 _HEAD = 1 << 12
 
 
-def cut_records(path: str | os.PathLike, number: int) -> list[tuple[int, int]]:
+def cut_records(path: str | Place, number: int) -> list[tuple[int, int]]:
     """Cut a file into groups of so many records: first byte and that behind; a `ValueError` for a broken array."""
     groups, taken = [], 0
     start = stop = None
-    for spans in _span_blocks(path, 0, os.path.getsize(path)):
+    for spans in _span_blocks(path, 0, None):
         position = 0
         while position < len(spans):
             if taken == 0:
@@ -39,41 +38,42 @@ def cut_records(path: str | os.PathLike, number: int) -> list[tuple[int, int]]:
     return groups + ([(start, stop)] if taken else [])
 
 
-def record_spans(path: str | os.PathLike, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Offset and size of the records between two bytes, of those that are too large and of blank lines as well."""
+def record_spans(path: str | Place, start: int, stop: int | None) -> Iterator[tuple[int, int]]:
+    """Offset and size of the records between two bytes (None: to the end), also of too large ones and blank lines."""
     for spans in _span_blocks(path, start, stop):
         yield from map(tuple, spans.tolist())
 
 
-def read_record(file: int, offset: int, size: int, max_bytes: int | None = None) -> Any:
+def read_record(file: OpenFile, offset: int, size: int, max_bytes: int | None = None) -> Any:
     """Read and parse one record, None for a blank line; or `record_too_large` or `invalid_json`."""
     if size > (MAX_RECORD_BYTES if max_bytes is None else max_bytes):
         raise SampleError("record_too_large", f"the record at byte {offset} has {size:,} bytes")
     try:
-        text = read_at(file, size, offset).decode("utf-8-sig" if offset == 0 else "utf-8")
+        text = file.read_at(size, offset).decode("utf-8-sig" if offset == 0 else "utf-8")
         return json.loads(text) if text.strip() else None
     except (ValueError, RecursionError) as error:
         raise SampleError("invalid_json", f"the record at byte {offset}: {error}") from error
 
 
-def _span_blocks(path: str | os.PathLike, start: int, stop: int) -> Iterator[np.ndarray]:
+def _span_blocks(path: str | Place, start: int, stop: int | None) -> Iterator[np.ndarray]:
     """Locations of records, int64 (n, 2), block by block."""
-    with open(path, "rb", buffering=0) as file:
-        head = os.pread(file.fileno(), _HEAD, 0).removeprefix(b"\xef\xbb\xbf").lstrip()
+    with open_file(path, whole=True) as file:
+        stop = file.size if stop is None else stop
+        head = file.read_at(_HEAD, 0).removeprefix(b"\xef\xbb\xbf").lstrip()
         if not head.startswith(b"["):
-            yield from _lines(file.fileno(), start, stop)
+            yield from _lines(file, start, stop)
             return
-        if stop == os.fstat(file.fileno()).st_size:
-            _check_end(path, file.fileno(), stop)
-        yield from _objects(path, file.fileno(), start, stop)
+        if stop == file.size:
+            _check_end(path, file, stop)
+        yield from _objects(path, file, start, stop)
 
 
-def _blocks(file: int, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+def _blocks(file: OpenFile, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
     for offset in range(start, stop, _BLOCK):
-        yield offset, np.frombuffer(read_at(file, min(_BLOCK, stop - offset), offset), np.uint8)
+        yield offset, np.frombuffer(file.read_at(min(_BLOCK, stop - offset), offset), np.uint8)
 
 
-def _lines(file: int, start: int, stop: int) -> Iterator[np.ndarray]:
+def _lines(file: OpenFile, start: int, stop: int) -> Iterator[np.ndarray]:
     first = start
     for offset, block in _blocks(file, start, stop):
         ends = np.flatnonzero(block == ord("\n")) + offset + 1
@@ -83,7 +83,7 @@ def _lines(file: int, start: int, stop: int) -> Iterator[np.ndarray]:
         yield _as_spans(np.array([first]), np.array([stop]))
 
 
-def _objects(path: str | os.PathLike, file: int, start: int, stop: int) -> Iterator[np.ndarray]:
+def _objects(path: str | Place, file: OpenFile, start: int, stop: int) -> Iterator[np.ndarray]:
     scanner, opened = _BraceScanner(), np.empty(0, np.int64)
     for offset, block in _blocks(file, start, stop):
         starts, ends = scanner.scan(block)
@@ -102,8 +102,8 @@ def _as_spans(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
     return np.stack([starts, ends - starts], axis=1)
 
 
-def _check_end(path: str | os.PathLike, file: int, size: int) -> None:
-    tail = os.pread(file, _HEAD, max(0, size - _HEAD)).rstrip()
+def _check_end(path: str | Place, file: OpenFile, size: int) -> None:
+    tail = file.read_at(_HEAD, max(0, size - _HEAD)).rstrip()
     if not tail.endswith(b"]"):
         raise ValueError(f"{path}: the array does not end with ] at byte {size}: the file was cut off")
 

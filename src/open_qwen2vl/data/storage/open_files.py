@@ -1,11 +1,12 @@
 """Files that stay open while they are used, and are read at a location."""
 
-import contextlib
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from ...places import OpenFile, Place, is_remote, local_copy
 
 OPEN_FILES = 64  # of each kind that one process keeps open
 
@@ -25,39 +26,33 @@ class Newest:
         return file
 
 
-def read_at(file: int, size: int, offset: int) -> bytes:
-    """Bytes of an open file from a location, fewer at its end; an error names the file."""
-    try:
-        return os.pread(file, size, offset)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            error.filename = os.readlink(f"/proc/self/fd/{file}")
-        raise
-
-
 class Span(NamedTuple):
     """Bytes of an open file that were read at once."""
 
     start: int
     content: bytes
 
-    def read(self, file: int, size: int, offset: int) -> bytes:
-        """As [`read_at`], which reads what is not in here."""
+    def read(self, file: OpenFile, size: int, offset: int) -> bytes:
+        """As `read_at` of the file, which reads what is not in here."""
         first = offset - self.start
         if 0 <= first and first + size <= len(self.content):
             return self.content[first : first + size]
-        return read_at(file, size, offset)
+        return file.read_at(size, offset)
 
 
 NOTHING = Span(0, b"")
 
 
-def map_array(path: str | os.PathLike, form: str = "one array") -> np.ndarray:
-    """The array of a `.npy` file where it lies on the disk; a `ValueError` if it is not whole or not of this form."""
-    if os.path.exists(path) and not os.path.isfile(path):
+def map_array(path: str | Place, form: str = "one array") -> np.ndarray:
+    """The array of a `.npy` file where it lies on the disk, of a remote one in a copy that goes with the array.
+
+    A `ValueError` if it is not whole or not of this form.
+    """
+    if not is_remote(path) and os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path}: no regular file")
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        with local_copy(path) as copy:
+            array = np.load(copy, mmap_mode="r", allow_pickle=False)
     except OSError:
         raise
     except Exception as error:  # numpy's reader of headers raises many kinds: SyntaxError, TokenError, BadZipFile, ...
@@ -70,5 +65,5 @@ def map_array(path: str | os.PathLike, form: str = "one array") -> np.ndarray:
 def check_mapped(array: np.ndarray) -> None:
     """Raise OSError for a mapped file that was cut since: to touch what is gone would end the process (SIGBUS)."""
     name = getattr(array, "filename", None)
-    if name is not None and os.stat(name).st_size < array.offset + array.nbytes:
+    if name is not None and os.path.exists(name) and os.stat(name).st_size < array.offset + array.nbytes:
         raise OSError(f"{name} has been cut since it was opened")

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ...places import Place, arrow_source, is_remote, open_stream
 from ...processing.conversation_records import FLAGS, SYSTEM, UNREAD
 from ...processing.conversation_records import TURNS as TEXT_COLUMNS
 from ...processing.media_records import OTHER_MEDIA
@@ -44,18 +45,18 @@ class Columns(NamedTuple):
 CONVERSATION_COLUMNS = Columns((*TEXT_COLUMNS, *BESIDE_TURNS), IMAGE_COLUMNS)
 
 
-def column_names(path: str | os.PathLike) -> list[str]:
+def column_names(path: str | Place) -> list[str]:
     """The names of a table's columns in order; a `ValueError` if it is no such file."""
     return list(column_types(path))
 
 
-def column_types(path: str | os.PathLike) -> dict[str, pa.DataType]:
+def column_types(path: str | Place) -> dict[str, pa.DataType]:
     """The types of a table's columns; a `ValueError` if it is no such file."""
     with _readable(path):
-        if os.fspath(path).endswith(".parquet"):
-            schema = pq.read_schema(path)
+        if str(path).endswith(".parquet"):
+            schema = pq.read_schema(arrow_source(path))
         else:
-            with open(path, "rb") as file:
+            with open_stream(path) as file:
                 schema = pa.ipc.open_stream(file).schema
         return dict(zip(schema.names, schema.types, strict=True))
 
@@ -65,7 +66,7 @@ def split_names(files: Iterable[str]) -> list[str]:
     return sorted({match[1] for file in files if (match := _SPLIT.match(file))})
 
 
-def find_tables(path: Path) -> list[Path]:
+def find_tables(path: Place) -> list[Place]:
     """The tables of a data set's folder in order, none if it is no such; a `ValueError` if it holds several splits."""
     if (path / "dataset_dict.json").is_file():
         splits = list(map(str, _read_json(path / "dataset_dict.json")["splits"]))
@@ -81,7 +82,7 @@ def find_tables(path: Path) -> list[Path]:
     return files
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Place) -> dict[str, Any]:
     """A saved data set's own description, with the lists that are read from it."""
     try:
         content = json.loads(path.read_text(encoding="utf8"))
@@ -92,7 +93,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     raise ValueError(f"{path}: not as Dataset.save_to_disk writes it")
 
 
-def cut_rows(path: str | os.PathLike, number: int, columns: Columns) -> list[tuple[int, int]]:
+def cut_rows(path: str | Place, number: int, columns: Columns) -> list[tuple[int, int]]:
     """Cut a table into groups of whole batches: first row of each group and the row behind it.
 
     A group has at most so many rows, or those of a single batch. A table without any batch, as Spark writes empty
@@ -115,8 +116,8 @@ class RowTable:
     A `ValueError` if it is no such file. Rows that cannot be decoded are a [`SampleError`] in their place.
     """
 
-    def __init__(self, path: str | os.PathLike, columns: Columns):
-        self.path = os.fspath(path)
+    def __init__(self, path: str | Place, columns: Columns):
+        self.path = str(path)
         self._columns = columns
         self._is_parquet = self.path.endswith(".parquet")
         with _readable(self.path):
@@ -125,16 +126,18 @@ class RowTable:
 
     def _open(self) -> None:
         if self._is_parquet:
-            self._file = pq.ParquetFile(self.path)
+            self._file = pq.ParquetFile(arrow_source(self.path))
             self._names = self._file.schema_arrow.names
             self._leaves = [self._file.schema.column(i).path for i in range(len(self._file.schema))]
             groups = [self._file.metadata.row_group(i) for i in range(self._file.metadata.num_row_groups)]
             if repeated := self._repeated_texts(groups):
-                self._file = pq.ParquetFile(self.path, read_dictionary=repeated)
+                self._file = pq.ParquetFile(arrow_source(self.path), read_dictionary=repeated)
             rows, sizes = [group.num_rows for group in groups], [group.total_byte_size for group in groups]
             if max(sizes, default=0) > LARGE_BATCH:
                 logger.warning("%s has row groups of %d MB, each row costs reading one: save it with smaller ones",
                                self.path, max(sizes) >> 20)  # fmt: skip
+        elif is_remote(self.path):
+            raise ValueError(f"{self.path}: .arrow files are mapped, which no bucket allows: save it as parquet")
         else:
             self._file = pa.memory_map(self.path)
             self._size = self._file.size()
@@ -300,12 +303,12 @@ def _without_bytes(column: pa.Array) -> pa.Array:
 
 
 @contextlib.contextmanager
-def _readable(path: str | os.PathLike) -> Iterator[None]:
+def _readable(path: str | Place) -> Iterator[None]:
     """What pyarrow says of a file that is no table, as a ValueError with its name."""
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            error.filename = error.filename or os.fspath(path)
+            error.filename = error.filename or str(path)
             raise
         raise ValueError(f"{path}: not a table that can be read: {error}") from error

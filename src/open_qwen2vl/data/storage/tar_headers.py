@@ -9,10 +9,9 @@ import io
 import os
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
-from .open_files import read_at
+from ...places import LocalFile, OpenFile, Place, open_file
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
@@ -52,16 +51,15 @@ def padded_end(offset: int, size: int) -> int:
     return offset + -(-size // BLOCK) * BLOCK
 
 
-def scan_tar(path: str | Path) -> Iterator[TarMember]:
+def scan_tar(path: str | Place) -> Iterator[TarMember]:
     """Members in order; raises DamagedTar where the tar cannot be followed any further."""
-    with open(path, "rb", buffering=0) as raw:
-        file = raw.fileno()
-        length = os.fstat(file).st_size
+    with open_file(path, whole=True) as file:
+        length = file.size
         offset, ended = 0, False
         window, start = b"", 0  # a text, its json and the headers around them are one read
         while offset < length:
             if offset + BLOCK > start + len(window):
-                window, start = read_at(file, _WINDOW, offset), offset
+                window, start = file.read_at(_WINDOW, offset), offset
             header = window[offset - start : offset - start + BLOCK]
             if header == _ZEROS:
                 # Not the last word: tars that were joined with `cat` go on behind their end marks.
@@ -80,15 +78,16 @@ def scan_tar(path: str | Path) -> Iterator[TarMember]:
             raise DamagedTar("truncated_tar")
 
 
-def _behind_zeros(file: int, offset: int, length: int) -> int:
+def _behind_zeros(file: OpenFile, offset: int, length: int) -> int:
     """The next block that is not zero, or the end; holes of a sparse file are not read."""
     while offset < length:
         try:
-            offset = max(offset, os.lseek(file, offset, os.SEEK_DATA) // BLOCK * BLOCK)
+            if isinstance(file, LocalFile):
+                offset = max(offset, os.lseek(file.fileno(), offset, os.SEEK_DATA) // BLOCK * BLOCK)
         except OSError as error:
             if error.errno == errno.ENXIO:  # nothing but a hole
                 return length
-        chunk = read_at(file, _ZERO_CHUNK, offset)
+        chunk = file.read_at(_ZERO_CHUNK, offset)
         rest = len(chunk.lstrip(b"\0"))
         if rest or not chunk:
             return offset + (len(chunk) - rest) // BLOCK * BLOCK
@@ -105,7 +104,7 @@ def _has_valid_checksum(header: bytes) -> bool:
         return False
 
 
-def _parse(file: int, header: bytes, offset: int) -> tuple[TarMember, int]:
+def _parse(file: OpenFile, header: bytes, offset: int) -> tuple[TarMember, int]:
     """The member whose header block is given, and the offset of the next header."""
     has_prefix = header[345] and header[257:263] == b"ustar\0"
     if header[156:157] in (b"0", b"\0") and not has_prefix:
@@ -118,7 +117,7 @@ def _parse(file: int, header: bytes, offset: int) -> tuple[TarMember, int]:
     # Extended headers claim any size: no more than so much is read of them.
     for most in _EXTENDED:
         try:
-            tar = tarfile.TarFile(fileobj=io.BytesIO(read_at(file, most, offset)), encoding="utf-8")
+            tar = tarfile.TarFile(fileobj=io.BytesIO(file.read_at(most, offset)), encoding="utf-8")
             info = tar.next()
         except OSError:
             raise

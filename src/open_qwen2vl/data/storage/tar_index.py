@@ -11,8 +11,6 @@ has the sizes of before rotation, in columns of their own: they are not used.
 
 import json
 import logging
-import os
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -20,10 +18,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ...files import renamed_when_whole
+from ...places import OpenFile, Place, arrow_source, identity, place
 from ...processing.images import MAX_PIXELS
 from ...processing.sample_error import SampleError
 from .image_sizes import upright_size
-from .open_files import read_at
 from .tars import MAX_IMAGE_BYTES, Sample
 
 logger = logging.getLogger(__name__)
@@ -37,28 +35,28 @@ _SCHEMA_1 = SCHEMA.set(2, pa.field("members", pa.list_(pa.struct(_PLACES))))
 _HEADER = 512  # bytes of a member's header in a tar
 
 
-def index_path(tar: Path) -> Path:
+def index_path(tar: Place) -> Place:
     """The index of `NAME.tar`: `NAME.index.parquet` beside it."""
     return tar.with_suffix(".index.parquet")
 
 
-def write_shard_index(path: Path, table: pa.Table, tar_bytes: int) -> None:
+def write_shard_index(path: Place, table: pa.Table, tar_bytes: int) -> None:
     """Write an index, a table of `SCHEMA`, of a tar of so many bytes."""
     metadata = {_METADATA_KEY: json.dumps({"format_version": FORMAT_VERSION, "tar_bytes": tar_bytes})}
     with renamed_when_whole(path) as temporary:
         pq.write_table(table.cast(SCHEMA).replace_schema_metadata(metadata), temporary, compression="zstd")
 
 
-def read_shard_index(tar: str | Path) -> tuple[list[Sample], list[str]] | None:
+def read_shard_index(tar: str | Place) -> tuple[list[Sample], list[str]] | None:
     """The samples of a tar by its index, in the order of the tar and without their spans, and their uids.
 
     `None` if there is no index, or one that is not of a tar of this size or damaged, which is logged.
     """
-    path = index_path(Path(tar))
+    path = index_path(place(tar))
     if not path.exists():
         return None
     try:
-        table = _checked_table(path, os.path.getsize(tar))
+        table = _checked_table(path, identity(tar)["size"])
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             error.filename = error.filename or str(path)
@@ -79,9 +77,9 @@ def read_shard_index(tar: str | Path) -> tuple[list[Sample], list[str]] | None:
     return samples, table["uid"].to_pylist()
 
 
-def _checked_table(path: Path, tar_bytes: int) -> pa.Table:
+def _checked_table(path: Place, tar_bytes: int) -> pa.Table:
     """Key, uid and members of an index whose values can all be those of a tar of this size; else a ValueError."""
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(arrow_source(path)) as file:
         made = json.loads(file.schema_arrow.metadata[_METADATA_KEY])
         if made["tar_bytes"] != tar_bytes:
             raise ValueError("made for a tar of another size")
@@ -111,10 +109,10 @@ def _checked_table(path: Path, tar_bytes: int) -> pa.Table:
     return table
 
 
-def member_image_size(file: int, offset: int, size: int) -> tuple[int, int] | None:
+def member_image_size(file: OpenFile, offset: int, size: int) -> tuple[int, int] | None:
     """Upright width and height of an image in an open tar, from its header; None if that cannot be read."""
     size = min(size, MAX_IMAGE_BYTES)
     try:
-        return upright_size(lambda limit: read_at(file, min(size, limit or size), offset))
+        return upright_size(lambda limit: file.read_at(min(size, limit or size), offset))
     except SampleError:
         return None

@@ -9,11 +9,11 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from ...places import OpenFile, Place, files_at, identities, is_remote
 from ...processing.sample_error import SampleError
-from .open_files import NOTHING, Span, read_at
+from .open_files import NOTHING, Span
 from .tar_headers import BLOCK, DamagedTar, padded_end, scan_tar, split_member_name
 
 TAR_DAMAGE = ("truncated_tar", "corrupt_tar")
@@ -62,37 +62,40 @@ class ShardIndex:
     ignored_members: int = 0  # directories, links, devices and names without a key or an extension
 
 
-def find_shards(paths: Iterable[str | Path]) -> list[Path]:
+def find_shards(paths: Iterable[str | Place]) -> list[Place]:
     """The tars that the given paths stand for.
 
     Args:
-        paths (`Iterable[str | Path]`): tars, and folders that stand for their `*.tar` in sorted order.
+        paths (`Iterable[str | Place]`): tars, and folders that stand for their `*.tar` in sorted order.
 
     Returns:
-        `list[Path]`: the tars in the order given.
+        `list[Place]`: the tars in the order given.
 
     Raises:
         ValueError: if there are none, or a path does not exist, or a tar is named twice.
     """
-    shards: list[Path] = []
-    for path in map(Path, paths):
-        found = sorted(path.glob("*.tar")) if path.is_dir() else [path]
+    shards: list[Place] = []
+    for path in paths:
+        found = files_at(path, "*.tar")
         if not found:
             raise ValueError(f"{path}: no .tar file in this folder")
         shards.extend(found)
     if not shards:
         raise ValueError("no shards given: name at least one tar or a folder of tars")
     seen = set()
+    remote = [shard for shard in shards if is_remote(shard)]
+    gone = {shard for shard, known in zip(remote, identities(remote), strict=True) if known is None}
     for shard in shards:
-        if not shard.is_file():
+        if shard in gone or not is_remote(shard) and not shard.is_file():
             raise ValueError(f"{shard}: {'no regular file' if shard.exists() else 'no such file'}")
-        if shard.resolve() in seen:
+        name = str(shard) if is_remote(shard) else shard.resolve()
+        if name in seen:
             raise ValueError(f"{shard}: given twice")
-        seen.add(shard.resolve())
+        seen.add(name)
     return shards
 
 
-def find_tars(paths: Iterable[str | Path]) -> list[Path]:
+def find_tars(paths: Iterable[str | Place]) -> list[Place]:
     """[`find_shards`] where nothing but tars can be read: another file is refused by its name."""
     tars = find_shards(paths)
     for tar in tars:
@@ -101,7 +104,7 @@ def find_tars(paths: Iterable[str | Path]) -> list[Path]:
     return tars
 
 
-def index_shard(path: str | Path) -> ShardIndex:
+def index_shard(path: str | Place) -> ShardIndex:
     """Index an uncompressed tar (ustar, GNU or pax) by its headers.
 
     Members of one key that do not lie side by side are joined; where the key has such a member already, the first wins
@@ -160,7 +163,7 @@ def _kinds(sample: Sample) -> set[str]:
     return {"image" if ext in IMAGE_EXTENSIONS else ext for ext in sample.members}
 
 
-def list_files(path: str | Path) -> Iterator[tuple[str, int, int]]:
+def list_files(path: str | Place) -> Iterator[tuple[str, int, int]]:
     """Name, offset and size of the files of any tar in order; a [`SampleError`] where it is damaged."""
     try:
         yield from ((member.name, member.offset, member.size) for member in scan_tar(path) if member.is_file)
@@ -168,7 +171,7 @@ def list_files(path: str | Path) -> Iterator[tuple[str, int, int]]:
         raise SampleError(damage.reason, f"{path}: {damage.reason} after {damage.key or 'its last file'}") from None
 
 
-def read_together(file: int, first: tuple[int, int], others: Iterable[tuple[int, int]]) -> Span:
+def read_together(file: OpenFile, first: tuple[int, int], others: Iterable[tuple[int, int]]) -> Span:
     """Bytes and headers of a member, by offset and size, and of those others that lie beside it; nothing without any.
 
     A read costs more than its bytes wherever a disk or a network is asked.
@@ -181,11 +184,11 @@ def read_together(file: int, first: tuple[int, int], others: Iterable[tuple[int,
     for low, high in reversed(places):
         if high <= start and start - high <= MAX_GAP_BYTES and end - low <= MAX_SPAN_BYTES:
             start = low
-    return NOTHING if (start, end) == own or start < 0 else Span(start, read_at(file, end - start, start))
+    return NOTHING if (start, end) == own or start < 0 else Span(start, file.read_at(end - start, start))
 
 
 def read_member(
-    file: int, name: str | Iterable[str], offset: int, size: int, limit: int | None = None, span: Span = NOTHING
+    file: OpenFile, name: str | Iterable[str], offset: int, size: int, limit: int | None = None, span: Span = NOTHING
 ) -> bytes:
     """Read a member's data, or its first `limit` bytes, and make sure that it is still this member's.
 
@@ -212,8 +215,8 @@ def most_media_bytes(name: str) -> int:
     return MAX_VIDEO_BYTES if name.rpartition(".")[2].lower() in VIDEO_EXTENSIONS else MAX_IMAGE_BYTES
 
 
-def read_json(file: int, sample: Sample) -> Any:
-    """A sample's metadata from the descriptor of its tar; `None` without a json, or with one that cannot be read."""
+def read_json(file: OpenFile, sample: Sample) -> Any:
+    """A sample's metadata from its open tar; `None` without a json, or with one that cannot be read."""
     if "json" not in sample.members:
         return None
     try:

@@ -7,11 +7,11 @@ array: 16 bytes a sample, sorted, so that files of any size are searched where t
 import logging
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from ...files import renamed_when_whole
+from ...places import Place, place
 from .open_files import check_mapped, map_array
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def format_uid(high: int, low: int) -> str:
     return f"{high:016x}{low:016x}"
 
 
-def read_uids(path: str | Path) -> np.ndarray:
+def read_uids(path: str | Place) -> np.ndarray:
     """Open a file of uids, dtype `u8,u8` as DFN's and our own: `UID_DTYPE` `(uids,)`, sorted, each once.
 
     Memory-mapped, or a corrected copy of what is not sorted or has uids twice. A `ValueError` for another form.
@@ -55,11 +55,11 @@ def read_uids(path: str | Path) -> np.ndarray:
     return corrected
 
 
-def write_uids(path: str | Path, uids: np.ndarray) -> None:
+def write_uids(path: str | Place, uids: np.ndarray) -> None:
     """Write a file of uids, sorted and each once: the same bytes as `np.save` of that array."""
     if not _is_increasing(uids):
         uids = _sorted_unique(uids)
-    with renamed_when_whole(Path(path)) as temporary, open(temporary, "wb") as file:
+    with renamed_when_whole(place(path)) as temporary, open(temporary, "wb") as file:
         np.save(file, uids, allow_pickle=False)
 
 

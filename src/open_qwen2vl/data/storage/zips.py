@@ -5,14 +5,15 @@ is a run of small records at the end of the file; here they are read as they com
 members nor 4 GB fit, is followed; zips of several volumes are not.
 """
 
+import io
 import os
 import struct
 import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from ...places import OpenFile, Place, open_stream
 from ...processing.sample_error import SampleError
-from .open_files import read_at
 
 STORED, DEFLATED = 0, 8
 _END = struct.Struct("<4s4H2LH")
@@ -22,14 +23,15 @@ _ENTRY = struct.Struct("<4s6H3L5H2L")
 _HEADER = struct.Struct("<4s5H3L2H")
 _LONGEST_COMMENT = (1 << 16) - 1
 _FULL = (1 << 32) - 1  # what stands in place of a number that is in the zip64 field
+_BUFFER = 1 << 20
 _UTF8, _ENCRYPTED = 0x800, 1
 
 
-def list_members(path: str | os.PathLike) -> Iterator[tuple[str, int, int]]:
+def list_members(path: str | Place) -> Iterator[tuple[str, int, int]]:
     """Name, byte of the header and compressed size of each file; a `ValueError` for what cannot be read."""
-    with open(path, "rb") as file:
+    with io.BufferedReader(open_stream(path), _BUFFER) as file:
         start, entries, shift = _directory(path, file)
-        size = os.fstat(file.fileno()).st_size
+        size = file.seek(0, os.SEEK_END)
         file.seek(start)
         for _ in range(entries):
             entry = file.read(_ENTRY.size)
@@ -51,18 +53,18 @@ def list_members(path: str | os.PathLike) -> Iterator[tuple[str, int, int]]:
             yield name, offset + shift, packed
 
 
-def read_zip_member(file: int, name: str, offset: int, size: int, most: int, limit: int | None = None) -> bytes:
+def read_zip_member(file: OpenFile, name: str, offset: int, size: int, most: int, limit: int | None = None) -> bytes:
     """Read a member, or about its first `limit` bytes, and make sure that it is still this one.
 
     Raises `moved_member`, or `corrupt_image` for what cannot be decompressed to at most `most` bytes.
     """
-    block = read_at(file, _HEADER.size, offset)
+    block = file.read_at(_HEADER.size, offset)
     fields = _HEADER.unpack(block) if len(block) == _HEADER.size else (b"",)
     if fields[0] != b"PK\3\4":
         raise SampleError("moved_member", f"{name} is not at byte {offset} of the zip any more")
     name_size, extra_size = fields[9:]
     size = size if limit is None else min(size, limit)
-    rest = read_at(file, name_size + extra_size + size, offset + _HEADER.size)
+    rest = file.read_at(name_size + extra_size + size, offset + _HEADER.size)
     found = rest[:name_size].decode("utf-8" if fields[2] & _UTF8 else "cp437", errors="surrogateescape")
     if found.removeprefix("./") != name or len(rest) < name_size + extra_size + size:
         raise SampleError("moved_member", f"{name} is not at byte {offset} of the zip any more")
@@ -70,7 +72,7 @@ def read_zip_member(file: int, name: str, offset: int, size: int, most: int, lim
     return data if fields[3] == STORED else _inflate(name, data, most, limit)
 
 
-def _directory(path: str | os.PathLike, file: BinaryIO) -> tuple[int, int, int]:
+def _directory(path: str | Place, file: BinaryIO) -> tuple[int, int, int]:
     """Where the directory starts, how many entries it has, and what its offsets lack if the zip has a prefix."""
     size = file.seek(0, os.SEEK_END)
     tail_start = max(0, size - _END.size - _LONGEST_COMMENT)
