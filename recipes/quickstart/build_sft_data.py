@@ -4,7 +4,8 @@
 
 easy-VQA has its own split: 4,000 pictures with 38,575 questions to learn from, and 1,000 others with 9,673 questions.
 The questions of one training picture are turns of a few conversations, so that a picture is encoded for several of
-them; a test question stands alone.
+them; a test question stands alone. `--validation` takes the last eighth of the training pictures for the test, for
+whoever chooses options.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from open_qwen2vl.files import new_folder
 
 # More turns cost less each, but then more answers follow from earlier ones and need no look at the picture.
 TURNS = 4
+VALIDATION_FRACTION = 8
 
 SPLITS = {
     "train": (easy_vqa.get_train_questions, easy_vqa.get_train_image_paths),
@@ -27,20 +29,27 @@ SPLITS = {
 }
 
 
-def questions_by_image(split: str, limit: int | None = None) -> dict[int, list[tuple[str, str]]]:
+def questions_by_image(
+    split: str, limit: int | None = None, validation: bool = False
+) -> dict[int, list[tuple[str, str]]]:
     """The questions of a split with their answers, by number of the picture.
 
     Args:
         split (`str`): `"train"` or `"test"`.
         limit (`int`, *optional*): only the first pictures.
+        validation (`bool`, *optional*, defaults to `False`): both are parts of easy-VQA's training split.
 
     Returns:
         `dict[int, list[tuple[str, str]]]`: pairs of question and answer, pictures in the order of their numbers.
     """
     images: dict[int, list[tuple[str, str]]] = {}
-    for question, answer, image in zip(*SPLITS[split][0](), strict=True):
+    for question, answer, image in zip(*SPLITS["train" if validation else split][0](), strict=True):
         images.setdefault(image, []).append((question, answer))
-    return {image: images[image] for image in sorted(images)[:limit]}
+    numbers = sorted(images)
+    if validation:
+        learnt = len(numbers) - len(numbers) // VALIDATION_FRACTION
+        numbers = numbers[:learnt] if split == "train" else numbers[learnt:]
+    return {image: images[image] for image in numbers[:limit]}
 
 
 def split_evenly(pairs: list[tuple[str, str]], turns: int) -> list[list[tuple[str, str]]]:
@@ -67,7 +76,9 @@ def conversation(identifier: str, image: str, pairs: list[tuple[str, str]]) -> d
     return {"id": identifier, "image": image, "conversations": turns}
 
 
-def build_split(folder: Path, split: str, turns: int, limit: int | None, seed: int) -> dict[str, int]:
+def build_split(
+    folder: Path, split: str, turns: int, limit: int | None, seed: int, validation: bool
+) -> dict[str, int]:
     """Write `{split}.json` and copy the pictures.
 
     Args:
@@ -76,12 +87,13 @@ def build_split(folder: Path, split: str, turns: int, limit: int | None, seed: i
         turns (`int`): questions in one conversation at most.
         limit (`int`, *optional*): only the first pictures.
         seed (`int`): of the order of a picture's questions and of the conversations.
+        validation (`bool`): see [`questions_by_image`].
 
     Returns:
         `dict[str, int]`: numbers of `images`, `questions` and `conversations`.
     """
-    images = questions_by_image(split, limit)
-    paths = SPLITS[split][1]()
+    images = questions_by_image(split, limit, validation)
+    paths = SPLITS["train" if validation else split][1]()
     (folder / "images" / split).mkdir(parents=True)
     records = []
     for image, pairs in images.items():
@@ -99,7 +111,7 @@ def build_split(folder: Path, split: str, turns: int, limit: int | None, seed: i
     }
 
 
-def build(output: Path, turns: int = TURNS, limit: int | None = None, seed: int = 0) -> dict:
+def build(output: Path, turns: int = TURNS, limit: int | None = None, seed: int = 0, validation: bool = False) -> dict:
     """Write both splits; a folder that is there already is left as it is.
 
     Args:
@@ -107,6 +119,8 @@ def build(output: Path, turns: int = TURNS, limit: int | None = None, seed: int 
         turns (`int`, *optional*, defaults to 4): questions in one training conversation at most.
         limit (`int`, *optional*): only the first pictures of each split.
         seed (`int`, *optional*, defaults to 0): of the order.
+        validation (`bool`, *optional*, defaults to `False`): test on training pictures that are kept apart, and leave
+            easy-VQA's test split out altogether.
 
     Returns:
         `dict`: options and, for each split, counts; also in `corpus.json`.
@@ -116,7 +130,8 @@ def build(output: Path, turns: int = TURNS, limit: int | None = None, seed: int 
     """
     if turns < 1:
         raise ValueError(f"turns is {turns}, but a conversation has at least one question")
-    options = {"turns": turns, "limit": limit, "seed": seed, "easy_vqa": importlib.metadata.version("easy-vqa")}
+    options = {"turns": turns, "limit": limit, "seed": seed, "validation": validation}
+    options["easy_vqa"] = importlib.metadata.version("easy-vqa")
     summary_file = output / "corpus.json"
     if summary_file.exists():
         summary = json.loads(summary_file.read_text())
@@ -126,8 +141,8 @@ def build(output: Path, turns: int = TURNS, limit: int | None = None, seed: int 
     with new_folder(output) as folder:
         summary = {
             "options": options,
-            "train": build_split(folder, "train", turns, limit, seed),
-            "test": build_split(folder, "test", 1, limit, seed),
+            "train": build_split(folder, "train", turns, limit, seed, validation),
+            "test": build_split(folder, "test", 1, limit, seed, validation),
         }
         (folder / "corpus.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
@@ -142,9 +157,14 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=TURNS, help="questions in one training conversation at most")
     parser.add_argument("--limit", type=int, help="use only the first pictures of each split")
     parser.add_argument("--seed", type=int, default=0, help="of the order")
+    parser.add_argument(
+        "--validation",
+        action="store_true",
+        help="ask about training pictures kept apart, not the test's",
+    )
     args = parser.parse_args()
     try:
-        summary = build(args.output, args.turns, args.limit, args.seed)
+        summary = build(args.output, args.turns, args.limit, args.seed, args.validation)
     except ValueError as error:
         parser.error(str(error))
     train, test = summary["train"], summary["test"]
