@@ -1,4 +1,4 @@
-"""Muon on matrices in shards against torch's own on whole ones, run by `test_two_processes.py` on two processes."""
+"""Muon on matrices in shards against itself on whole ones, run by `test_two_processes.py` on two processes."""
 
 import itertools
 
@@ -21,8 +21,10 @@ def main() -> None:
         torch.manual_seed(0)
         whole = nn.Parameter(torch.randn(shape))
         sharded = nn.Parameter(distribute_tensor(whole.detach().clone(), mesh, placements))
-        expected = torch.optim.Muon([whole], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-        found = MuonAdamW([{"params": [sharded], "weight_decay": 0.1}], [], lr=0.1, betas=(0.9, 0.999), eps=1e-8)
+        expected, found = (
+            MuonAdamW([{"params": [one], "weight_decay": 0.1}], [], lr=0.1, betas=(0.9, 0.999), eps=1e-8)
+            for one in (whole, sharded)
+        )
         for _ in range(3):
             whole.grad = torch.randn(shape)
             sharded.grad = distribute_tensor(whole.grad, mesh, placements)

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.distributed.fsdp import StateDictType
+from torch.optim._muon import _zeropower_via_newtonschulz
 from transformers import AutoModelForImageTextToText
 
 from open_qwen2vl.trainer.lora import add_lora
-from open_qwen2vl.trainer.muon import hidden_matrices, muon_and_adamw
+from open_qwen2vl.trainer.muon import hidden_matrices, muon_and_adamw, newton_schulz
 from open_qwen2vl.trainer.optimization import check_what_trains
 from open_qwen2vl.trainer.sharding import check_state
 from tests.qwen_vl import FAMILIES
@@ -48,6 +49,16 @@ def test_muon_has_the_matrices_of_every_family(qwen_vl_folder, family):
     assert any("merger" in name for name in matrices) and all(".norm" not in name for name in matrices)
 
 
+@pytest.mark.parametrize("shape", [(48, 64), (64, 48), (32, 32)])
+def test_the_iteration_is_torchs(shape):
+    """Bit for bit in bf16; fp32, which a CPU computes in, is as near as bf16 rounds."""
+    matrix, options = torch.randn(shape), ((3.4445, -4.775, 2.0315), 5, 1e-7)
+    expected = _zeropower_via_newtonschulz(matrix, *options)
+    assert torch.equal(newton_schulz(matrix.bfloat16(), *options), expected)
+    found = newton_schulz(matrix, *options)
+    assert (found - expected).norm() < 0.03 * found.norm()
+
+
 def test_a_step_is_that_of_torchs_own_optimizers(tiny_model, arguments):
     args = arguments(optim="muon", weight_decay=0.1, adam_beta2=0.95)
     other = copy.deepcopy(tiny_model)
@@ -66,8 +77,10 @@ def test_a_step_is_that_of_torchs_own_optimizers(tiny_model, arguments):
         for optimizer in (ours, muon, adamw):
             optimizer.step()
     for (name, parameter), same in zip(tiny_model.named_parameters(), other.parameters(), strict=True):
-        assert torch.equal(parameter, same), name
-        assert not torch.equal(parameter, before[name]), name
+        # Muon's iteration is in fp32 on a CPU, torch's in bf16.
+        rounded = 0.03 if any(same is matrix for matrix in matrices) else 0
+        moved = (parameter - before[name]).norm()
+        assert moved > 0 and (parameter - same).norm() <= rounded * moved, name
 
 
 def test_muon_moves_a_matrix_as_far_as_adamw(tiny_model, arguments):
