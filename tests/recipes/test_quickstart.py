@@ -147,6 +147,10 @@ def test_split_holds_out_a_fifth_of_the_tones():
         train, held_out = build_data.split_held_out(pictures, seed)
         assert [picture.family for picture in held_out] == ["1F44B"] + ["1FAF1-200D-1FAF2"] * 4
         assert sorted(p.hexcode for p in train + held_out) == sorted(p.hexcode for p in pictures)
+        # Choices are made on others: as many, out of those to train on, and the reported ones are nowhere.
+        learnt, validation = build_data.split(pictures, seed, validation=True)
+        assert [picture.family for picture in validation] == [picture.family for picture in held_out]
+        assert sorted(p.hexcode for p in learnt + validation) == sorted(p.hexcode for p in train)
 
 
 def test_backbones_load_with_the_auto_classes(small_backbones, data):

@@ -98,6 +98,17 @@ def test_the_whole_set_has_its_published_size():
     }
 
 
+def test_choices_are_made_on_training_pictures(tmp_path):
+    """`--validation` splits easy-VQA's training split, and copies nothing of its test split."""
+    learnt, asked = (build_sft_data.questions_by_image(split, validation=True) for split in ("train", "test"))
+    assert (len(learnt), len(asked)) == (3500, 500)
+    assert learnt | asked == build_sft_data.questions_by_image("train") and not learnt.keys() & asked.keys()
+    build_sft_data.build(tmp_path / "data", limit=3, validation=True)
+    source = build_sft_data.SPLITS["train"][1]()
+    for image in list(asked)[:3]:
+        assert (tmp_path / f"data/images/test/{image}.png").read_bytes() == Path(source[image]).read_bytes()
+
+
 def test_data_is_a_function_of_its_options(data, tmp_path):
     summary = json.loads((data / "corpus.json").read_text())
     assert build_sft_data.build(tmp_path / "again", turns=4, limit=12, seed=2) == summary
