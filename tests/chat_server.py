@@ -14,17 +14,24 @@ class ChatServer(ThreadingHTTPServer):
     def __init__(self, reply: Callable[[dict[str, Any]], tuple[int, Any]]):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.reply, self.requests, self.keys = reply, [], []
+        self.models = ["org/tiny"]
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
+    def do_GET(self):
+        listed = {"object": "list", "data": [{"id": name, "object": "model"} for name in self.server.models]}
+        self._send(*((200, listed) if self.path == "/v1/models" else (404, {})))
+
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append(request)
         self.server.keys.append(self.headers["Authorization"])
-        status, body = self.server.reply(request) if self.path == "/v1/chat/completions" else (404, {})
+        self._send(*self.server.reply(request) if self.path == "/v1/chat/completions" else (404, {}))
+
+    def _send(self, status: int, body: Any):
         if isinstance(body, str):
             body = completion(body)
         data = body if isinstance(body, bytes) else json.dumps(body).encode()

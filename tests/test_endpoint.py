@@ -24,6 +24,17 @@ def test_answers_come_through_faults_and_from_several_threads(monkeypatch):
         assert list(said) == list(map(str, range(20)))
 
 
+def test_the_only_model_is_taken():
+    with chat_server(lambda request: (200, request["model"])) as server:
+        assert Endpoint(server.url).ask(HELLO).text == Endpoint(server.url).model == "org/tiny"
+        server.models = ["a", "b"]
+        with pytest.raises(EndpointError, match=r"lists 2 models \(a, b\): --endpoint-model names one"):
+            Endpoint(server.url)
+        assert Endpoint(server.url, "b").ask(HELLO).text == "b"
+    with pytest.raises(EndpointError, match="does not list its models .*; --endpoint-model names one"):
+        Endpoint(server.url, retries=0)
+
+
 def test_an_answer_that_is_cut_off():
     with chat_server(lambda _: (200, completion("half of", "length"))) as server:
         assert Endpoint(server.url, "m").ask(HELLO) == Answer("half of", False)

@@ -38,8 +38,12 @@ class AnswerError(Exception):
 class Endpoint:
     """Asks one model of an endpoint; may be called by several threads at a time."""
 
-    def __init__(self, url: str, model: str, retries: int = RETRIES, timeout: float = TIMEOUT):
-        """`url` ends where `/chat/completions` begins, as `http://host:8000/v1`."""
+    def __init__(self, url: str, model: str | None = None, retries: int = RETRIES, timeout: float = TIMEOUT):
+        """`url` ends where `/chat/completions` begins, as `http://host:8000/v1`; `model` is its only one if None.
+
+        Raises:
+            EndpointError: if no model is named and the endpoint does not list exactly one.
+        """
         try:
             import openai
         except ImportError as error:
@@ -48,9 +52,21 @@ class Endpoint:
             raise ValueError(f"--endpoint {url}: must begin with http:// or https://")
         self._key = os.environ.get("OPENAI_API_KEY") or "none"  # a server of one's own asks for none
         self._client = openai.OpenAI(base_url=url, api_key=self._key, max_retries=retries, timeout=timeout)
-        self._errors, self._url, self._model = openai, url, model
+        self._errors, self._url = openai, url
         self._lock = threading.Lock()
         self._refused = 0  # requests since the last answer
+        self.model = model or self._only_model()
+
+    def _only_model(self) -> str:
+        try:
+            names = [model.id for model in self._client.models.list().data]
+        except (self._errors.OpenAIError, ValueError, AttributeError, TypeError) as error:
+            reason = f"it does not list its models ({self._shown(error)})"
+            raise EndpointError(f"--endpoint {self._url}: {reason}; --endpoint-model names one") from error
+        if len(names) != 1:
+            listed = f"{len(names)} models ({', '.join(names[:8])})" if names else "no model"
+            raise EndpointError(f"--endpoint {self._url} lists {listed}: --endpoint-model names one")
+        return names[0]
 
     def ask(self, messages: list[dict[str, Any]], **settings: Any) -> Answer:
         """The answer to messages of OpenAI's form; `settings` are those of the request, as `temperature`.
@@ -62,7 +78,7 @@ class Endpoint:
         """
         openai = self._errors
         try:
-            completion = self._client.chat.completions.create(model=self._model, messages=messages, **settings)
+            completion = self._client.chat.completions.create(model=self.model, messages=messages, **settings)
             return self._read(completion)
         except openai.APIStatusError as error:
             if error.status_code in (400, 413, 422):

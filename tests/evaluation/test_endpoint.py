@@ -7,7 +7,6 @@ import re
 import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -19,80 +18,21 @@ from transformers.cli.serve import Serve
 from open_qwen2vl import cli
 from open_qwen2vl.evaluation.endpoint import evaluate_endpoint
 from open_qwen2vl.evaluation.evaluate import evaluate
+from tests.chat_server import chat_server
 from tests.evaluation.easyvqa import rows
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
-MODELS = {"data": [{"id": "org/tiny", "object": "model"}]}
 
 
 def read_samples(folder: Path, task: str = "easyvqa_gen") -> list[dict]:
     return pq.read_table(folder / "samples" / f"{task}.parquet").to_pylist()
 
 
-def choice(text: str | None, reason: str = "stop") -> dict:
-    message = {"role": "assistant", "content": text}
-    return {"id": "1", "object": "chat.completion", "choices": [{"message": message, "finish_reason": reason}]}
-
-
-class ScriptedServer(ThreadingHTTPServer):
-    """Answers chat completions as `reply(body)` says: a JSON object, or a status and one."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.reply = lambda body: choice("blue")
-        self.bodies: list[dict] = []
-        self.keys: set[str | None] = set()
-        self.models = MODELS
-        self.running = self.most = 0
-        self.lock = threading.Lock()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-    def do_GET(self):
-        self._send(200, self.server.models)
-
-    def do_POST(self):
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with server.lock:
-            server.bodies.append(body)
-            server.keys.add(self.headers["Authorization"])
-            server.running += 1
-            server.most = max(server.most, server.running)
-        try:
-            reply = server.reply(body)
-        finally:
-            with server.lock:
-                server.running -= 1
-        self._send(*(reply if isinstance(reply, tuple) else (200, reply)))
-
-    def _send(self, status: int, content: dict):
-        data = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.send_header("retry-after-ms", "1")
-        self.end_headers()
-        self.wfile.write(data)
-
-
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with ScriptedServer() as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    with chat_server(lambda request: (200, "blue")) as server:
         yield server
-        server.shutdown()
 
 
 def pixels(image: bytes) -> bytes:
@@ -143,68 +83,57 @@ def test_transformers_serve_gives_what_the_model_here_gives(model_folder, easyvq
     assert samples[0]["prompt"] == f"[user]\n<image>\n{samples[0]['question']}"
 
 
-def test_requests_are_concurrent_retried_and_greedy(server, answers, easyvqa, tmp_path, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    seen, together = Counter(), threading.Barrier(3)
+def test_requests_are_concurrent_retried_and_greedy(server, answers, easyvqa, tmp_path):
+    seen, together, running, most = Counter(), threading.Barrier(3), [], []
 
     def reply(body):
-        seen[json.dumps(body)] += 1
+        running.append(body)
+        most.append(len(running))
+        seen[asked(body)] += 1
         if sum(seen.values()) <= 3:
             together.wait(timeout=60)  # three are under way at once
-        if seen[json.dumps(body)] == 1 and len(seen) % 4 == 0:
-            return (429, 503)[len(seen) % 8 == 0], {"error": {"message": "busy"}}
-        return choice(f" {answers[asked(body)]}\nand more")
+        running.remove(body)
+        if seen[asked(body)] == 1 and len(seen) % 5 == 0:
+            return 429, {"error": {"message": "busy"}}
+        return 200, f" {answers[asked(body)]}\nand more"
 
     server.reply = reply
     results = evaluate_endpoint(server.url, ["easyvqa_gen"], tmp_path, batch_size=3, include_path=[easyvqa])
     entry = results["tasks"]["easyvqa_gen"]
     assert entry["metrics"]["exact_match"]["value"] == 100 and entry["num_samples"] == 20
-    assert server.most == 3 and len(seen) == 20 and sum(seen.values()) == 25
-    assert server.keys == {"Bearer secret"} and results["model"]["name"] == "tiny"
-    assert "secret" not in (tmp_path / "results.json").read_text()
-    for body in server.bodies:
+    assert max(most) == 3 and set(seen) == set(answers) and max(seen.values()) == 2
+    assert results["model"] | {"endpoint": ""} == {
+        "name": "tiny", "path": "org/tiny", "endpoint": "", "revision": None, "fingerprint": None
+    }  # fmt: skip
+    for body in server.requests:
         assert body["model"] == "org/tiny" and body["temperature"] == 0 and body["max_tokens"] == 6
         assert "stop" not in body  # transformers' server fails on it; answers are cut here
 
 
 def test_failures_are_counted_by_name_and_asked_again(server, answers, easyvqa, tmp_path):
-    refused = list(answers)[2]
-    refusals = {"is": (400, {"error": {"message": "too long"}}), "empty": choice(None, "content_filter")}
-
-    def reply(body):
-        if asked(body) == refused:
-            return refusals["is"] if len(server.bodies) % 2 else refusals["empty"]
-        return choice(answers[asked(body)])
-
-    server.reply = reply
-    options = {"batch_size": 1, "include_path": [easyvqa]}
+    fails = dict(zip(list(answers)[2:4], ((400, {"error": {"message": "too long"}}), (200, {})), strict=True))
+    server.reply = lambda body: fails.get(asked(body)) or (200, answers[asked(body)])
+    options = {"batch_size": 2, "include_path": [easyvqa]}
     with pytest.raises(ValueError, match="1 of 1 tasks failed: easyvqa_gen: ValueError: ") as failure:
         evaluate_endpoint(server.url, ["easyvqa_gen"], tmp_path, **options)
-    message = str(failure.value)
-    assert "1 of 20 requests failed (" in message and "; the same command asks these again" in message
-    assert "400 BadRequestError" in message or "NoText" in message
-    assert not (tmp_path / "results.json").exists()
-    server.bodies.clear()
-    server.reply = lambda body: choice(answers[asked(body)])
+    counted = "2 of 20 requests failed (refused_request 1, bad_answer 1), the first by refused_request: "
+    assert counted in str(failure.value).replace("bad_answer 1, refused_request 1", "refused_request 1, bad_answer 1")
+    assert str(failure.value).endswith("; the same command asks these again")
+    assert not (tmp_path / "results.json").exists() and len(server.requests) == 20
+    server.requests.clear()
+    server.reply = lambda body: (200, answers[asked(body)])
     results = evaluate_endpoint(server.url, ["easyvqa_gen"], tmp_path, **options)
-    assert list(map(asked, server.bodies)) == [refused]
+    assert set(map(asked, server.requests)) == set(fails) and len(server.requests) == 2
     assert results["tasks"]["easyvqa_gen"]["metrics"]["exact_match"]["value"] == 100
-    server.bodies.clear()
-    evaluate_endpoint(server.url, ["easyvqa_gen"], tmp_path, **options)
-    assert server.bodies == []
     with pytest.raises(ValueError, match=f"has results of org/tiny at {server.url}: give another --output"):
         evaluate_endpoint(server.url, ["easyvqa_gen"], tmp_path, model="other", **options)
 
 
-def test_a_server_that_answers_nothing_is_not_asked_on(server, easyvqa, tmp_path):
-    options = {"batch_size": 1, "include_path": [easyvqa]}
+def test_an_endpoint_that_answers_nothing_is_not_asked_on(server, easyvqa, tmp_path):
     server.reply = lambda body: (401, {"error": {"message": "no such key"}})
-    with pytest.raises(ValueError, match="easyvqa_gen: ValueError: http.*: 401 AuthenticationError: .*no such key"):
-        evaluate_endpoint(server.url, ["easyvqa_gen"], tmp_path / "a", **options)
-    assert len(server.bodies) <= 3
-    server.reply = lambda body: {"something": "else"}
-    with pytest.raises(ValueError, match=r"20 of 20 requests failed \(NoCompletion 20\)"):
-        evaluate_endpoint(server.url, ["easyvqa_gen"], tmp_path / "b", **options)
+    with pytest.raises(ValueError, match="easyvqa_gen: EndpointError: --endpoint http.*no such key"):
+        evaluate_endpoint(server.url, ["easyvqa_gen"], tmp_path, batch_size=2, include_path=[easyvqa])
+    assert len(server.requests) <= 5
 
 
 def test_what_chat_completions_cannot_do_is_refused_by_name(server, easyvqa, tmp_path):
@@ -218,10 +147,7 @@ def test_what_chat_completions_cannot_do_is_refused_by_name(server, easyvqa, tmp
         evaluate_endpoint(server.url, ["easyvqa_mc", "beams", "plain"], tmp_path / "out", **options)
     assert "easyvqa_mc compares losses of given answers: chat completions have none" in str(failure.value)
     assert "beams asks for num_beams, which chat completions do not have" in str(failure.value)
-    assert len(server.bodies) == 2 and list(failure.value.results["tasks"]) == ["plain"]
-    server.models = {"data": [{"id": "a"}, {"id": "b"}]}
-    with pytest.raises(ValueError, match=r"has 2 models \(a, b\): --endpoint-model names one"):
-        evaluate_endpoint(server.url, ["plain"], tmp_path / "two", **options)
+    assert len(server.requests) == 2 and list(failure.value.results["tasks"]) == ["plain"]
 
 
 @pytest.mark.parametrize(
@@ -230,7 +156,6 @@ def test_what_chat_completions_cannot_do_is_refused_by_name(server, easyvqa, tmp
         ([], "give a MODEL or --endpoint URL, one of the two"),
         (["m", "--endpoint", "http://127.0.0.1:1"], "give a MODEL or --endpoint URL, one of the two"),
         (["m", "--endpoint-model", "n"], "--endpoint-model goes with --endpoint"),
-        (["--endpoint", "127.0.0.1:1"], "--endpoint 127.0.0.1:1: it begins with http:// or https://"),
         (["--endpoint", "http://x", "--rules", "paper"], "--rules paper does not go with --endpoint"),
         (["--endpoint", "http://x", "--shots", "0"], "--shots does not go with --endpoint"),
         (["--endpoint", "http://x", "--image-seq-length", "4"], "--image-seq-length does not go with --endpoint"),

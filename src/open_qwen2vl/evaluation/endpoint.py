@@ -1,12 +1,10 @@
-"""Evaluation over HTTP: a server that answers OpenAI's chat completions in place of a model in memory.
+"""Evaluation over HTTP: an endpoint that answers OpenAI's chat completions in place of a model in memory.
 
 lmms-eval's own client scores a request that failed as a wrong answer and starts anew after a kill; here a task with
-failures has no score, and the journal keeps what was answered. Retries with growing pauses are the openai package's.
+failures has no score, and the journal keeps what was answered.
 """
 
-import base64
 import contextlib
-import io
 import json
 import os
 from collections import Counter
@@ -15,13 +13,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-import openai
 from accelerate import PartialState
 from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
-from PIL import Image
 from tqdm import tqdm
 
+from ..endpoint import AnswerError, Endpoint, image_part
 from ..output_lock import only_writer
 from ..processing.images import to_rgb
 from .evaluate import find_tasks
@@ -30,11 +27,6 @@ from .journal import Journal, request_key
 from .lmms_model import count_repeats, generation_kwargs, request_messages
 from .prompts import Prompt, content_parts, message_images
 from .runs import run_targets
-
-RETRIES = 6  # after the first attempt, half a minute in all where the server does not say how long
-HOPELESS = 20  # failures without one answer: the others would fail too
-# The server refuses whatever is asked, or is not there.
-_ENDS = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError, openai.APIConnectionError)
 
 
 class EndpointModel(lmms):
@@ -47,17 +39,14 @@ class EndpointModel(lmms):
         max_new_tokens (`int`, *optional*, defaults to 1024): longest answer where a task names none.
 
     Raises:
-        ValueError: if no name is given and the server does not list exactly one model.
+        EndpointError: if no name is given and the server does not list exactly one model.
     """
 
     is_simple = False
 
     def __init__(self, url: str, name: str | None = None, concurrency: int = 8, max_new_tokens: int = 1024):
         super().__init__()
-        # A server of one's own asks for no key, but the client does.
-        key = os.environ.get("OPENAI_API_KEY") or "none"
-        self.client = openai.OpenAI(base_url=url, api_key=key, max_retries=RETRIES)
-        self.url, self.name = url, name or _only_model(self.client, url)
+        self.endpoint, self.url = Endpoint(url, name), url
         self.concurrency, self.max_new_tokens = concurrency, max_new_tokens
         self.journal: Journal | None = None
         # As of TransformersModel: the prompt of each (task, document), and what makes messages in a task's place.
@@ -65,7 +54,7 @@ class EndpointModel(lmms):
         self.make_messages = None
 
     def clean(self) -> None:
-        """Keep the client: lmms-eval cleans up after each task."""
+        """Keep the connections: lmms-eval cleans up after each task."""
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """Refused: chat completions do not tell how likely a given answer is."""
@@ -79,7 +68,8 @@ class EndpointModel(lmms):
         """Ask for an answer to each request, several at a time, each cut at the first of its `until` strings.
 
         Raises:
-            ValueError: after all were asked, with the number of failures by name; at once if the server answers none.
+            ValueError: after all were asked, with the number of failures by name.
+            EndpointError: at once, if the endpoint is to blame.
         """
         answers: dict[int, str] = {}
         ends: dict[int, list[str]] = {}
@@ -117,12 +107,8 @@ class EndpointModel(lmms):
             bar.update()
             try:
                 answers[i] = future.result()
-            except _ENDS as error:
-                raise ValueError(f"{self.url}: {_named(error)}") from error
-            except openai.OpenAIError as error:
-                failed[i] = _named(error)
-                if len(failed) >= HOPELESS and not answers:
-                    raise ValueError(f"{self.url}: {_counted(failed, len(failed))}") from error
+            except AnswerError as error:
+                failed[i] = f"{error.reason}: {error}"
             else:
                 if self.journal is not None:
                     self.journal.add({key: answers[i]})
@@ -153,20 +139,12 @@ class EndpointModel(lmms):
         return {"temperature": 0, **meant, "max_tokens": options["max_new_tokens"]}, until
 
     def _key(self, request: Instance, prompt: Prompt, options: dict[str, Any], nth: int) -> str:
-        where = (self.url, self.name, request.args[4], request.args[3], nth)
+        where = (self.url, self.endpoint.model, request.args[4], request.args[3], nth)
         return request_key(*where, prompt.text, options, *prompt.images)
 
     def _ask(self, prompt: Prompt, options: dict[str, Any]) -> str:
-        messages: Any = [{**turn, "content": [_sent(part) for part in turn["content"]]} for turn in prompt.messages]
-        try:
-            response = self.client.chat.completions.create(model=self.name, messages=messages, **options)
-            choice = response.choices[0]
-            text = choice.message.content
-        except (AttributeError, IndexError, TypeError, json.JSONDecodeError):
-            raise openai.OpenAIError("NoCompletion: the reply is no chat completion") from None
-        if text is None and choice.finish_reason not in ("stop", "length"):
-            raise openai.OpenAIError(f"NoText: the answer ended by {choice.finish_reason}")
-        return text or ""
+        turns = [{**turn, "content": [_sent(part) for part in turn["content"]]} for turn in prompt.messages]
+        return self.endpoint.ask(turns, **options).text
 
 
 def evaluate_endpoint(
@@ -205,13 +183,14 @@ def evaluate_endpoint(
     targets, manager = find_tasks(tasks, "standard", limit, judge, include_path)
     with only_writer(output, "evaluating to"):
         lm = EndpointModel(endpoint, model, batch_size, max_new_tokens)
-        _refuse_other_model(Path(output), endpoint, lm.name)
+        name = lm.endpoint.model
+        _refuse_other_model(Path(output), endpoint, name)
         lm.journal = Journal(Path(output) / "journal")
-        identity = {"name": lm.name.rstrip("/").rpartition("/")[2] or lm.name, "path": lm.name, "endpoint": endpoint}
+        identity = {"name": name.rstrip("/").rpartition("/")[2] or name, "path": name, "endpoint": endpoint}
         identity |= {"revision": None, "fingerprint": None}
         options = {"batch_size": batch_size, "limit": limit, "max_new_tokens": max_new_tokens, "judge": judge}
         options |= {"image_seq_length": None, "dtype": None, "device": None}
-        with contextlib.closing(lm.journal), lm.client:
+        with contextlib.closing(lm.journal):
             return run_targets(lm, targets, Path(output), manager, identity, options)
 
 
@@ -221,19 +200,6 @@ def _refuse_other_model(output: Path, endpoint: str, name: str) -> None:
     if before is not None and (before.get("endpoint"), before["path"]) != (endpoint, name):
         where = f" at {before['endpoint']}" if before.get("endpoint") else ""
         raise ValueError(f"{output} has results of {before['path']}{where}: give another --output")
-
-
-def _only_model(client: openai.OpenAI, url: str) -> str:
-    try:
-        names = [model.id for model in client.models.list().data]
-    except (openai.OpenAIError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"--endpoint {url}: it lists no models ({_named(error)}); --endpoint-model names one"
-        ) from error
-    if len(names) != 1:
-        listed = ", ".join(names[:8]) or "none"
-        raise ValueError(f"--endpoint {url} has {len(names)} models ({listed}): --endpoint-model names one")
-    return names[0]
 
 
 def _parts(turn: dict[str, Any]) -> list[dict[str, Any]]:
@@ -248,23 +214,8 @@ def _shown(parts: list[dict[str, Any]]) -> str:
 
 
 def _sent(part: dict[str, Any]) -> dict[str, Any]:
-    if part["type"] == "text":
-        return part
-    return {"type": "image_url", "image_url": {"url": data_url(part["image"])}}
-
-
-def data_url(image: Image.Image) -> str:
-    """A `data:` address of the RGB pixels that a model here would see, without loss."""
-    buffer = io.BytesIO()
-    to_rgb(image).save(buffer, "PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _named(error: Exception) -> str:
-    """An error's name and message, in one line."""
-    status = f"{error.status_code} " if isinstance(error, openai.APIStatusError) else ""
-    kind = "" if type(error) is openai.OpenAIError else f"{status}{type(error).__name__}: "
-    return kind + " ".join(str(error).split())[:300]
+    # The pixels that a model here would see.
+    return part if part["type"] == "text" else image_part(to_rgb(part["image"]))
 
 
 def _counted(failed: dict[int, str], total: int) -> str:

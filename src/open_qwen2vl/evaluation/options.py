@@ -97,8 +97,6 @@ class EvaluateOptions:
             if self.endpoint_model is not None:
                 raise ValueError("--endpoint-model goes with --endpoint")
             return
-        if not self.endpoint.startswith(("http://", "https://")):
-            raise ValueError(f"--endpoint {self.endpoint}: it begins with http:// or https://")
         paper = self.rules == "paper"
         local = {"image_seq_length": self.image_seq_length, "device": self.device, "shots": self.shots}
         if paper or any(value is not None for value in local.values()):
