@@ -1,8 +1,11 @@
 """Open-Qwen2VL's documents laid out one by one, as tests compare them with what is planned and read."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from open_qwen2vl.data.documents.forms import conversation_format
@@ -11,6 +14,12 @@ from open_qwen2vl.families.open_qwen2vl import OpenQwen2VLDocuments
 from open_qwen2vl.processing.text_formats import encode_as_text, split_document, text_document, text_parts
 
 IMAGE = Media("image")
+
+
+def plan_rows(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """Rows of all `"part"`s of a plan, or of all lists of what is `"skipped"`."""
+    read = (lambda path: pa.ipc.open_file(path).read_all()) if kind == "part" else pq.read_table
+    return [row for path in sorted(Path(folder).glob(f"{kind}-*")) for row in read(str(path)).to_pylist()]
 
 
 def tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str | None]) -> list[list[int]]:

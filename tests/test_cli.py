@@ -1,11 +1,11 @@
 import io
-import json
 import tarfile
 from importlib.metadata import entry_points
 
 import pytest
 
 from open_qwen2vl.cli import main
+from open_qwen2vl.data.packing.plan_files import read_plan
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def pack(*arguments, tokenizer, output):
 def test_pack_plans_and_reports(shards, backbones, tmp_path, capsys, caplog):
     packs = tmp_path / "new" / "packs"
     assert pack(shards, "--image-seq-length=4", "--max-length=64", tokenizer=backbones["text"], output=packs) == 0
-    plan = json.loads((packs / "plan.json").read_text())
+    plan = read_plan(packs)
     assert (plan["vision"]["image_seq_length"], plan["max_length"]) == (4, 64)
     assert [shard["path"] for shard in plan["shards"]] == ["../../shards/0.tar", "../../shards/1.tar"]
     lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())

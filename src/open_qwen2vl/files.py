@@ -7,6 +7,7 @@ can be renamed: there a file is written on this machine (`TMPDIR`) and uploaded,
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from .places import Place, identities, identity, is_remote, open_stream, upload
+
+_PATHS = 256  # that one process keeps
 
 
 @contextlib.contextmanager
@@ -158,6 +161,20 @@ def shard_path(folder: str | Place, shard: dict[str, Any]) -> str:
     if is_remote(shard["path"]) or is_remote(folder):
         return shard["path"]
     return os.path.normpath(os.path.join(os.path.realpath(folder), shard["path"]))
+
+
+class ShardPaths(Sequence):
+    """The absolute paths of files that [`describe_shard`] described, made when they are asked for."""
+
+    def __init__(self, folder: Place, shards: Sequence[dict[str, Any]]):
+        self._shards = shards
+        self._path = functools.lru_cache(_PATHS)(lambda number: shard_path(folder, shards[number]))
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def __getitem__(self, number: int) -> str:
+        return self._path(number)
 
 
 def content_hash(path: str | Place) -> str:

@@ -56,7 +56,7 @@ def test_sizes_decide_lengths_and_the_plan_keeps_them(tar, toy, tmp_path):
         "3": (40, 40, 25 + 2 + text + 1),
     }
     assert dataset.per_pack("patches").sum() == 34 and dataset.per_pack("labels").sum() == 4 * (text + 1)
-    assert read_part_metadata(tmp_path / "packs/part-00000.parquet")["settings"]["vision"]["family"] == "toy"
+    assert read_part_metadata(tmp_path / "packs/part-00000.arrow")["settings"]["vision"]["family"] == "toy"
 
 
 def test_items_and_batches_have_the_familys_tensors_and_positions(tar, toy, tmp_path):

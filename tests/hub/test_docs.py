@@ -38,8 +38,8 @@ def place(tiny_model, processor, tmp_path):
     processor.save_pretrained(run / "model")
     results = {"steps": 3, "epochs": 1.0, "tokens": 99, "images": 4, "train_seconds": 36.0, "devices": 1}
     results |= {"tokens_per_second": 2.75, "tflops_per_second": 0.1, "final_loss": 2.5, "dropped_documents": {}}
-    totals = {"samples": 4, "skipped": {}, "documents": 4, "images": 4, "packs": 1, "fill": 1.0}
-    plan = {"image_seq_length": 4, "max_length": 99, "shards": [{}], "text_format": "caption", "totals": totals}
+    totals = {"shards": 1, "samples": 4, "skipped": {}, "documents": 4, "images": 4, "packs": 1, "fill": 1.0}
+    plan = {"image_seq_length": 4, "max_length": 99, "text_format": "caption", "totals": totals}
     (run / "train_results.json").write_text(json.dumps(results))
     (tmp_path / "packs").mkdir()
     (tmp_path / "packs" / "plan.json").write_text(json.dumps(plan))

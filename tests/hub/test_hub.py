@@ -36,9 +36,9 @@ RESULTS = {
 PLAN = {
     "image_seq_length": 4,
     "max_length": 96,
-    "shards": [{"path": "a.tar"}, {"path": "b.tar"}],
     "text_format": "caption",
     "totals": {
+        "shards": 2,
         "samples": 3350,
         "skipped": {"empty_caption": 5},
         "documents": 3345,

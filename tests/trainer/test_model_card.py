@@ -125,7 +125,7 @@ def test_other_families_and_adapters():
 
 
 def test_a_plan_without_a_number_of_tokens_an_image():
-    totals = {"samples": 1, "skipped": {}, "documents": 1, "images": 1, "packs": 1, "fill": 0.5}
-    plan = {"shards": [1], "max_length": 8, "text_format": "x", "totals": totals}
+    totals = {"shards": 1, "samples": 1, "skipped": {}, "documents": 1, "images": 1, "packs": 1, "fill": 0.5}
+    plan = {"max_length": 8, "text_format": "x", "totals": totals}
     assert "Tokens per image" not in data_table({**plan, "vision": {"patch_size": 14}})
     assert data_table({**plan, "vision": {"image_seq_length": 144}})["Tokens per image"] == 144

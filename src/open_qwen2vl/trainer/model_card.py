@@ -185,7 +185,7 @@ def data_table(plan: dict[str, Any]) -> dict[str, Any]:
     # Families whose images differ in size have no such number.
     budget = plan.get("image_seq_length", plan.get("vision", {}).get("image_seq_length"))
     return {
-        "Shards": len(plan["shards"]),
+        "Shards": totals["shards"],
         "Samples read": totals["samples"],
         "Samples left out": skipped or "none",
         "Documents": totals["documents"],

@@ -1,7 +1,6 @@
 """Captions in tables: the same documents as from tars, their columns, bad rows, images by path."""
 
 import datasets
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -10,6 +9,7 @@ from open_qwen2vl import PackedDataset
 from open_qwen2vl.cli import main
 from open_qwen2vl.data import find_sources, plan_packs
 from open_qwen2vl.data.storage.tars import index_shard
+from tests.documents import plan_rows
 
 OPTIONS = {"image_seq_length": 4, "max_length": 128, "num_workers": 1}
 
@@ -96,12 +96,10 @@ def test_bad_rows_are_named(encode, tmp_path, processor):
     report = plan([tmp_path / "a.parquet"], tmp_path / "packs", processor)
     skipped = {"empty_caption": 1, "missing_caption": 1, "missing_image": 2, "too_long": 1}
     assert (report.documents, report.skipped) == (2, skipped)
-    named = {
-        (row["key"], row["reason"]) for row in pq.read_table(tmp_path / "packs/skipped-00000.parquet").to_pylist()
-    }
+    named = {(row["key"], row["reason"]) for row in plan_rows(tmp_path / "packs", "skipped")}
     assert named == {("8", "empty_caption"), ("9", "missing_caption"), ("row 3", "missing_image"), ("10", "too_long"),
                      ("12", "missing_image")}  # fmt: skip
-    uids = [d["uid"] for p in pq.read_table(tmp_path / "packs/part-00000.parquet").to_pylist() for d in p["documents"]]
+    uids = [d["uid"] for p in plan_rows(tmp_path / "packs", "part") for d in p["documents"]]
     assert "ab" * 16 in uids and len(set(uids)) == 2
     item = PackedDataset(tmp_path / "packs", processor)[0]
     assert item["dropped"] == {"corrupt_image": 1} and len(item["pixel_values"]) == 1

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -23,7 +22,7 @@ from open_qwen2vl.cli import main
 from open_qwen2vl.data import find_sources, plan_packs
 from open_qwen2vl.data.storage import json_records
 from open_qwen2vl.processing.conversation_records import read_conversation
-from tests.documents import conversation_document
+from tests.documents import conversation_document, plan_rows
 
 OPTIONS = {"image_seq_length": 4, "max_length": 256, "num_workers": 1}
 
@@ -85,10 +84,6 @@ def as_zip(folder, path, compression=zipfile.ZIP_DEFLATED):
     return path
 
 
-def rows(folder, kind):
-    return [row for part in sorted(Path(folder).glob(f"{kind}-*.parquet")) for row in pq.read_table(part).to_pylist()]
-
-
 def documents_of(dataset):
     """Ids, labels and the numbers of the images of every document."""
     found = []
@@ -132,7 +127,7 @@ def test_json_and_places_of_images(images, write_json, tmp_path, processor, plac
     report = plan([write_json(RECORDS, name)], tmp_path / "packs", processor, **options)
     assert (report.samples, report.documents, report.images) == (30, 30, 30)
     dataset = PackedDataset(tmp_path / "packs", processor)
-    assert len(dataset.plan["parts"]) == 3 and not list((tmp_path / "packs").glob("image-index*"))
+    assert dataset.plan["totals"]["parts"] == 3 and not list((tmp_path / "packs").glob("image-index*"))
     assert documents_of(dataset) == expected_documents(RECORDS, processor)
     assert dataset.per_pack("images").sum() == dataset.per_pack("patches").sum() == 30
 
@@ -154,7 +149,7 @@ def test_a_tar_that_was_cut_off_keeps_what_is_whole(images, write_json, tmp_path
     report = plan([write_json(RECORDS)], tmp_path / "packs", processor, images=[path])
     assert 10 < report.documents < 30 and report.skipped == {"missing_image": 30 - report.documents}
     assert "a.tar: truncated_tar after" in caplog.text
-    good = [r for r in RECORDS if r["id"] not in {row["key"] for row in rows(tmp_path / "packs", "skipped")}]
+    good = [r for r in RECORDS if r["id"] not in {row["key"] for row in plan_rows(tmp_path / "packs", "skipped")}]
     assert documents_of(PackedDataset(tmp_path / "packs", processor)) == expected_documents(good, processor)
 
 
@@ -223,13 +218,13 @@ def test_workers_and_reruns_make_the_same_plan(images, write_json, tmp_path, pro
     plan([source], tmp_path / "packs1", processor, **options)
     plan([source], tmp_path / "packs2", processor, **options, num_workers=2)
     whole = read_bytes(tmp_path / "packs1")
-    assert read_bytes(tmp_path / "packs2") == whole and len(whole) == 4 * 2 + 2
+    assert read_bytes(tmp_path / "packs2") == whole and len(whole) == 4 * 2 + 4
     times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "packs1").iterdir()}
-    (tmp_path / "packs1/part-00002.parquet").unlink()
+    (tmp_path / "packs1/part-00002.arrow").unlink()
     (tmp_path / "packs1/image-index.raw").write_bytes(b"left by a killed run")
     plan([source], tmp_path / "packs1", processor, **options)
     assert read_bytes(tmp_path / "packs1") == whole
-    assert (tmp_path / "packs1/part-00000.parquet").stat().st_mtime_ns == times["part-00000.parquet"]
+    assert (tmp_path / "packs1/part-00000.arrow").stat().st_mtime_ns == times["part-00000.arrow"]
     with pytest.raises(ValueError, match="made with range .*, now"):
         plan([source], tmp_path / "packs1", processor, **{**options, "records_per_group": 9})
     with pytest.raises(ValueError, match="made with other or changed image folders or archives"):
@@ -302,14 +297,14 @@ def test_every_bad_record_is_named(images, write_json, tmp_path, processor, monk
     expected = {reason: len(records) for reason, records in bad.items()}
     assert report.skipped == {**expected, "invalid_json": 2, "not_an_object": 1}
     assert report.documents == len(good) and report.samples == report.documents + sum(report.skipped.values())
-    skipped = {(row["key"], row["reason"]) for row in rows(tmp_path / "packs", "skipped")}
+    skipped = {(row["key"], row["reason"]) for row in plan_rows(tmp_path / "packs", "skipped")}
     named = {(str(r["id"]), reason) for reason, group in bad.items() for r in group if "id" in r and reason not in
              ("record_too_large", "bad_encoding")}  # fmt: skip
     assert named < skipped and ("\\udcff", "bad_encoding") in skipped
     offsets = [key for key, reason in skipped if reason in ("invalid_json", "not_an_object", "record_too_large")]
     assert all(key.startswith("byte ") for key in offsets) and len(offsets) == 4
     assert "../a.jsonl/m1: missing_image" in caplog.text
-    assert {row["file"] for row in rows(tmp_path / "packs", "skipped")} == {"../a.jsonl"}
+    assert {row["file"] for row in plan_rows(tmp_path / "packs", "skipped")} == {"../a.jsonl"}
 
 
 def test_a_broken_record_in_an_array_costs_itself_only(write_json, tmp_path, processor):
@@ -445,15 +440,17 @@ def test_conversations_on_one_image_stay_several(images, write_json, tmp_path, p
     records = [record(1, text=f"answer {i}") for i in range(5)]
     report = plan([write_json(records)], tmp_path / "packs", processor, images=[images])
     assert report.documents == 5
-    uids = {document["uid"] for pack in rows(tmp_path / "packs", "part") for document in pack["documents"]}
+    uids = {document["uid"] for pack in plan_rows(tmp_path / "packs", "part") for document in pack["documents"]}
     assert len(uids) == 5
     assert len(documents_of(PackedDataset(tmp_path / "packs", processor))) == 5
 
 
 def test_packs_hold_no_more_than_their_capacity(images, write_json, tmp_path, processor):
     plan([write_json(RECORDS)], tmp_path / "packs", processor, images=[images], records_per_group=11)
-    for pack in rows(tmp_path / "packs", "part"):
+    for pack in plan_rows(tmp_path / "packs", "part"):
         assert pack["tokens"] == sum(document["tokens"] for document in pack["documents"]) <= 256
         assert pack["images"] == sum(len(document["images"]) for document in pack["documents"])
-    numbers = np.concatenate([[d["shard"] for d in pack["documents"]] for pack in rows(tmp_path / "packs", "part")])
+    numbers = np.concatenate(
+        [[d["shard"] for d in pack["documents"]] for pack in plan_rows(tmp_path / "packs", "part")]
+    )
     assert set(numbers.tolist()) == {0}

@@ -26,7 +26,7 @@ from open_qwen2vl.data.documents.documents import DocumentReader, Group, plan_gr
 from open_qwen2vl.data.packing.plan_files import packs_table
 from open_qwen2vl.families.open_qwen2vl import OpenQwen2VLDocuments
 from open_qwen2vl.files import describe_shard
-from tests.documents import interleaved_document, split_texts
+from tests.documents import interleaved_document, plan_rows, split_texts
 
 OPTIONS = {"image_seq_length": 4, "max_length": 256, "num_workers": 1}
 GOLDEN = json.loads((Path(__file__).parents[2] / "assets/original/interleaved.json").read_text("utf8"))
@@ -148,10 +148,6 @@ def plan(source, folder, processor, **options):
     return plan_packs([source], folder, processor.tokenizer, **{**OPTIONS, **options})
 
 
-def rows(folder, kind):
-    return [row for part in sorted(Path(folder).glob(f"{kind}-*.parquet")) for row in pq.read_table(part).to_pylist()]
-
-
 def as_read(documents):
     """Documents as the rows of a part have them."""
     table = packs_table(documents, np.arange(len(documents)))
@@ -226,7 +222,7 @@ def test_a_long_document_is_split_before_images(make_tar, tmp_path, processor):
     source = make_tar(tmp_path / "a.tar", members)
     report = plan(source, tmp_path / "packs", processor)
     assert (report.documents, report.skipped) == (3 + 2 + 2 + 1, {"too_long": 1})
-    (lost,) = rows(tmp_path / "packs", "skipped")
+    (lost,) = plan_rows(tmp_path / "packs", "skipped")
     assert (lost["file"], lost["key"], lost["reason"]) == ("../a.tar", "3", "too_long")
     assert lost["detail"].endswith(" tokens")
     pieces = [documents[0][:18], documents[0][18:36], documents[0][36:], documents[1][:10], documents[1][10:]]
@@ -237,7 +233,7 @@ def test_a_long_document_is_split_before_images(make_tar, tmp_path, processor):
     assert keys == ["0", "0", "0", "1", "1", "2", "2", "3"]
 
     report = plan(source, tmp_path / "fewer", processor, max_images=4)
-    assert max(pack["images"] for pack in rows(tmp_path / "fewer", "part")) == 4
+    assert max(pack["images"] for pack in plan_rows(tmp_path / "fewer", "part")) == 4
     assert (report.images, report.skipped) == (23 + 10 + 2 + 1, {"too_long": 1})
 
 
@@ -426,4 +422,4 @@ def test_documents_of_real_pictures(make_tar, tmp_path, processor):
     assert sorted(p.numpy().tobytes() for p in pixels) == sorted(p.numpy().tobytes() for p in torch.cat(pictures))
     texts = [processor.tokenizer.decode(dataset[i]["input_ids"]) for i in range(len(dataset))]
     assert all(asked[n][0] in "".join(texts) for n in range(60))
-    assert np.all([0 < pack["tokens"] <= 512 for pack in rows(tmp_path / "packs", "part")])
+    assert np.all([0 < pack["tokens"] <= 512 for pack in plan_rows(tmp_path / "packs", "part")])

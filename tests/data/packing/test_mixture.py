@@ -113,7 +113,7 @@ def test_items_are_those_of_the_sources(plans, processor):
         documents = int((wanted["position_ids"] == 0).sum())
         assert len({key for _, key in described["documents"]}) == documents > 0
         assert all(tar.endswith(".tar") and key.isdigit() for tar, key in described["documents"])
-    assert mixture.patches_per_pack.dtype == "int64" and mixture.patches_per_pack.sum() == 42
+    assert mixture.patches_per_pack.dtype == "int32" and mixture.patches_per_pack.sum() == 42
 
 
 def test_behind_the_last_pack_stands_an_empty_one_of_each_source(plans, processor):

@@ -18,7 +18,7 @@ from open_qwen2vl.data import plan_packs
 from open_qwen2vl.data.packing.plan_files import FIGURES, FIGURES_NAME
 from open_qwen2vl.data.storage import open_files as reading
 from open_qwen2vl.data.storage.tars import index_shard
-from tests.documents import caption_document
+from tests.documents import caption_document, plan_rows
 
 
 @pytest.fixture
@@ -255,7 +255,7 @@ def test_what_does_not_match_the_plan_is_refused(caption_tars, packs, processor,
         (folder / "plan.json").write_text(json.dumps({**plan, **changes}))
 
     write_plan(format_version=1)
-    with pytest.raises(ValueError, match="format version 1; this code reads 3: delete .* plan again with the same"):
+    with pytest.raises(ValueError, match="format version 1; this code reads 4: delete .* plan again with the same"):
         PackedDataset(folder, processor)
     write_plan()
     os.utime(caption_tars[1])
@@ -276,15 +276,12 @@ def test_what_does_not_match_the_plan_is_refused(caption_tars, packs, processor,
 
 
 def test_figures_of_packs_come_from_one_file(caption_tars, packs, processor):
-    """Written beside the parts and equal to their columns; without it, as in an older plan, the parts are read."""
+    """Beside the parts and equal to their columns: a run reads no part to start."""
     folder = packs(caption_tars, shards_per_group=1)
     dataset = PackedDataset(folder, processor)
     found = {name: dataset.per_pack(name).tolist() for name in FIGURES}
-    assert len(dataset.plan["parts"]) > 1 and all(len(figures) == len(dataset) for figures in found.values())
-    (folder / FIGURES_NAME).unlink()
-    assert {name: dataset.per_pack(name).tolist() for name in FIGURES} == found
-    packs(caption_tars, shards_per_group=1)
-    for part in folder.glob("part-*.parquet"):
+    assert found == {name: [row[name] for row in plan_rows(folder, "part")] for name in FIGURES}
+    for part in folder.glob("part-*.arrow"):
         part.unlink()
     assert {name: PackedDataset(folder, processor).per_pack(name).tolist() for name in FIGURES} == found
     np.save(folder / FIGURES_NAME, np.load(folder / FIGURES_NAME)[:, 1:])

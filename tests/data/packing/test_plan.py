@@ -1,5 +1,4 @@
 import copy
-import json
 import logging
 import os
 import signal
@@ -9,23 +8,26 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
-import pyarrow.parquet as pq
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from open_qwen2vl.data import plan_packs
-from open_qwen2vl.data.packing.plan_files import read_part_metadata
+from open_qwen2vl.data.packing.plan_files import (
+    PACKS_PER_BATCH,
+    part_name,
+    read_part_ends,
+    read_part_metadata,
+    read_plan,
+)
 from open_qwen2vl.data.storage.tars import index_shard
 from tests.data.killed_step import OUTPUT, check_killed_step
-from tests.documents import caption_document
+from tests.documents import caption_document, plan_rows
 
 OPTIONS = {"image_seq_length": 4, "max_length": 128, "shards_per_group": 1, "num_workers": 1}
-
-
-def read_rows(folder, kind):
-    return [row for part in sorted(Path(folder).glob(f"{kind}-*.parquet")) for row in pq.read_table(part).to_pylist()]
 
 
 def read_bytes(folder):
@@ -33,7 +35,7 @@ def read_bytes(folder):
 
 
 def skipped(folder):
-    return {(row["key"], row["reason"]) for row in read_rows(folder, "skipped")}
+    return {(row["key"], row["reason"]) for row in plan_rows(folder, "skipped")}
 
 
 def plan(shards, folder, tokenizer, **options):
@@ -42,12 +44,10 @@ def plan(shards, folder, tokenizer, **options):
 
 def test_rows_say_where_each_document_is(caption_tars, tmp_path, tokenizer):
     report = plan(caption_tars, tmp_path / "packs", tokenizer, shards_per_group=2)
-    packs = read_rows(tmp_path / "packs", "part")
-    contents = json.loads((tmp_path / "packs/plan.json").read_text())
-    assert [part["packs"] for part in contents["parts"]] == [
-        pq.read_metadata(tmp_path / "packs" / part["name"]).num_rows for part in contents["parts"]
-    ]
-    assert len(contents["parts"]) == 2 and sum(part["packs"] for part in contents["parts"]) == len(packs)
+    packs = plan_rows(tmp_path / "packs", "part")
+    contents = read_plan(tmp_path / "packs")
+    own = [read_part_metadata(tmp_path / "packs" / part_name(number))["report"]["packs"] for number in range(2)]
+    assert read_part_ends(tmp_path / "packs", contents).tolist() == np.cumsum(own).tolist() and sum(own) == len(packs)
     for pack in packs:
         assert pack["tokens"] == sum(document["tokens"] for document in pack["documents"]) <= 128
         assert pack["images"] == pack["patches"] == len(pack["documents"])
@@ -110,8 +110,8 @@ def test_every_bad_sample_is_named(write_tar, sample, tmp_path, tokenizer, caplo
         ("last", "truncated_tar"),
     }
     assert skipped(tmp_path / "packs") == expected
-    assert {row["file"] for row in read_rows(tmp_path / "packs", "skipped")} == {"../00000.tar"}
-    documents = [document["key"] for pack in read_rows(tmp_path / "packs", "part") for document in pack["documents"]]
+    assert {row["file"] for row in plan_rows(tmp_path / "packs", "skipped")} == {"../00000.tar"}
+    documents = [document["key"] for pack in plan_rows(tmp_path / "packs", "part") for document in pack["documents"]]
     assert sorted(documents) == ["bad-json", "good"]
     assert report.samples == report.documents + sum(report.skipped.values()) == 12
     assert report.skipped["empty_caption"] == 2 and report.skipped["truncated_tar"] == 1
@@ -131,7 +131,7 @@ def test_the_first_of_a_reason_and_each_damaged_tar_are_logged(write_tar, sample
     plan(shards, tmp_path / "packs", tokenizer, shards_per_group=3)
     assert caplog.text.count("empty_caption") == 3
     assert [f"cut{shard}.tar/: truncated_tar" in caplog.text for shard in range(4)] == [True] * 4
-    assert len(read_rows(tmp_path / "packs", "skipped")) == 44
+    assert len(plan_rows(tmp_path / "packs", "skipped")) == 44
 
 
 def test_a_document_of_exactly_the_maximum_is_packed(write_tar, sample, tmp_path, tokenizer):
@@ -147,7 +147,7 @@ def test_a_document_of_exactly_the_maximum_is_packed(write_tar, sample, tmp_path
 def test_special_tokens_in_captions_are_counted_as_text(write_tar, sample, tmp_path, tokenizer):
     caption = "a <|im_end|> b <|image_pad|><s>"
     plan([write_tar(sample("a", caption))], tmp_path / "packs", tokenizer)
-    (pack,) = read_rows(tmp_path / "packs", "part")
+    (pack,) = plan_rows(tmp_path / "packs", "part")
     specials = len(tokenizer(caption, add_special_tokens=False)["input_ids"])
     assert pack["tokens"] > 1 + 4 + specials + 1 + 1
 
@@ -156,7 +156,7 @@ def test_uid_of_the_json_or_of_the_name(write_tar, sample, tmp_path, tokenizer):
     uid = "00112233445566778899aabbccddeeff"
     path = write_tar(sample("a", uid=uid.upper()) + sample("b", uid="7") + sample("c"))
     plan([path], tmp_path / "packs", tokenizer)
-    rows = read_rows(tmp_path / "packs", "part")
+    rows = plan_rows(tmp_path / "packs", "part")
     uids = {document["key"]: document["uid"] for pack in rows for document in pack["documents"]}
     assert uids["a"] == uid
     assert all(len(value) == 32 and set(value) <= set("0123456789abcdef") for value in uids.values())
@@ -166,7 +166,7 @@ def test_uid_of_the_json_or_of_the_name(write_tar, sample, tmp_path, tokenizer):
 def test_first_image_extension_of_the_list_is_the_image(write_tar, sample, tmp_path, tokenizer):
     path = write_tar([("a.png", b"1"), ("a.JPEG", b"22"), ("a.mask.jpg", b"333"), ("a.txt", b"x")])
     plan([path], tmp_path / "packs", tokenizer)
-    (pack,) = read_rows(tmp_path / "packs", "part")
+    (pack,) = plan_rows(tmp_path / "packs", "part")
     (document,) = pack["documents"]
     assert (document["images"][0]["size"], document["record"]["size"]) == (2, 1)
     assert pack["images"] == 1
@@ -185,11 +185,11 @@ def test_rerun_does_no_work(caption_tars, tmp_path, tokenizer):
     assert plan(caption_tars, folder, tokenizer) == first
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == times
     made = read_bytes(folder)
-    (folder / "part-00001.parquet").unlink()
-    (folder / "part-00002.parquet.123.tmp").write_bytes(b"half-written")
+    (folder / "part-00001.arrow").unlink()
+    (folder / "part-00002.arrow.123.tmp").write_bytes(b"half-written")
     assert plan(caption_tars, folder, tokenizer) == first
     assert read_bytes(folder) == made
-    assert (folder / "part-00000.parquet").stat().st_mtime_ns == times["part-00000.parquet"]
+    assert (folder / "part-00000.arrow").stat().st_mtime_ns == times["part-00000.arrow"]
 
 
 def test_parts_of_another_plan_are_refused(caption_tars, tmp_path, tokenizer):
@@ -197,7 +197,7 @@ def test_parts_of_another_plan_are_refused(caption_tars, tmp_path, tokenizer):
     plan(caption_tars, folder, tokenizer)
     other = copy.deepcopy(tokenizer)
     other.add_tokens(["photo"])
-    with pytest.raises(ValueError, match="part-00000.parquet: made with max_length 128, now 64"):
+    with pytest.raises(ValueError, match="part-00000.arrow: made with max_length 128, now 64"):
         plan(caption_tars, folder, tokenizer, max_length=64)
     with pytest.raises(ValueError, match="image_seq_length 4, now 9"):
         plan(caption_tars, folder, tokenizer, image_seq_length=9)
@@ -205,13 +205,17 @@ def test_parts_of_another_plan_are_refused(caption_tars, tmp_path, tokenizer):
         plan(caption_tars, folder, other)
     with pytest.raises(ValueError, match="other or changed files"):
         plan(caption_tars[::-1], folder, tokenizer)
-    with pytest.raises(ValueError, match="part-00002.parquet: part of a plan with more groups"):
+    with pytest.raises(ValueError, match="part-00002.arrow: part of a plan with more groups"):
         plan(caption_tars[:2], folder, tokenizer)
     os.utime(caption_tars[1])
-    with pytest.raises(ValueError, match="part-00001.parquet: made with other or changed files"):
+    with pytest.raises(ValueError, match="part-00001.arrow: made with other or changed files"):
         plan(caption_tars, folder, tokenizer)
-    (folder / "part-00001.parquet").write_bytes(b"garbage")
-    with pytest.raises(ValueError, match="part-00001.parquet: not a part of a plan"):
+    (folder / "part-00000.parquet").touch()
+    with pytest.raises(ValueError, match="part-00000.parquet: part of an older plan; delete"):
+        plan(caption_tars, folder, tokenizer)
+    (folder / "part-00000.parquet").unlink()
+    (folder / "part-00001.arrow").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="part-00001.arrow: not a part of a plan"):
         plan(caption_tars, folder, tokenizer)
 
 
@@ -244,18 +248,16 @@ def test_a_shard_without_any_usable_sample_is_an_empty_part(caption_tars, write_
     no_bytes.touch()
     report = plan([no_bytes, write_tar([], "empty.tar"), *caption_tars], tmp_path / "packs", tokenizer)
     assert report.documents == 120 and report.skipped == {"truncated_tar": 1}
-    for part in ("part-00000.parquet", "part-00001.parquet"):
+    for part in ("part-00000.arrow", "part-00001.arrow"):
         assert read_part_metadata(tmp_path / "packs" / part)["report"]["packs"] == 0
 
 
-def test_row_groups_are_small(write_tar, sample, tmp_path, tokenizer):
+def test_batches_are_small(write_tar, sample, tmp_path, tokenizer):
     path = write_tar([m for i in range(200) for m in sample(f"{i:03d}", "cat")])
     plan([path], tmp_path / "packs", tokenizer, max_length=16)
-    metadata = pq.read_metadata(tmp_path / "packs/part-00000.parquet")
-    assert metadata.num_rows > 64
-    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups - 1)] == [64] * (
-        metadata.num_row_groups - 1
-    )
+    part = pa.ipc.open_file(str(tmp_path / "packs/part-00000.arrow"))
+    sizes = [part.get_batch(number).num_rows for number in range(part.num_record_batches)]
+    assert len(sizes) > 2 and set(sizes[:-1]) == {PACKS_PER_BATCH}
 
 
 KINDS = {"whole": ("json", "png", "txt"), "no image": ("json", "txt"), "no caption": ("json", "png")}
@@ -292,8 +294,8 @@ def test_each_sample_is_planned_once_or_named(shards, group, max_length, make_ta
             except ValueError as error:
                 assert "samples can be packed" in str(error) or "not a single record" in str(error)
                 report = None
-        packs = read_rows(folders[0], "part")
-        lost = [(row["file"], row["key"]) for row in read_rows(folders[0], "skipped")]
+        packs = plan_rows(folders[0], "part")
+        lost = [(row["file"], row["key"]) for row in plan_rows(folders[0], "skipped")]
         planned = [
             (f"../{paths[document['shard']].name}", document["key"])
             for pack in packs
@@ -310,7 +312,7 @@ def test_rerun_after_any_file_finishes_the_very_same_plan(caption_tars, tmp_path
     plan(caption_tars, tmp_path / "whole", tokenizer)
     whole = read_bytes(tmp_path / "whole")
     order = sorted(whole, key=lambda name: (tmp_path / "whole" / name).stat().st_mtime_ns)
-    assert order[-2:] == ["figures.npy", "plan.json"] and len(order) == 8
+    assert order[-4:] == ["shards.arrow", "parts.npy", "figures.npy", "plan.json"] and len(order) == 10
     for count in range(len(order)):
         folder = tmp_path / str(count)
         folder.mkdir()
@@ -329,7 +331,7 @@ def test_killed_planner_leaves_only_whole_parts_and_no_process(write_tar, sample
     command = [sys.executable, "-m", "open_qwen2vl.cli", "pack", *map(str, shards), "--tokenizer", backbones["text"]]
     command += ["--image-seq-length", "4", "--max-length", "256", "--shards-per-group", "1", "--num-workers", "2"]
     with subprocess.Popen([*command, "--output", str(folder)]) as process:
-        while process.poll() is None and len(list(folder.glob("part-*.parquet"))) < 3:
+        while process.poll() is None and len(list(folder.glob("part-*.arrow"))) < 3:
             time.sleep(0.001)
         workers = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGKILL)

@@ -23,7 +23,8 @@ from open_qwen2vl.places import open_file
 from open_qwen2vl.processing.images import decode_image, read_image_size
 from open_qwen2vl.processing.sample_error import SampleError
 from tests.data.conftest import encode_image, write
-from tests.data.packing.test_plan import read_bytes, read_rows
+from tests.data.packing.test_plan import read_bytes
+from tests.documents import plan_rows
 from tests.families.toy_family import ToyDocuments, ToyProcessor
 
 OPTIONS = {"image_seq_length": 4, "max_length": 128, "num_workers": 1}
@@ -175,7 +176,7 @@ def test_plans_over_resharded_tars_open_no_image(make, tokenizer, tmp_path):
 
     def plan(name, most):
         plan_packs([tar], tmp_path / name, ToyProcessor(tokenizer, most), **options)
-        return [without_uids(row) for kind in ("part", "skipped") for row in read_rows(tmp_path / name, kind)]
+        return [without_uids(row) for kind in ("part", "skipped") for row in plan_rows(tmp_path / name, kind)]
 
     index_path(tar).unlink()
     by_header = [plan("header-64", 64), plan("header-9", 9)]
@@ -222,7 +223,7 @@ def test_pack_plans_the_same_by_index_and_by_headers(resharded, tmp_path, tokeni
     index_path(resharded).unlink()
     plan_packs([resharded], tmp_path / "by-header", tokenizer, **OPTIONS)
     assert read_bytes(tmp_path / "by-index") == read_bytes(tmp_path / "by-header")
-    report = read_part_metadata(tmp_path / "by-index/part-00000.parquet")["report"]
+    report = read_part_metadata(tmp_path / "by-index/part-00000.arrow")["report"]
     assert (report["documents"], report["skipped"]) == (30, {"bad_caption_encoding": 1})
 
 
@@ -236,7 +237,7 @@ def test_the_index_keeps_the_uid_that_a_sample_had(make_tar, sample, tmp_path, t
         )
     )
     plan_packs([tmp_path / "out/00000.tar"], tmp_path / "packs", tokenizer, **OPTIONS)
-    ((document,),) = (row["documents"] for row in read_rows(tmp_path / "packs", "part"))
+    ((document,),) = (row["documents"] for row in plan_rows(tmp_path / "packs", "part"))
     assert document["uid"] == uid
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ...families.interface import DocumentProcessor
-from ...files import shard_path
+from ...files import ShardPaths, shard_path
 from ...places import Place
 from ...processing.media_records import Video
 from ...processing.sample_error import SampleError
@@ -208,7 +208,7 @@ class DocumentReader:
     """Reads the documents of a plan, for one process."""
 
     def __init__(self, folder: Place, plan: dict[str, Any], documents: DocumentProcessor):
-        paths = [shard_path(folder, shard) for shard in plan["shards"]]
+        paths = ShardPaths(folder, plan["shards"])
         self._family, self._what = documents, plan["text_format"]
         self._form = make_form(plan, documents)
         self._records = RecordReader(paths, self._what, self._form.columns, self._form.max_bytes)

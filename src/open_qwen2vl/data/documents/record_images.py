@@ -6,7 +6,7 @@ of its own            a member of its tar, or a file in the folder of its table 
 """
 
 import posixpath
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,7 +50,7 @@ class PlannedImage(NamedTuple):
 class RecordImages:
     """The images of a plan's records, for one process; `roots` are the plan's `images`."""
 
-    def __init__(self, folder: Place, paths: list[str], roots: list[dict[str, Any]], records: RecordReader):
+    def __init__(self, folder: Place, paths: Sequence[str], roots: list[dict[str, Any]], records: RecordReader):
         self._paths, self._roots, self._records = paths, roots, records
         self._images = ImageFiles(folder, roots)
         self._beside = lru_cache(64)(lambda shard: ImageFiles(Path(paths[shard]).parent, [{"path": "."}]))

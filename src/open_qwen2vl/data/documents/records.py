@@ -10,7 +10,7 @@ What a record means is the business of forms.py; where its images are, of record
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -186,7 +186,7 @@ class ShardRecords:
 class RecordReader:
     """The records of a plan's files, read again, for one process."""
 
-    def __init__(self, paths: list[str], text_format: str, columns: Columns, max_bytes: int | None = None):
+    def __init__(self, paths: Sequence[str], text_format: str, columns: Columns, max_bytes: int | None = None):
         self._paths, self._text_format, self._max_bytes = paths, text_format, max_bytes
         self._files = Newest(lambda shard: open_file(paths[shard]))
         self._ahead = (-1, NOTHING)  # of the last document that was read, its tar and the bytes beside its record

@@ -71,17 +71,26 @@ class PackMixture(Dataset):
                 raise ValueError(f"{source.path} holds no packs")
         options = [dataset.documents.forward_options() for dataset in self.datasets]
         self.phases = source_phases(self.sources, options)
-        self.patches_per_pack = self._per_pack("patches")
         self._ends = np.cumsum([len(dataset) for dataset in self.datasets])
         self.loss_weights = loss_weights(self.sources, [dataset.plan for dataset in self.datasets])
 
     def _per_pack(self, column: str) -> np.ndarray:
-        return np.concatenate([dataset.per_pack(column) for dataset in self.datasets])
+        columns = [dataset.per_pack(column) for dataset in self.datasets]
+        return columns[0] if len(columns) == 1 else np.concatenate(columns)  # a single one stays mapped
+
+    @functools.cached_property
+    def patches_per_pack(self) -> np.ndarray:
+        """Patches of each pack, int32 `(packs,)`."""
+        return self._per_pack("patches")
 
     @functools.cached_property
     def labels_per_pack(self) -> np.ndarray:
-        """Labelled positions of each pack as planned, int64 `(packs,)`; read when first asked for."""
+        """Labelled positions of each pack as planned, int32 `(packs,)`."""
         return self._per_pack("labels")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The loader's workers need neither, and a billion pairs have 45 million packs.
+        return {name: value for name, value in self.__dict__.items() if not name.endswith("_per_pack")}
 
     @property
     def names(self) -> list[str]:

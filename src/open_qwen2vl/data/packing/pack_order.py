@@ -81,8 +81,7 @@ class PackOrder(Sampler[int]):
             self._turns = turns_of_run(mixture.sources, self._sizes, plans, steps * self.global_batch)
         self._mixture = mixture
         self._labels_of_epoch = -1, np.zeros(0, np.int64)
-        # The empty packs have no patches.
-        self._patches = np.append(mixture.patches_per_pack, np.zeros(len(self._sizes), np.int64))
+        self._patches = mixture.patches_per_pack
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration goes through.
@@ -112,7 +111,7 @@ class PackOrder(Sampler[int]):
         epoch, step = divmod(step, len(self) // self.global_batch)
         if self._labels_of_epoch[0] != epoch:
             packs = np.concatenate(list(self._epoch_orders(epoch)))
-            labels = np.append(self._mixture.labels_per_pack, np.zeros(len(self._sizes), np.int64))[packs]
+            labels = _figures_of(packs, self._mixture.labels_per_pack)
             self._labels_of_epoch = epoch, labels.reshape(-1, self.global_batch).sum(1)
         return int(self._labels_of_epoch[1][step])
 
@@ -163,11 +162,16 @@ class PackOrder(Sampler[int]):
         """The packs of an optimizer step, most patches first, so that a micro-batch weighs the same on every rank."""
         if not self.shuffle:
             return packs
-        packs = packs[np.argsort(-self._patches[packs], kind="stable")]
+        packs = packs[np.argsort(-_figures_of(packs, self._patches), kind="stable")]
         # (micro-batch, index in the batch, rank); every other index runs back through the ranks.
         dealt = packs.reshape(-1, self.batch_size, self.world_size)
         dealt[:, 1::2] = dealt[:, 1::2, ::-1].copy()
         return dealt.swapaxes(1, 2).ravel()
+
+
+def _figures_of(packs: np.ndarray, figures: np.ndarray) -> np.ndarray:
+    """Figures of some packs; 0 of the empty ones, which are behind the last."""
+    return np.where(packs < len(figures), figures[np.minimum(packs, len(figures) - 1)], 0)
 
 
 def _interleave(counts: list[int]) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Packs as a map-style dataset: item i is read, decoded and tokenised when it is asked for, in the loader's workers.
 
-    plan.json, part-*.parquet ──► pack i: documents ──► text, images by location (documents.py) ──► tensors of a pack
+    plan.json, part-*.arrow ──► pack i: documents ──► text, images by location (documents.py) ──► tensors of a pack
 
 Map-style, so that a resumed run continues by index. In memory stand only the pack counts of the parts; a process opens
 parts and other files when it first needs them and keeps the last few.
@@ -15,13 +15,12 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from torch.utils.data import Dataset
 
 from ...families import document_processor
 from ...families.interface import DocumentProcessor
 from ...files import shard_path
-from ...places import Place, arrow_source, identities, place
+from ...places import Place, identities, place
 from ...processing.sample_error import SampleError
 from ...processing.text_formats import tokenizer_fingerprint
 from ..documents.documents import DocumentReader
@@ -29,11 +28,11 @@ from ..documents.forms import conversation_format
 from ..documents.items import ReadDocument, pack_item
 from ..documents.shared_pictures import rows_by_picture
 from ..storage.open_files import Newest
-from .plan_files import read_figure, read_plan
+from .plan_files import PACKS_PER_BATCH, Part, part_name, read_figure, read_part_ends, read_plan
 
 logger = logging.getLogger(__name__)
 
-ROW_GROUPS = 8  # decoded row groups of parts that one process keeps
+BATCHES = 8  # decoded batches of parts that one process keeps
 
 
 class PackedDataset(Dataset):
@@ -75,22 +74,19 @@ class PackedDataset(Dataset):
             _check_chat_template(self.folder, self.plan, self.documents)
         if not files_checked:
             check_files(self.folder, self.plan)
-        self._ends = np.cumsum([part["packs"] for part in self.plan["parts"]], dtype=np.int64)
+        self._ends = read_part_ends(self.folder, self.plan)
         self._files: _OpenFiles | None = None
 
     @property
     def fingerprint(self) -> str:
         """Hash of the plan, the same wherever the plan and its files lie."""
-        places = {
-            name: [(os.path.basename(file["path"]), file.get("size")) for file in self.plan[name]]
-            for name in ("shards", "images")
-        }
-        return hashlib.sha256(json.dumps({**self.plan, **places}, sort_keys=True).encode()).hexdigest()
+        images = [(os.path.basename(root["path"]), root.get("size")) for root in self.plan["images"]]
+        plan = {name: value for name, value in self.plan.items() if name != "shards"}  # they are in its `content`
+        return hashlib.sha256(json.dumps({**plan, "images": images}, sort_keys=True).encode()).hexdigest()
 
     def per_pack(self, column: str) -> np.ndarray:
-        """A figure of each pack as planned, `tokens`, `images`, `patches` or `labels`: int64 `(packs,)`."""
-        parts = [self.folder / part["name"] for part in self.plan["parts"]]
-        return read_figure(self.folder, parts, column, len(self))
+        """A figure of each pack as planned, `tokens`, `images`, `patches` or `labels`: int32 `(packs,)`."""
+        return read_figure(self.folder, self.plan, column)
 
     def document_names(self, index: int) -> list[tuple[str, str]]:
         """Where the documents of a pack come from: path of the tar or other file and key of the sample, as planned."""
@@ -144,15 +140,12 @@ class _OpenFiles:
     def __init__(self, folder: Place, plan: dict[str, Any], documents: DocumentProcessor):
         self.process = os.getpid()
         self.reader = DocumentReader(folder, plan, documents)
-        parts = Newest(lambda part: pq.ParquetFile(arrow_source(folder / plan["parts"][part]["name"])))
-        self._parts = parts
-        self._row_group = lru_cache(ROW_GROUPS)(
-            lambda part, group: parts[part].read_row_group(group, columns=["documents"], use_threads=False)
-        )
+        parts = Newest(lambda part: Part(folder / part_name(part)))
+        self._batch = lru_cache(BATCHES)(lambda part, batch: parts[part].documents(batch))
 
     def documents(self, part: int, row: int) -> list[dict[str, Any]]:
-        group, row = divmod(row, self._parts[part].metadata.row_group(0).num_rows)
-        return self._row_group(part, group)["documents"][row].as_py()
+        batch, row = divmod(row, PACKS_PER_BATCH)
+        return self._batch(part, batch)[row].as_py()
 
 
 def _check_tokenizer(folder: Place, plan: dict[str, Any], tokenizer: Any) -> None:

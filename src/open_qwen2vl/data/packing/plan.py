@@ -3,7 +3,7 @@
     files ── groups of `shards_per_group` tars or of `records_per_group` records, one task each
                │ documents.py: locations, lengths          │ pack_lengths: packs of a group
                ▼                                           ▼
-             part-00000.parquet, skipped-00000.parquet (plan_files.py) ──► plan.json
+             part-00000.arrow, skipped-00000.parquet (plan_files.py) ──► plan.json
 
 Packs never mix groups, so that reading one stays local. What a file is: sources.py. A part is its own done-marker: it
 is renamed into place when it is whole and carries what it was made from. A rerun makes the missing parts only;
@@ -37,10 +37,13 @@ from .options import PackOptions
 from .plan_files import (
     FIGURES_NAME,
     FORMAT_VERSION,
+    PARTS_NAME,
     PLAN_NAME,
+    SHARDS_NAME,
     packs_table,
+    part_name,
+    read_part_figures,
     read_part_metadata,
-    write_figures,
     write_part,
     write_plan,
     write_skipped,
@@ -61,7 +64,7 @@ class _Task:
 
     @property
     def part(self) -> Place:
-        return self.group.folder / f"part-{self.number:05d}.parquet"
+        return self.group.folder / part_name(self.number)
 
     @property
     def skipped(self) -> Place:
@@ -122,14 +125,14 @@ def _plan(
     ]
     if not tasks:
         raise ValueError(f"{shards[0]}: not a single record in it")
-    whole = [folder / PLAN_NAME, folder / FIGURES_NAME]
+    whole = [folder / name for name in (PLAN_NAME, SHARDS_NAME, PARTS_NAME, FIGURES_NAME)]
     remove_temporaries([*whole, *(path for task in tasks for path in (task.part, task.skipped))])
     missing = _missing_parts(folder, tasks)
     if missing and chosen.images:
         index_archives(folder, settings["images"])
     _run(missing, documents, chosen.num_workers or os.cpu_count() or 1)
     remove_index(folder)
-    return _finish(folder, {**settings, "shards": described}, tasks)
+    return _finish(folder, settings, described, tasks)
 
 
 def _settings(kind: SourceKind, options: PackOptions, documents: DocumentProcessor, folder: Place) -> dict[str, Any]:
@@ -216,10 +219,13 @@ def _groups(
 def _missing_parts(folder: Place, tasks: list[_Task]) -> list[_Task]:
     """Tasks still to do; raises if the folder holds parts of another plan."""
     advice = f"delete {folder} or choose another output"
-    there = set(folder.glob("part-*.parquet"))
+    there = {part for suffix in ("arrow", "parquet") for part in folder.glob(f"part-*.{suffix}")}
     strangers = sorted(there - {task.part for task in tasks})
     if strangers:
-        raise ValueError(f"{strangers[0]}: part of a plan with more groups; {advice}")
+        older = strangers[0].suffix == ".parquet"
+        raise ValueError(
+            f"{strangers[0]}: part of {'an older plan' if older else 'a plan with more groups'}; {advice}"
+        )
     missing = []
     for task in tasks:
         if task.part not in there:
@@ -278,15 +284,13 @@ def _make_part(task: _Task, documents: DocumentProcessor) -> Outcome:
     return Outcome.of(report.samples, skipped)
 
 
-def _finish(folder: Place, plan: dict[str, Any], tasks: list[_Task]) -> PlanReport:
+def _finish(folder: Place, settings: dict[str, Any], shards: list[dict[str, Any]], tasks: list[_Task]) -> PlanReport:
     """Sum up the parts and write plan.json."""
-    reports = [PlanReport(**read_part_metadata(task.part)["report"]) for task in tasks]
-    total = PlanReport.of_parts(reports)
+    total = PlanReport.of_parts([PlanReport(**read_part_metadata(task.part)["report"]) for task in tasks])
     if not total.samples:
-        raise ValueError(f"{shard_path(folder, plan['shards'][0])}: not a single record in it")
+        raise ValueError(f"{shard_path(folder, shards[0])}: not a single record in it")
     if not total.packs:
         raise ValueError(f"none of {total.samples} samples can be packed: {total.skipped}")
-    parts = [{"name": task.part.name, "packs": report.packs} for task, report in zip(tasks, reports, strict=True)]
-    write_figures(folder, [task.part for task in tasks])
-    write_plan(folder, {**plan, "parts": parts, "totals": {**asdict(total), "fill": total.fill}})
+    totals = {**asdict(total), "fill": total.fill, "shards": len(shards), "parts": len(tasks)}
+    write_plan(folder, {**settings, "totals": totals}, shards, [read_part_figures(task.part) for task in tasks])
     return total
