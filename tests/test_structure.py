@@ -19,6 +19,7 @@ FLOORS = (
     ("data.documents", "data.engine"),
     ("data.packing", "data.scoring", "data.resharding", "data.extracting"),
     ("data.filtering",),
+    ("data.recaptioning",),
     ("data",),
     ("evaluation",),
     ("decontamination",),

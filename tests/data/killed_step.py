@@ -61,8 +61,8 @@ def _killer(preload: tuple[str, ...]) -> concurrent.futures.Executor:
 
 
 def _import_first(preload: tuple[str, ...]) -> None:
-    steps = ("packing.plan", "filtering.selection", "resharding.resharding", "scoring.kinds")
-    modules = ["open_qwen2vl.cli", *(f"open_qwen2vl.data.{step}" for step in steps), __name__, *preload]
+    steps = ("packing.plan", "filtering.selection", "resharding.resharding", "scoring.kinds", "recaptioning.recaption")
+    modules = ["open_qwen2vl.cli", "openai", *(f"open_qwen2vl.data.{step}" for step in steps), __name__, *preload]
     assert all(importlib.util.find_spec(name) for name in modules)  # the fork server says nothing about a wrong name
     multiprocessing.get_context("forkserver").set_forkserver_preload(modules)
 

@@ -22,6 +22,7 @@ from . import (
     filter,
     init_vit,
     pack,
+    recaption,
     report,
     reshard,
     score,
@@ -31,7 +32,7 @@ from .options import add_command
 
 # In the order of --help.
 COMMANDS = (
-    *(score, decontaminate, filter, reshard, extract_frames, boxes, pack),
+    *(score, recaption, decontaminate, filter, reshard, extract_frames, boxes, pack),
     *(convert, export, init_vit, estimate, chat, evaluate, report, demo),
 )
 

@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -315,3 +316,51 @@ def kill_command(make_tar, sample, tmp_path):
 @pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(make_tar, sample, tmp_path, kills):
     check_killed_step(kill_command(make_tar, sample, tmp_path), tmp_path, kills=kills, seed=kills)
+
+
+def save_captions(pool, folder, leave_out=()):
+    """Files as recaption writes them, with a caption for each sample but some."""
+    from open_qwen2vl.data.scoring.score_files import DETAIL, score_table, write_scores
+
+    for tar in sorted(pool.glob("*.tar")):
+        keys = [sample.key for sample in index_shard(tar).samples]
+        uids = [uid_of(12 * int(tar.stem) + int(key)) for key in keys]
+        values = np.array([[np.nan if uid in leave_out else 3.0] for uid in uids])
+        table = score_table(["recaption"], "m", keys, uids, values, [None] * len(keys), "refusal")
+        texts = [f"new {uid} \u2713" + " and more" * (60 * int(key)) for uid, key in zip(uids, keys, strict=True)]
+        table = table.append_column(DETAIL, pa.array(texts))
+        write_scores(folder / f"{tar.stem}.parquet", table, {"recipe": {"scorer": "recaption"}})
+    return folder
+
+
+def test_new_captions_take_the_place_of_a_share(pool, tmp_path, capsys):
+    everything = [uid_of(i) for i in range(60)]
+    without = everything[5:8]
+    captions = save_captions(pool, tmp_path / "captions", without)
+    subset = write_subset(tmp_path / "s.npy", everything)
+    reports, taken = [], {}
+    for name, share, seed in (("all", 1, 0), ("half", 0.5, 0), ("other", 0.5, 1)):
+        options = {"caption_share": share, "seed": seed, "samples_per_shard": 25}
+        reports.append(reshard(ReshardOptions((pool,), subset, tmp_path / name, captions=(captions,), **options)))
+        assert check_indexes(tmp_path / name) == everything_in_order(tmp_path / name)
+        texts = [data.decode() for key, data in read_tars(tmp_path / name) if key.endswith(".txt")]
+        taken[name] = {text.split()[1] for text in texts if text.startswith("new ")}
+        pictures = [data for key, data in read_tars(tmp_path / name) if key.endswith(".png")]
+        assert pictures == [data for key, data in read_tars(pool) if key.endswith(".png")]
+    assert (reports[0].new_captions, reports[0].without_caption, reports[0].written) == (57, 3, 60)
+    assert taken["all"] == set(everything) - set(without)
+    assert 15 < len(taken["half"]) < 45 and taken["half"] != taken["other"]
+    assert "57 new, 3 of the pool (3 for want of a new one)" in str(reports[0])
+    command = ["reshard", str(pool), "--subset", str(subset), "--num-workers", "1", "--output", str(tmp_path / "all")]
+    assert main([*command, "--samples-per-shard", "25"]) == 2
+    assert "made with other captions" in capsys.readouterr().err
+    assert main([*command[:-1], str(tmp_path / "x"), "--captions", str(tmp_path / "captions/0.parquet")]) == 0
+    assert "9 new, 51 of the pool (51 for want of a new one)" in capsys.readouterr().out
+    assert main([*command[:-1], str(tmp_path / "y"), "--captions", str(subset)]) == 2
+    assert main([*command[:-1], str(tmp_path / "y"), "--caption-share", "0.5"]) == 2
+    assert "--caption-share is for --captions" in capsys.readouterr().err
+
+
+def everything_in_order(folder):
+    """The uids that the json members name, in the tars' order."""
+    return [json.loads(data)["uid"] for name, data in read_tars(folder) if name.endswith(".json")]

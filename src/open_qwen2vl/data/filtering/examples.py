@@ -50,7 +50,7 @@ def find_examples(selection: Selection, tars: Sequence[Path] | None) -> list[Exa
         rows += _pick(selection, step, EXAMPLES if step == selection.kept else dropped)
     row_ids = {row[column] for row in rows for column in ("row_id", "keeper_row_id")} - {None}
     samples = {row_id: _sample_of(selection, row_id) for row_id in row_ids}
-    contents = _read_pool(samples.values(), tars)
+    contents = read_contents(samples.values(), tars)
     return [
         Example(
             row["step"],
@@ -107,10 +107,10 @@ def _sample_of(selection: Selection, row_id: int) -> tuple[Path, str | None]:
     raise AssertionError(f"{path} has fewer rows than it had")
 
 
-def _read_pool(
-    samples: Iterable[tuple[Path, str | None]], tars: Sequence[Path] | None
+def read_contents(
+    samples: Iterable[tuple[Path, str | None]], tars: Sequence[Path] | None = None
 ) -> dict[tuple[Path, str | None], Content]:
-    """What there is of each sample; every tar is indexed once."""
+    """What there is of each sample, by its score file and key; every tar is indexed once."""
     by_name = None if tars is None else {tar.stem: tar for tar in tars}
     keys: dict[Path, set[str | None]] = {}
     for score_file, key in samples:

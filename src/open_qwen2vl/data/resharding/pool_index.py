@@ -6,11 +6,13 @@ written: every uid once, the first in the order of the pool.
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ...files import renamed_when_whole
@@ -18,6 +20,7 @@ from ...places import open_file
 from ..engine.engine import Outcome, ShardTask, collection_paused
 from ..storage.tars import Sample, has_bad_uid, index_shard, read_json, sample_uid
 from ..storage.uids import find_uids, parse_uids, read_uids
+from .new_captions import NewCaptions
 
 SHUFFLE_WINDOW = 32  # tars
 _METADATA_KEY = b"open_qwen2vl"
@@ -31,6 +34,8 @@ _SCHEMA = pa.schema(
         ("ext", pa.list_(pa.string())),
         ("offset", _NUMBERS),  # of each member's data in the tar
         ("size", _NUMBERS),
+        ("drawn", pa.bool_()),  # whether a new caption is wanted
+        ("caption", pa.string()),  # that caption; null where the sample keeps its own
     ]
 )
 
@@ -38,8 +43,8 @@ _SCHEMA = pa.schema(
 class PoolIndexer:
     """Indexes one tar after the other; `subset` is the file of the uids that are wanted."""
 
-    def __init__(self, subset: str):
-        self._subset = read_uids(subset)
+    def __init__(self, subset: str, captions: NewCaptions | None = None):
+        self._subset, self._captions = read_uids(subset), captions
 
     @collection_paused()
     def __call__(self, task: ShardTask) -> Outcome:
@@ -64,7 +69,10 @@ class PoolIndexer:
             "ignored_members": index.ignored_members,
             "unnamed": int(np.array(unnamed, bool)[chosen].sum()),
         }
-        table = _table([samples[i] for i in chosen], places[chosen])
+        new: tuple[Sequence[Any], Sequence[Any]] = ([None] * len(chosen), [None] * len(chosen))
+        if self._captions is not None:
+            new = self._captions.of(task.source, [uids[i] for i in chosen])
+        table = _table([samples[i] for i in chosen], places[chosen], *new)
         with renamed_when_whole(task.output) as temporary:
             metadata = {_METADATA_KEY: json.dumps(figures, sort_keys=True)}
             pq.write_table(table.replace_schema_metadata(metadata), temporary, compression="zstd")
@@ -134,7 +142,20 @@ def write_layout(folder: Path, indexes: list[Path], uids: int) -> tuple[np.ndarr
     return seen, duplicates
 
 
-def _table(samples: list[Sample], places: np.ndarray) -> pa.Table:
+def count_captions(folder: Path, indexes: list[Path]) -> tuple[int, int]:
+    """Samples of the layout that get a new caption, and those that were drawn and have none."""
+    rows, starts = np.load(folder / "rows.npy", mmap_mode="r"), np.load(folder / "starts.npy")
+    drawn = new = 0
+    for tar, path in enumerate(indexes):
+        table = pq.read_table(path, columns=["drawn", "caption"]).take(rows[starts[tar] : starts[tar + 1]])
+        drawn += pc.sum(table["drawn"]).as_py() or 0
+        new += len(table) - table["caption"].null_count
+    return new, drawn - new
+
+
+def _table(
+    samples: list[Sample], places: np.ndarray, drawn: Sequence[bool | None], captions: Sequence[str | None]
+) -> pa.Table:
     columns: dict[str, list] = {name: [] for name in _SCHEMA.names}
     for sample in samples:
         starts, ends = zip(*sample.spans, strict=True)
@@ -144,5 +165,5 @@ def _table(samples: list[Sample], places: np.ndarray) -> pa.Table:
         columns["ext"].append(list(sample.members))
         columns["offset"].append(offsets)
         columns["size"].append(sizes)
-    columns |= {"key": [sample.key for sample in samples], "place": places}
+    columns |= {"key": [sample.key for sample in samples], "place": places, "drawn": drawn, "caption": captions}
     return pa.table(columns, _SCHEMA)

@@ -22,8 +22,9 @@ from ...output_lock import only_writer
 from ..engine.engine import ShardTask, process_rank, run_tasks
 from ..storage.tars import find_tars
 from ..storage.uids import read_uids, write_uids
+from .new_captions import NewCaptions, find_captions
 from .options import ReshardOptions
-from .pool_index import Layout, PoolIndexer, read_figures, write_layout
+from .pool_index import Layout, PoolIndexer, count_captions, read_figures, write_layout
 from .tar_writing import TarWriter, index_name
 
 RESHARD_NAME = "reshard.json"
@@ -45,6 +46,8 @@ class ReshardReport:
         duplicates (`int`): samples left out because their uid came before.
         skipped (`dict[str, int]`): samples that cannot be used, by reason.
         ignored_members (`int`): members of the pool that belong to no sample, as folders and links.
+        new_captions (`int`, *optional*): of the output, those with a new caption; `None` if none were given.
+        without_caption (`int`): of the output, those that were to get one and for which there is none.
     """
 
     samples: int
@@ -55,6 +58,8 @@ class ReshardReport:
     duplicates: int
     skipped: dict[str, int]
     ignored_members: int
+    new_captions: int | None = None
+    without_caption: int = 0
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.skipped.items())
@@ -65,6 +70,10 @@ class ReshardReport:
             "duplicates": f"{self.duplicates:,}",
             "skipped": f"{sum(self.skipped.values()):,}" + (f" ({reasons})" if reasons else ""),
         }
+        if self.new_captions is not None:
+            lines["captions"] = f"{self.new_captions:,} new, {self.written - self.new_captions:,} of the pool" + (
+                f" ({self.without_caption:,} for want of a new one)" * bool(self.without_caption)
+            )
         if self.ignored_members:
             lines["ignored"] = f"{self.ignored_members:,} members that are no file of a sample (folders, links, ...)"
         return "\n".join(f"{name:<11}{value}" for name, value in lines.items())
@@ -95,25 +104,40 @@ def reshard(options: ReshardOptions) -> ReshardReport:
         "samples_per_shard": options.samples_per_shard,
         "shuffle_seed": options.seed if options.shuffle else None,
         "shards": [describe_shard(tar, folder) for tar in tars],
+        "captions": None,
     }
+    captions = find_captions(options.captions) if options.captions else {}
+    if captions:
+        recipe["captions"] = {
+            "files": [describe_shard(file, folder) for file in captions.values()],
+            "share": options.caption_share,
+            "seed": options.seed,
+        }
     with only_writer(folder):
         work = folder / _WORK
         _claim(folder, recipe)
         finished = _finished_report(folder)
         if finished is None:
             engine_options = {"engine": options.engine, "num_workers": options.num_workers}
-            finished = _make(folder, work, Path(options.subset).resolve(), tars, recipe, engine_options)
+            new = NewCaptions(captions, options.caption_share, options.seed) if captions else None
+            finished = _make(folder, work, Path(options.subset).resolve(), tars, new, recipe, engine_options)
         shutil.rmtree(work, ignore_errors=True)
     return finished
 
 
 def _make(
-    folder: Path, work: Path, subset: Path, tars: list[Path], recipe: dict[str, Any], engine: dict[str, Any]
+    folder: Path,
+    work: Path,
+    subset: Path,
+    tars: list[Path],
+    captions: NewCaptions | None,
+    recipe: dict[str, Any],
+    engine: dict[str, Any],
 ) -> ReshardReport:
     """All steps; those of an earlier run that are finished are not done again."""
     indexes = [index_name(work, number) for number in range(len(tars))]
     tasks = [ShardTask(Path(os.path.abspath(tar)), index) for tar, index in zip(tars, indexes, strict=True)]
-    run_tasks(tasks, functools.partial(PoolIndexer, str(subset)), description="indexing", **engine)
+    run_tasks(tasks, functools.partial(PoolIndexer, str(subset), captions), description="indexing", **engine)
     figures = [read_figures(index) for index in indexes]
     _check_names(tars, figures)
     uids = read_uids(subset)
@@ -121,6 +145,9 @@ def _make(
     layout = Layout(work, recipe["shuffle_seed"])
     if not layout.total:
         raise ValueError(f"{subset}: none of its {len(uids)} uids is in the pool")
+    new, without = (None, 0) if captions is None else count_captions(work, indexes)
+    if new == 0:
+        raise ValueError("--captions: no sample of the subset has a caption there that is to be taken")
     count = -(-layout.total // recipe["samples_per_shard"])
     outputs = [folder / f"{number:05d}.index.parquet" for number in range(count)]
     remove_temporaries(
@@ -140,6 +167,8 @@ def _make(
         duplicates=duplicates,
         skipped=dict(sorted(sum((Counter(one["skipped"]) for one in figures), Counter()).items())),
         ignored_members=sum(one["ignored_members"] for one in figures),
+        new_captions=new,
+        without_caption=without,
     )
     write_json(folder / RESHARD_NAME, {"recipe": recipe, "totals": asdict(report)}, sort_keys=True)
     return report
@@ -166,7 +195,8 @@ def _claim(folder: Path, recipe: dict[str, Any]) -> None:
         made = recipe
     for name, value in recipe.items():
         if made.get(name) != value:
-            what = {"shards": "other or changed tars", "subset": "another subset"}.get(name)
+            what = {"shards": "other or changed tars", "subset": "another subset", "captions": "other captions"}
+            what = what.get(name)
             found = what or f"{name} {made.get(name)}, now {value}"
             raise ValueError(f"{folder}: made with {found}; {advice}")
     (folder / _WORK).mkdir(parents=True, exist_ok=True)

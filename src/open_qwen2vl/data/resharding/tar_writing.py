@@ -95,17 +95,20 @@ class _Placed:
         self.keys: list[str] = []  # one that is taken already in this tar has the uid behind it
         self.members: list[list[tuple[str, int, int]]] = []  # extension, byte offset in the output and size
         self.copies: list[tuple[int, int, int, int]] = []  # tar, byte in it, length and byte in the output
-        self.headers: list[tuple[int, bytes]] = []  # byte in the output and header of members with another name
+        # Byte in the output and header of members with another name, or a new text with its header.
+        self.headers: list[tuple[int, bytes]] = []
         self.end = 0  # bytes of all of it
         taken: set[str] = set()
         columns = (_lists(samples[name]) for name in ("span_start", "span_end", "ext", "offset", "size"))
-        keys = samples["key"].to_pylist()
-        for tar, uid, key, starts, ends, extensions, *places in zip(tars.tolist(), uids, keys, *columns, strict=True):
+        keys, captions = samples["key"].to_pylist(), samples["caption"].to_pylist()
+        for tar, uid, key, caption, starts, ends, extensions, *places in zip(
+            tars.tolist(), uids, keys, captions, *columns, strict=True
+        ):
             spans, members = list(zip(starts, ends, strict=True)), list(zip(extensions, *places, strict=True))
-            if key in taken:
+            if key in taken or caption is not None:
                 while key in taken:
                     key = f"{key}_{uid}"
-                self._append_renamed(tar, key, members)
+                self._append_anew(tar, key, members, caption)
             else:
                 self._append(tar, spans, members)
             taken.add(key)
@@ -121,15 +124,25 @@ class _Placed:
             self._copy(tar, start, end - start)
         self.members.append(placed)
 
-    def _append_renamed(self, tar: int, key: str, members: list[tuple[str, int, int]]) -> None:
+    def _append_anew(self, tar: int, key: str, members: list[tuple[str, int, int]], caption: str | None) -> None:
+        """Members under headers of their own, with another name or another caption."""
         placed = []
+        text = None if caption is None else caption.encode()
+        if text is not None and all(extension != "txt" for extension, *_ in members):
+            members = [*members, ("txt", 0, 0)]
         for extension, offset, size in members:
             header = tarfile.TarInfo(f"{key}.{extension}")
-            header.size = size
-            self.headers.append((self.end, header.tobuf(tarfile.GNU_FORMAT, "utf-8")))
+            is_new = text is not None and extension == "txt"
+            header.size = len(text) if is_new else size
+            self.headers.append((self.end, header.tobuf(tarfile.GNU_FORMAT, "utf-8") + (text if is_new else b"")))
+            start = self.end
             self.end += len(self.headers[-1][1])
-            placed.append((extension, self.end, size))
-            self._copy(tar, offset, padded_end(offset, size) - offset)
+            if is_new:
+                placed.append((extension, self.end - len(text), len(text)))
+                self.end = start + padded_end(0, self.end - start)
+            else:
+                placed.append((extension, self.end, size))
+                self._copy(tar, offset, padded_end(offset, size) - offset)
         self.members.append(placed)
 
     def _copy(self, tar: int, source: int, length: int) -> None:

@@ -5,6 +5,7 @@ no text can change it, so the processor makes it, with the image, once for all m
 and special tokens' strings in it, as a caption may have them, stay text.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from importlib.resources import files
@@ -36,7 +37,12 @@ class ChatPrompts:
         if self._head == self._until_text(self._render([{"type": "text", "text": _TEXT}])):
             raise ValueError("its chat template does not put the image before the text")
         self._head_ids = tokenizer(self._head, add_special_tokens=False)["input_ids"]
-        self.score_tokens = ScoreTokens(tokenizer, prompt)
+        self._prompt = prompt
+
+    @functools.cached_property
+    def score_tokens(self) -> ScoreTokens:
+        """The numbers 0 to 100 behind a prompt; a `ValueError` if the tokenizer cannot write them."""
+        return ScoreTokens(self._tokenizer, self._prompt)
 
     def head(self, images: list[Image.Image]) -> BatchFeature:
         """The processor's output for the beginning of each prompt, one image each, padded at the left."""

@@ -40,12 +40,12 @@ def score_pool(options: ScoreOptions) -> StepReport:
     scorer, name, given = options.scorer, options.scores_name, options.of_scorer()
     folder = Path(options.output) / name
     sources = _find_tables(options.pool) if scorer == "metadata" else find_tars(options.pool)
-    recipe = _recipe(scorer, name, given, folder)
+    recipe = score_recipe(scorer, name, given, folder)
     tasks = shard_tasks(sources, folder)
     check_finished(tasks, recipe)
     workers, gpus, threads = options.num_workers, 0.0, 0
     if scorer in WITH_MODEL:
-        workers, gpus, threads = _share(options)
+        workers, gpus, threads = model_workers(options)
     make_worker = _make_worker(scorer, given, name, recipe, threads)
     rank, ranks = process_rank()
     with only_writer(folder, rank=rank, ranks=ranks):
@@ -72,8 +72,8 @@ def _has_embeddings(task: ShardTask) -> bool:
     return True
 
 
-def _share(options: ScoreOptions) -> tuple[int | None, float, int]:
-    """Workers, GPUs of each and threads of each, where a model scores."""
+def model_workers(options: Any) -> tuple[int | None, float, int]:
+    """Workers, GPUs of each and threads of each, where a model is at work, by the options that say so."""
     if options.engine == "ray":
         gpus = float(options.device != "cpu") if options.gpus_per_worker is None else options.gpus_per_worker
         return None, gpus, options.num_workers or _RAY_THREADS
@@ -120,7 +120,8 @@ def _find_tables(paths: Sequence[str | Path]) -> list[Path]:
     return find_shards(tables)
 
 
-def _recipe(scorer: str, name: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
+def score_recipe(scorer: str, name: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What a rerun compares; the source of each score file is added to it."""
     described = {key: _describe(value, folder) for key, value in options.items() if key not in _WITHOUT_EFFECT}
     return {"scorer": scorer, "name": name, "options": described}
 

@@ -22,15 +22,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeatur
 from ...processing.sample_error import SampleError
 from .chat_prompts import ChatPrompts, read_prompts
 from .continuation import Prompts, append_text, branch_logits, extend, prefill
-from .pairs import Pair, RawPair, decode_pair
+from .pairs import MAX_CAPTION, Pair, RawPair, check_sides, decode_pair
 from .score_tokens import expected_score, parse_score
 from .scoring import Scorer, find_device
 
 logger = logging.getLogger(__name__)
 
 DECODING = ("expectation", "greedy")
-MAX_ASPECT_RATIO = 200  # Qwen2-VL's own limit; others would resize such an image to a very large one
-MAX_CAPTION = 8192  # characters: one endless caption would take the memory of its whole batch
 
 
 class MlmFilterBatch(NamedTuple):
@@ -60,9 +58,10 @@ class MlmFilterScorer(Scorer):
         self._prompts = read_prompts(prompts, metrics)
         self._device = find_device(device)
         dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
-        self._model, processor = _load(model, dtype, self._device)
+        self._model, processor = load_chat_model(model, dtype, self._device)
         try:
             self._format = ChatPrompts(processor)
+            self._tree = self._format.score_tokens
         except ValueError as error:
             raise ValueError(f"--model {model}: {error}") from error
         self._tokenizer = processor.tokenizer
@@ -80,9 +79,7 @@ class MlmFilterScorer(Scorer):
         if len(pair.caption) > MAX_CAPTION:
             raise SampleError("too_long", f"{len(pair.caption)} characters are above {MAX_CAPTION}")
         decoded = decode_pair(pair)
-        sides = decoded.image.size
-        if max(sides) >= MAX_ASPECT_RATIO * min(sides):
-            raise SampleError("image_too_large", f"{sides[0]}x{sides[1]} pixels are too narrow to be resized")
+        check_sides(decoded.image)
         return decoded
 
     def collate(self, items: list[Pair]) -> MlmFilterBatch:
@@ -105,7 +102,7 @@ class MlmFilterScorer(Scorer):
 
     def _probabilities(self, batch: MlmFilterBatch, shared: bool) -> Iterator[torch.Tensor]:
         """For each metric `(pairs, 101)`."""
-        tree = self._format.score_tokens
+        tree = self._tree
         for beginning, texts in self._beginnings(batch, shared):
             if isinstance(beginning, Prompts):
                 prompts = extend(self._model, beginning, texts, self._format.pad)
@@ -127,7 +124,7 @@ class MlmFilterScorer(Scorer):
                 **inputs,
                 do_sample=False,
                 num_beams=1,
-                max_new_tokens=self._format.score_tokens.longest,
+                max_new_tokens=self._tree.longest,
                 pad_token_id=self._format.pad,
             )
             with self._tokenizer_lock:
@@ -177,7 +174,8 @@ def _common_length(prompts: list[list[int]]) -> int:
     return next((i for i in range(shortest) if len({ids[i] for ids in prompts}) > 1), shortest)
 
 
-def _load(model: str, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, ProcessorMixin]:
+def load_chat_model(model: str, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """An image-text-to-text model of transformers in evaluation mode, and its processor; or a `ValueError`."""
     try:
         network = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, trust_remote_code=False)
         processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)

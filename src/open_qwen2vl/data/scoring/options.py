@@ -124,10 +124,7 @@ class ScoreOptions:
                 raise ValueError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
         if self.gpus_per_worker is not None and (self.engine != "ray" or self.scorer not in WITH_MODEL):
             raise ValueError(f"--gpus-per-worker is for --engine ray with {' or '.join(WITH_MODEL)}")
-        if not _NAME.fullmatch(self.scores_name):
-            raise ValueError(
-                f"--name {self.scores_name}: a name has letters, digits, '_', '-' and '.', and no digit first"
-            )
+        check_name(self.scores_name)
 
     @property
     def scores_name(self) -> str:
@@ -137,3 +134,9 @@ class ScoreOptions:
     def of_scorer(self) -> dict[str, Any]:
         """The options of one scorer that are given."""
         return {name: getattr(self, name) for name in _OF_SCORERS if getattr(self, name) not in (None, False)}
+
+
+def check_name(name: str) -> None:
+    """Raise for a name of scores that the filter could not read."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"--name {name}: a name has letters, digits, '_', '-' and '.', and no digit first")
