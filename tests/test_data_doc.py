@@ -10,6 +10,7 @@ import pytest
 
 from open_qwen2vl import cli
 from open_qwen2vl.data.storage.uids import read_uids
+from tests.chat_server import chat_server
 from tests.data.conftest import encode_image, make_sample, write
 from tests.data.scoring.conftest import save_tiny_clip
 from tests.decontamination.conftest import drawings, photographs
@@ -26,14 +27,17 @@ OPTIONS = {
     "decontaminate": ["--num-workers", "1", "--self-test", "2"],
     "score": ["--num-workers", "1"],
     "filter": ["--threads", "1"],
+    "reshard": ["--num-workers", "1"],
 }
 
 
-def as_it_runs_here(command: list[str], clip: str) -> list[str]:
+def as_it_runs_here(command: list[str], clip: str, endpoint: str) -> list[str]:
     """In place of a model of the hub a tiny one of random weights; one worker."""
     if "--pretrained" in command:
         start = command.index("--model")
         command = [*command[:start], "--model", f"local-dir:{clip}", "--device", "cpu", *command[start + 4 :]]
+    if "--endpoint" in command:
+        command[command.index("--endpoint") + 1] = endpoint
     return [*command[1:], *OPTIONS.get(command[1], [])]
 
 
@@ -61,9 +65,10 @@ def numbers(path: Path) -> list[int]:
 
 def test_the_chapter_runs_as_it_stands(place, tmp_path_factory, capsys):
     clip = save_tiny_clip(tmp_path_factory.mktemp("clip"))
-    for command in COMMANDS:
-        assert command[0] == "open-qwen2vl"
-        assert cli.main(as_it_runs_here(command, clip)) == 0, capsys.readouterr().err
+    with chat_server(lambda _: (200, "A picture that somebody looked at.")) as server:
+        for command in COMMANDS:
+            assert command[0] == "open-qwen2vl"
+            assert cli.main(as_it_runs_here(command, clip, server.url)) == 0, capsys.readouterr().err
     assert numbers(place / "clean.npy") == [number for number in range(30) if number not in (3, 5)]
     report = capsys.readouterr().out
     assert "found      1 pictures and 0 texts of evaluation_pictures" in report
@@ -72,3 +77,4 @@ def test_the_chapter_runs_as_it_stands(place, tmp_path_factory, capsys):
     # The pictures come again after twelve pairs.
     assert 0 in balanced <= clean and not any(number - 12 in clean for number in balanced)
     assert set(numbers(place / "best.npy")) == set(range(30))  # fewer than a hundred of each
+    assert " new, " in report
