@@ -48,10 +48,10 @@ class ModelArguments:
     """The model to train: Open-Qwen2VL from two backbones, or a checkpoint of any family that packs."""
 
     vision_model: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of a SigLIP model, for a new model."}
+        default=None, metadata={"help": "Hub id or folder of a vision tower, for a new model (docs/backbones.md)."}
     )
     text_model: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of a Qwen2 model, for a new model."}
+        default=None, metadata={"help": "Hub id or folder of a language model, for a new model."}
     )
     model_name_or_path: str | None = field(
         default=None,

@@ -29,7 +29,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from open_qwen2vl import OpenQwen2VLForConditionalGeneration, OpenQwen2VLProcessor
 from open_qwen2vl.processing.text_formats import prepare_tokenizer
-from tests import qwen_vl
+from tests import qwen_vl, tiny_backbones
 from tests.qwen_tokenizer import build_qwen_tokenizer
 
 # The first backward starts a thread for each device that torch knows of. Behind a test with fake GPUs those are eight,
@@ -118,6 +118,13 @@ def backbones(tmp_path_factory) -> dict[str, str]:
     Qwen2ForCausalLM(text_config).save_pretrained(text)
     tokenizer.save_pretrained(text)
     return {"vision": str(vision), "text": str(text)}
+
+
+@pytest.fixture(scope="session")
+def backbone_folder(tmp_path_factory) -> Callable[[str], str]:
+    """Of a model_type the folder of a tiny backbone (tests/tiny_backbones.py), made once."""
+    root = tmp_path_factory.mktemp("backbone_types")
+    return functools.cache(lambda kind: tiny_backbones.save(root / kind, kind, make_tokenizer()))
 
 
 @pytest.fixture(scope="session")

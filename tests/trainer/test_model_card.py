@@ -91,7 +91,7 @@ def test_only_what_is_known(run):
     assert (Path(run[0]) / "model" / "README.md").exists()  # the final save has written one
     text = model_card(f"{run[0]}/model", "someone/cats", license="mit")
     titles = [line for line in text.splitlines() if line.startswith("## ")]
-    assert titles == ["## Use"] and "a Qwen2 language model of 2 blocks of width 48" in text
+    assert titles == ["## Use"] and "a language model (qwen2) of 2 blocks of width 48" in text
 
 
 def test_backbones_of_the_hub_are_named():

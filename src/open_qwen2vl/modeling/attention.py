@@ -32,6 +32,7 @@ def packed_varlen_attention(
     cu_seq_lens_k: torch.Tensor | None = None,
     max_length_k: int | None = None,
     key_positions: torch.Tensor | None = None,
+    sliding_window: int | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each document, and of branches to the prefix that they share.
@@ -52,6 +53,7 @@ def packed_varlen_attention(
         max_length_k (`int`, *optional*): the most that one of them attends to; likewise.
         key_positions (`torch.LongTensor` of shape `(keys,)`, *optional*): positions of that in the flattened batch;
             only where there are branches.
+        sliding_window (`int`, *optional*): a token attends to this many, itself included; layers of Gemma 3 have one.
         **kwargs: what else the attention layer passes on.
 
     Returns:
@@ -72,9 +74,10 @@ def packed_varlen_attention(
     if runs_varlen(query.device, dtype):
         if key_positions is not None:
             flat[1:] = [states.index_select(0, key_positions) for states in flat[1:]]
-        output = _flash_varlen(*flat, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, scaling)
+        lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        output = _flash_varlen(*flat, *lengths, scaling, sliding_window)
     else:
-        output = _bucketed_sdpa(*flat, cu_seq_lens_q, cu_seq_lens_k, key_positions, scaling)
+        output = _bucketed_sdpa(*flat, cu_seq_lens_q, cu_seq_lens_k, key_positions, scaling, sliding_window)
     return output.view(packs, sequence, heads, head_dim), None
 
 
@@ -87,9 +90,9 @@ def runs_varlen(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
 
 
-def _flash_varlen(query, key, value, cu_queries, cu_keys, max_queries, max_keys, scaling) -> torch.Tensor:
+def _flash_varlen(query, key, value, cu_queries, cu_keys, max_queries, max_keys, scaling, window) -> torch.Tensor:
     # Causal is aligned at the end: the last query of a branch sees all of its keys.
-    options = {"window_size": (-1, 0)}
+    options = {"window_size": (window - 1 if window else -1, 0)}
     if key.shape[1] != query.shape[1]:
         if _HAS_GQA:
             options["enable_gqa"] = True
@@ -102,7 +105,7 @@ def _flash_varlen(query, key, value, cu_queries, cu_keys, max_queries, max_keys,
 
 # What it does depends on the lengths, which a compiler would have to bake in.
 @torch.compiler.disable
-def _bucketed_sdpa(query, key, value, cu_queries, cu_keys, key_positions, scaling) -> torch.Tensor:
+def _bucketed_sdpa(query, key, value, cu_queries, cu_keys, key_positions, scaling, window) -> torch.Tensor:
     """SDPA over documents of similar length, padded at their end: causal attention never looks at what comes later."""
     starts, lengths = cu_queries[:-1].long(), cu_queries.diff().long()
     prefixes = (cu_keys.diff() - cu_queries.diff()).tolist()
@@ -121,8 +124,11 @@ def _bucketed_sdpa(query, key, value, cu_queries, cu_keys, key_positions, scalin
             states.index_select(0, where.flatten()).view(*where.shape, *states.shape[1:]).transpose(1, 2)
             for states, where in ((query, positions), (key, keys), (value, keys))
         )
-        # SDPA's own causal mask is aligned at the start.
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(prefix) if prefix else None
+        mask = None
+        if prefix or window and window < k.shape[2]:
+            # SDPA's own causal mask is aligned at the start, and has no window.
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(prefix)
+            mask = mask.triu(prefix - window + 1) if window else mask
         attended = nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
         )
@@ -148,12 +154,13 @@ def _buckets(lengths: list[int], prefixes: list[int]) -> list[tuple[int, list[in
 
 def packed_attention_mask(
     config: PreTrainedConfig, inputs_embeds: torch.Tensor, positions: torch.Tensor, has_branches: bool
-) -> dict[str, None] | torch.Tensor | None:
-    """No mask at all for `packed_varlen`; for the others None lets transformers isolate documents by position, which
-    knows no branches.
+) -> torch.Tensor | None:
+    """For `packed_varlen`, which reads none, one of a single entry; for the others None lets transformers isolate
+    documents by position, which knows no branches.
     """
     if packs_without_mask(config._attn_implementation):
-        return dict.fromkeys(config.layer_types)
+        # A mask of four dimensions is passed on as it is, by every language model; for None a full one would be made.
+        return inputs_embeds.new_empty((1, 1, 1, 1))
     return shared_prefix_mask(config, inputs_embeds, positions) if has_branches else None
 
 
@@ -170,6 +177,8 @@ def shared_prefix_mask(
         return None
     if "flash" in attention:
         raise ValueError(f"a pack with shared pictures does not go with {attention}: set packed_varlen, sdpa or eager")
+    if has_windows(config):
+        raise ValueError(f"a pack with shared pictures does not go with {attention} and windows: set packed_varlen")
     begins = positions != nn.functional.pad(positions, (1, 0), value=-2)[:, :-1] + 1
     document, segment = (positions == 0).cumsum(1), begins.cumsum(1)
     places = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
@@ -181,6 +190,12 @@ def shared_prefix_mask(
     return create_causal_mask(
         config, inputs_embeds, None, None, and_mask_function=lambda batch, head, query, key: seen[batch, query, key]
     )
+
+
+def has_windows(config: PreTrainedConfig) -> bool:
+    """Whether a layer of a language model attends to the last tokens alone."""
+    layers = getattr(config, "layer_types", None)
+    return "sliding_attention" in layers if layers else bool(getattr(config, "sliding_window", None))
 
 
 def is_packed(kwargs: dict) -> bool:

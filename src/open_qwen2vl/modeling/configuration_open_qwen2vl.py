@@ -1,4 +1,6 @@
-"""Configuration of Open-Qwen2VL: a SigLIP vision tower, an average-pool MLP projector and a Qwen2.5 language model.
+"""Configuration of Open-Qwen2VL: a vision tower, an average-pool MLP projector and a language model.
+
+The paper's are SigLIP and Qwen2.5; which others may take their places is said here, and refused by name.
 
 This file travels with checkpoints (`trust_remote_code`): it imports transformers and nothing of this package.
 """
@@ -30,6 +32,9 @@ TEXT_DEFAULTS = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
     "tie_word_embeddings": True,
 }
+# What runs packed exactly as alone, with its image features at every position of an image: tests try each.
+VISION_TYPES = ("siglip_vision_model", "clip_vision_model", "dinov2", "dinov2_with_registers", "dinov3_vit")
+TEXT_TYPES = ("qwen2", "qwen3", "llama", "smollm3", "mistral", "gemma", "gemma3_text")
 
 
 @strict
@@ -38,10 +43,10 @@ class OpenQwen2VLConfig(PreTrainedConfig):
 
     Args:
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
-            The SigLIP vision tower; defaults to SigLIP-SO400M/14 at 384 px. `num_hidden_layers` counts all blocks of
-            the backbone, also those that `vision_feature_layer` leaves out of the model.
+            The vision tower, of a type in `VISION_TYPES`; defaults to SigLIP-SO400M/14 at 384 px. `num_hidden_layers`
+            counts all blocks of the backbone, also those that `vision_feature_layer` leaves out of the model.
         text_config (`dict` or `PreTrainedConfig`, *optional*):
-            The Qwen2 language model; defaults to Qwen2.5-1.5B.
+            The language model, of a type in `TEXT_TYPES`; defaults to Qwen2.5-1.5B.
         vision_feature_layer (`int`, *optional*, defaults to -2):
             Index into the hidden states of the vision tower (0 = embeddings). Later blocks are neither built nor run.
         image_token_id (`int`, *optional*, defaults to 151655):
@@ -50,10 +55,14 @@ class OpenQwen2VLConfig(PreTrainedConfig):
             Tokens an image takes unless a call says otherwise: a square number up to the tower's patch grid.
         projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
             Activation of the projector (the exact GELU).
+        image_mean (`list[float]`, *optional*):
+            Mean of the tower's normalisation by channel, of values between 0 and 1; SigLIP's where not given.
+        image_std (`list[float]`, *optional*):
+            Standard deviation, likewise.
 
     Raises:
-        ValueError: if `image_seq_length` is no square number between 1 and the patch grid, or `vision_feature_layer`
-            is not a layer of the tower.
+        ValueError: for a backbone that cannot take its place, if `image_seq_length` is no square number between 1 and
+            the patch grid, or `vision_feature_layer` is not a layer of the tower.
     """
 
     model_type = "open_qwen2vl"
@@ -65,6 +74,8 @@ class OpenQwen2VLConfig(PreTrainedConfig):
     image_token_id: int = 151655
     image_seq_length: int = 144
     projector_hidden_act: str = "gelu"
+    image_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
@@ -72,6 +83,8 @@ class OpenQwen2VLConfig(PreTrainedConfig):
         self.vision_config = _sub_config(self.vision_config, VISION_DEFAULTS)
         self.text_config = _sub_config(self.text_config, TEXT_DEFAULTS)
         super().__post_init__(**kwargs)
+        check_vision_config(self.vision_config)
+        check_text_config(self.text_config)
         # Tying is a property of the language model; the top level repeats it because loading looks for it there.
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         pooled_grid_side(self.image_seq_length, self.patches_per_side)
@@ -84,7 +97,14 @@ class OpenQwen2VLConfig(PreTrainedConfig):
     @property
     def patches_per_side(self) -> int:
         """Side of the vision tower's square patch grid (27 for SigLIP-SO400M/14 at 384 px)."""
-        return self.vision_config.image_size // self.vision_config.patch_size
+        return one_side(self.vision_config.image_size) // one_side(self.vision_config.patch_size)
+
+    @property
+    def tower_length(self) -> int:
+        """What the tower's blocks see of an image: patches behind a class token and registers, where there are any."""
+        has_class_token = self.vision_config.model_type != "siglip_vision_model"
+        registers = getattr(self.vision_config, "num_register_tokens", 0)
+        return has_class_token + registers + self.patches_per_side**2
 
     @property
     def num_vision_blocks(self) -> int:
@@ -98,6 +118,35 @@ def _sub_config(given: dict[str, Any] | PreTrainedConfig | None, defaults: dict[
         return given
     values = defaults if given is None else {"model_type": defaults["model_type"], **given}
     return AutoConfig.for_model(**values)
+
+
+def one_side(size: int | list[int] | tuple[int, ...]) -> int:
+    """The side of a square in pixels, which some configs write twice; a ValueError if it is none."""
+    sides = {size} if isinstance(size, int) else set(size)
+    if len(sides) != 1:
+        raise ValueError(f"a vision tower of {'x'.join(map(str, size))} pixels: images and patches must be squares")
+    return sides.pop()
+
+
+def check_vision_config(vision: PreTrainedConfig, name: str = "vision_config") -> None:
+    """Refuse, by its name, a vision tower that the model has no place for."""
+    if vision.model_type not in VISION_TYPES:
+        raise ValueError(
+            f"{name}: {vision.model_type!r} cannot be the vision tower; these can: {', '.join(VISION_TYPES)}"
+        )
+
+
+def check_text_config(text: PreTrainedConfig, name: str = "text_config") -> None:
+    """Refuse, by its name, a language model that would not run as it was trained, or not packed as alone."""
+    if text.model_type not in TEXT_TYPES:
+        raise ValueError(
+            f"{name}: {text.model_type!r} cannot be the language model; these can: {', '.join(TEXT_TYPES)}"
+        )
+    for option in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+        if getattr(text, option, None):
+            raise ValueError(
+                f"{name}: a language model with {option} is not supported, its attention or loss is another"
+            )
 
 
 def pooled_grid_side(image_seq_length: int, patches_per_side: int) -> int:

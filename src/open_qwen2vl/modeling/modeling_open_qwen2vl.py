@@ -1,4 +1,4 @@
-"""Open-Qwen2VL (arXiv 2504.00595): SigLIP features, average pooling to a token budget, MLP, Qwen2.5.
+"""Open-Qwen2VL (arXiv 2504.00595): features of a vision tower, average pooling to a token budget, MLP, language model.
 
 Names and outputs are LLaVA's (`vision_tower`, `multi_modal_projector`, `language_model`); what differs is here:
 the vision blocks after `vision_feature_layer` do not exist, the projector pools to a budget chosen per call, packed
@@ -8,7 +8,7 @@ This file travels with checkpoints: it imports installed libraries and its sibli
 
 import torch
 from torch import nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel, SiglipVisionModel
+from transformers import AutoModel, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaModel, LlavaModelOutputWithPast
@@ -16,8 +16,8 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .attention import check_packed_arguments, is_packed, packed_attention_mask
-from .backbones import greedy_generation, load_backbones
-from .configuration_open_qwen2vl import OpenQwen2VLConfig, pooled_grid_side
+from .backbones import load_backbones, put_together
+from .configuration_open_qwen2vl import OpenQwen2VLConfig, one_side, pooled_grid_side
 from .loss import selected_position_loss
 from .pretrained import OpenQwen2VLCausalLMOutputWithPast, OpenQwen2VLPreTrainedModel, slice_logits_to_keep
 from .vision import (
@@ -34,7 +34,7 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
 
     def __init__(self, config: OpenQwen2VLConfig):
         OpenQwen2VLPreTrainedModel.__init__(self, config)
-        self.vision_tower = truncate_vision_tower(SiglipVisionModel._from_config(config.vision_config), config)
+        self.vision_tower = truncate_vision_tower(AutoModel.from_config(config.vision_config), config)
         self.multi_modal_projector = OpenQwen2VLMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
@@ -50,15 +50,15 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
 
         Args:
             pixel_values (`torch.Tensor` of shape `(images, 3, height, width)`): uint8 pixels, which are normalised
-                here with mean = std = 0.5, or floats, which are taken as they are.
+                here with `config.image_mean` and `image_std`, or floats, which are taken as they are.
             image_seq_length (`int` or `list[int]`, *optional*): tokens per image; the config's where not given. A list
                 has an entry for each image.
             **kwargs: passed to the vision tower.
 
         Returns:
-            `BaseModelOutputWithPooling`: `last_hidden_state` has the patch features of shape
-            `(images, grid * grid, vision_hidden)`; `pooler_output` is a list with the features of each image, of
-            shape `(image_seq_length, text_hidden)`.
+            `BaseModelOutputWithPooling`: `last_hidden_state` has the tower's features of shape
+            `(images, prefix + grid * grid, vision_hidden)`, the prefix being a class token and registers, if any;
+            `pooler_output` is a list with the features of each image, of shape `(image_seq_length, text_hidden)`.
 
         Raises:
             ValueError: if the images are not of the tower's size, a budget does not fit its grid, or budgets that
@@ -83,15 +83,17 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
         budgets = read_image_seq_length(image_seq_length, self.config.image_seq_length, len(pixel_values))
         for budget in {budgets} if isinstance(budgets, int) else set(budgets):
             pooled_grid_side(budget, self.config.patches_per_side)
-        pixel_values = normalize_pixels(pixel_values, self.config.vision_config.image_size)
+        pixel_values = normalize_pixels(pixel_values, self.config)
         trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
-        return outputs, self.multi_modal_projector(outputs.last_hidden_state, budgets)
+        # Class token and registers stand before the patches.
+        patches = outputs.last_hidden_state[:, -(self.config.patches_per_side**2) :]
+        return outputs, self.multi_modal_projector(patches, budgets)
 
     def _zero_image_term(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """0 computed from a blank image: a text-only batch has the same collectives and gradients as others."""
-        size = self.config.vision_config.image_size
+        size = one_side(self.config.vision_config.image_size)
         blank = torch.zeros((1, 3, size, size), dtype=torch.uint8, device=inputs_embeds.device)
         return self._encode_images(blank, None)[1].sum().to(inputs_embeds.dtype) * 0
 
@@ -307,39 +309,27 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
         """Build a new model from two pre-trained backbones; only the projector is randomly initialised.
 
         Args:
-            vision (`str`): hub id or folder of a SigLIP model (`google/siglip-so400m-patch14-384`).
-            text (`str`): hub id or folder of a Qwen2 model (`Qwen/Qwen2.5-1.5B-Instruct`).
+            vision (`str`): hub id or folder of a vision tower with its image processor, or of a CLIP or SigLIP model
+                (`google/siglip-so400m-patch14-384`).
+            text (`str`): hub id or folder of a language model with its tokenizer (`Qwen/Qwen2.5-1.5B-Instruct`).
             image_seq_length (`int`, *optional*, defaults to 144): tokens per image where a call names none.
             kwargs: passed to both `from_pretrained` calls (`dtype`, `attn_implementation`, `revision`, ...). Without a
                 dtype both parts get that of the language model's file.
 
         Returns:
             [`OpenQwen2VLForConditionalGeneration`], in evaluation mode as after `from_pretrained`; the embedding has
-            grown where the vocabulary of `text` had no row left for `<s>` and `<|endofchunk|>`.
+            grown where the vocabulary of `text` had no row left for the tokens that the processor adds to it.
 
         Raises:
-            ValueError: if `vision` is no SigLIP model, or the tokenizer of `text` has no `<|image_pad|>`.
+            ValueError: for backbones that cannot take these places, each by its name.
         """
-        vision_tower, language_model, image_token_id = load_backbones(vision, text, **kwargs)
+        vision_tower, language_model, values = load_backbones(vision, text, **kwargs)
         backbones = {"vision_config": vision_tower.config, "text_config": language_model.config}
-        config = OpenQwen2VLConfig(**backbones, image_token_id=image_token_id, image_seq_length=image_seq_length)
+        config = OpenQwen2VLConfig(**backbones, **values, image_seq_length=image_seq_length)
         with torch.device("meta"):
             # Without the name of the attention the new top level would reset that of the two backbones.
             model = cls._from_config(config, attn_implementation=kwargs.get("attn_implementation"))
-        return model._adopt(vision_tower, language_model).eval()
-
-    def _adopt(
-        self, vision_tower: SiglipVisionModel, language_model: PreTrainedModel
-    ) -> "OpenQwen2VLForConditionalGeneration":
-        """Take the modules of two loaded backbones in place of the empty ones, and initialise the projector."""
-        self.model.vision_tower = truncate_vision_tower(vision_tower, self.config)
-        self.model.language_model = language_model.model
-        self.lm_head = language_model.lm_head
-        projector = OpenQwen2VLMultiModalProjector(self.config)
-        projector.apply(self._init_weights)
-        self.model.multi_modal_projector = projector.to(language_model.device, language_model.dtype)
-        self.generation_config = greedy_generation(language_model.generation_config, self.config.image_token_id)
-        return self
+        return put_together(model, vision_tower, language_model).eval()
 
 
 # `save_pretrained` writes this as auto_map, for readers with trust_remote_code=True and without this package.

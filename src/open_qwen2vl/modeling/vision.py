@@ -1,4 +1,4 @@
-"""What stands between SigLIP's patches and the language model: the tower cut short, the token budget, the projector.
+"""What stands between a tower's patches and the language model: the tower cut short, the token budget, the projector.
 
 This file travels with checkpoints: it imports installed libraries and its siblings only.
 """
@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import SiglipVisionModel
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from .configuration_open_qwen2vl import OpenQwen2VLConfig
+from .configuration_open_qwen2vl import OpenQwen2VLConfig, one_side
 
 
 class OpenQwen2VLMultiModalProjector(nn.Module):
@@ -51,14 +51,30 @@ class OpenQwen2VLMultiModalProjector(nn.Module):
         return self.linear_2(self.act(self.linear_1(pooled)))
 
 
-def truncate_vision_tower(vision_tower: SiglipVisionModel, config: OpenQwen2VLConfig) -> SiglipVisionModel:
+def truncate_vision_tower(vision_tower: PreTrainedModel, config: OpenQwen2VLConfig) -> PreTrainedModel:
     """Drop what the features of `config.vision_feature_layer` do not need: later blocks, final norm, pooling head."""
-    del vision_tower.encoder.layers[config.num_vision_blocks :]
-    vision_tower.post_layernorm = nn.Identity()
+    del vision_blocks(vision_tower)[config.num_vision_blocks :]
+    for norm in ("post_layernorm", "layernorm", "norm"):  # SigLIP's and CLIP's, DINOv2's, DINOv3's
+        if hasattr(vision_tower, norm):
+            setattr(vision_tower, norm, nn.Identity())
     vision_tower.use_head = False
     if hasattr(vision_tower, "head"):
         del vision_tower.head
+    if getattr(vision_tower.embeddings, "mask_token", None) is not None:
+        # Of DINO's pre-training: nothing is masked here, and a parameter without a gradient would stop DDP.
+        empty = torch.zeros_like(vision_tower.embeddings.mask_token)
+        del vision_tower.embeddings.mask_token
+        vision_tower.embeddings.register_buffer("mask_token", empty, persistent=False)
+    for augmentation in ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"):
+        # DINOv3's, which would move and scale the positions of every training step by chance.
+        if getattr(vision_tower.config, augmentation, None) is not None:
+            setattr(vision_tower.config, augmentation, None)
     return vision_tower
+
+
+def vision_blocks(vision_tower: PreTrainedModel) -> nn.ModuleList:
+    """The blocks of a tower, its only list of modules."""
+    return next(module for module in vision_tower.modules() if isinstance(module, nn.ModuleList))
 
 
 def read_image_seq_length(value: Any, default: int, images: int) -> int | list[int]:
@@ -87,12 +103,14 @@ def _flatten(value: Any) -> list[int]:
     return [number for part in value for number in _flatten(part)] if isinstance(value, list | tuple) else [value]
 
 
-def normalize_pixels(pixel_values: torch.Tensor, image_size: int) -> torch.Tensor:
-    """uint8 pixels with mean = std = 0.5, floats as they are; `(images, 3, image_size, image_size)` or an error."""
-    if tuple(pixel_values.shape[-2:]) != (image_size, image_size):
-        raise ValueError(
-            f"pixel_values are {tuple(pixel_values.shape)}; the vision tower takes {image_size}x{image_size} images"
-        )
+def normalize_pixels(pixel_values: torch.Tensor, config: OpenQwen2VLConfig) -> torch.Tensor:
+    """uint8 pixels with the tower's mean and deviation, floats as they are; `(images, 3, side, side)` or an error."""
+    side = one_side(config.vision_config.image_size)
+    if tuple(pixel_values.shape[-2:]) != (side, side):
+        raise ValueError(f"pixel_values are {tuple(pixel_values.shape)}; the vision tower takes {side}x{side} images")
     if pixel_values.is_floating_point():
         return pixel_values
-    return pixel_values.float().div_(255).sub_(0.5).div_(0.5)
+    pixels = pixel_values.float().div_(255)
+    for channel, mean, std in zip(pixels.unbind(1), config.image_mean, config.image_std, strict=True):
+        channel.sub_(mean).div_(std)  # numbers: a GPU would wait for tensors of them
+    return pixels

@@ -1,4 +1,4 @@
-"""Processor of Open-Qwen2VL: SigLIP's image transform, a Qwen2.5 tokenizer, the chat template, the image tokens.
+"""Processor of Open-Qwen2VL: the vision tower's pixels, a tokenizer, the chat template, the image tokens.
 
 An image is warped to the tower's square whatever its aspect ratio and stands in the text as `image_seq_length` times
 `<|image_pad|>`. The budget is chosen per call and travels with the output, so that `generate(**inputs)` follows it.
@@ -18,7 +18,7 @@ import torch
 from jinja2 import TemplateError
 from PIL import Image
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
@@ -58,10 +58,10 @@ class OpenQwen2VLProcessor(ProcessorMixin):
 
     Args:
         image_processor (`SiglipImageProcessor` or `SiglipImageProcessorPil`):
-            Bicubic warp to the tower's square, mean = std = 0.5. It always runs on Pillow, whose resize the original
-            was trained with (torchvision's differs by one grey level here and there).
+            Warp to the tower's square, with its filter, mean and deviation. It always runs on Pillow, whose resize the
+            original was trained with (torchvision's differs by one grey level here and there).
         tokenizer (`PreTrainedTokenizerBase`):
-            A Qwen2.5 tokenizer after [`prepare_tokenizer`].
+            A tokenizer after [`prepare_tokenizer`].
         chat_template (`str` or `dict[str, str]`, *optional*):
             Jinja template of a conversation, or several by name. The attribute `chat_template` is the one named
             `default`, `chat_templates` has all.
@@ -130,8 +130,8 @@ class OpenQwen2VLProcessor(ProcessorMixin):
         """Build the processor of a new model.
 
         Args:
-            vision (`str`): hub id or folder with SigLIP's image processor.
-            text (`str`): hub id or folder with a Qwen2.5 tokenizer.
+            vision (`str`): hub id or folder with a vision tower's config and image processor.
+            text (`str`): hub id or folder with a language model's tokenizer.
             image_seq_length (`int`, *optional*, defaults to 144): tokens per image where a call names none.
             kwargs: passed to both `from_pretrained` calls (`revision`, `token`, ...).
 
@@ -139,14 +139,12 @@ class OpenQwen2VLProcessor(ProcessorMixin):
             [`OpenQwen2VLProcessor`] with the chat template of new models.
 
         Raises:
-            ValueError: if the tokenizer lacks `<|im_end|>` or `<|image_pad|>`.
+            ValueError: for a tokenizer that [`prepare_tokenizer`] refuses.
         """
         kwargs = {"trust_remote_code": False} | kwargs
-        image_processor = SiglipImageProcessorPil.from_pretrained(vision, **kwargs)
+        image_processor, grid = square_image_processor(vision, **kwargs)
         tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(text, **kwargs))
-        return cls.from_parts(
-            image_processor, tokenizer, image_seq_length, patches_per_side=_read_grid(vision, kwargs)
-        )
+        return cls.from_parts(image_processor, tokenizer, image_seq_length, patches_per_side=grid)
 
     @classmethod
     def from_parts(
@@ -300,12 +298,20 @@ class OpenQwen2VLProcessor(ProcessorMixin):
         return nn.functional.interpolate(tensor, (height, width), mode=mode, antialias=True).contiguous()
 
 
-def _read_grid(vision: str, options: dict[str, Any]) -> int | None:
-    """Side of a tower's patch grid, if it has a fixed one."""
-    config = AutoConfig.from_pretrained(vision, **options)
+def square_image_processor(vision: str, **kwargs: Any) -> tuple[SiglipImageProcessorPil, int]:
+    """SigLIP's image processor with size, mean, deviation and filter of a vision tower, and the side of its grid.
+
+    What others crop off (CLIP, DINOv2) is kept: an image is warped to the square. Its side is the config's, for which
+    the tower's positions are, also where its own processor makes images smaller (DINOv2: 518, and 224).
+    """
+    config = AutoConfig.from_pretrained(vision, **kwargs)
     config = getattr(config, "vision_config", config)
-    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
-    return size // patch if size and patch else None
+    side, patch = (
+        max(size) if isinstance(size, list | tuple) else size for size in (config.image_size, config.patch_size)
+    )
+    own = AutoImageProcessor.from_pretrained(vision, **kwargs)
+    values = {name: getattr(own, name) for name in ("resample", "image_mean", "image_std")}
+    return SiglipImageProcessorPil(size={"height": side, "width": side}, **values), side // patch
 
 
 def read_images(images: ImageInput) -> ImageInput:

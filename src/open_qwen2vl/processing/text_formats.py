@@ -46,19 +46,32 @@ def has_words(text: str) -> bool:
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Give a Qwen2.5 tokenizer the two tokens that this model uses beyond Qwen's own; a second call changes nothing.
+    """Give a language model's tokenizer the tokens that this model uses beyond its own; a second call changes nothing.
 
     `<s>` becomes the beginning of a document; in Qwen2.5's vocabulary it exists (id 128245). `<|endofchunk|>` is
-    added (id 151665). Neither makes the embedding matrix grow: it has 151,936 rows.
+    added (id 151665). Neither makes Qwen2.5's embedding grow: it has 151,936 rows. Others' vocabularies may lack what
+    marks images and turns, too, and a token for padding.
+
+    Raises:
+        ValueError: for a tokenizer that encodes a text behind a token in another way than alone.
     """
     vocabulary = tokenizer.get_vocab()
-    for token in (EOS_TOKEN, IMAGE_TOKEN):
-        if token not in vocabulary:
-            raise ValueError(f"{tokenizer.name_or_path}: the tokenizer has no {token} token; a Qwen2.5 tokenizer has")
-    if tokenizer.bos_token != BOS_TOKEN or END_OF_CHUNK_TOKEN not in vocabulary:
-        # In the original's order, which decides the ids where a vocabulary has neither.
-        tokenizer.add_tokens([END_OF_CHUNK_TOKEN], special_tokens=True)
+    marks = (IMAGE_TOKEN, "<|im_start|>", EOS_TOKEN, END_OF_CHUNK_TOKEN)
+    if missing := [token for token in marks if token not in vocabulary]:
+        # In this order, and `<s>` last, as the model gets its rows (modeling/backbones.py).
+        tokenizer.add_tokens(missing, special_tokens=True)
+    if tokenizer.bos_token != BOS_TOKEN:
         tokenizer.add_special_tokens({"bos_token": BOS_TOKEN})
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or EOS_TOKEN
+    if tokenizer.encode("") != []:
+        # Llama 3's and Gemma's begin every text with a token of their own; here the format says what stands there.
+        tokenizer.add_bos_token = tokenizer.add_eos_token = False
+    if tokenizer.encode(f"{BOS_TOKEN}a") != [tokenizer.bos_token_id, *tokenizer.encode("a")] or tokenizer.encode(""):
+        raise ValueError(
+            f"{tokenizer.name_or_path}: the tokenizer encodes a text behind a token in another way than alone, as "
+            "Llama 2's with a space before it, so that training and generation would see other ids"
+        )
     return tokenizer
 
 

@@ -268,8 +268,9 @@ def _architecture(config: dict[str, Any]) -> str:
         return f"A vision-language model of transformers' `{config['model_type']}`, its language model has {language}."
     return (
         "A vision-language model of the [Open-Qwen2VL](https://arxiv.org/abs/2504.00595) architecture: "
-        f"a SigLIP vision tower of width {vision['hidden_size']} at {vision['image_size']} px, a projector to "
-        f"{config['image_seq_length']} tokens an image, a Qwen2 language model of {language}."
+        f"a vision tower ({vision['model_type']}) of width {vision['hidden_size']} at {vision['image_size']} px, a "
+        f"projector to {config['image_seq_length']} tokens an image, a language model ({text['model_type']}) of "
+        f"{language}."
     )
 
 
