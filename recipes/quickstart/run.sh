@@ -1,25 +1,26 @@
 #!/bin/sh
 # The quickstart from drawings to two reports; `make quickstart` calls it. Each step does nothing if its result is there.
 # Arguments go to both trainings, and PICTURES limits those of the second half on each side: `PICTURES=40 run.sh
-# --max_steps 4` shows the whole chain in two minutes.
+# --max_steps 4` shows the whole chain in two minutes. `SEED` is that of the random weights and of both trainings, and
+# `VALIDATION=1` asks about pictures on which options may be chosen.
 set -eu
 cores=$(nproc)
 # Threads that wait without spinning: on cores that are shared with anything else, spinning costs a factor of ten.
 export OMP_WAIT_POLICY=passive OMP_NUM_THREADS="$cores"
 
-python recipes/quickstart/build_data.py
-python recipes/quickstart/build_backbones.py
+python recipes/quickstart/build_data.py ${VALIDATION:+--validation}
+python recipes/quickstart/build_backbones.py --seed "${SEED:-0}"
 open-qwen2vl pack runs/quickstart/data/train-*.tar --output runs/quickstart/packs \
     --tokenizer runs/quickstart/backbones/text --image-seq-length 9 --max-length 128
 train() {
     OMP_NUM_THREADS=$((cores > 1 ? cores / 2 : 1)) \
         accelerate launch --quiet --config_file recipes/accelerate/two_cpu_processes.yaml "$@"
 }
-train recipes/pretrain.py recipes/quickstart.yaml "$@"
+train recipes/pretrain.py recipes/quickstart.yaml --seed "${SEED:-0}" "$@"
 python recipes/quickstart/report.py
 
-python recipes/quickstart/build_sft_data.py ${PICTURES:+--limit "$PICTURES"}
+python recipes/quickstart/build_sft_data.py ${VALIDATION:+--validation} ${PICTURES:+--limit "$PICTURES"}
 open-qwen2vl pack runs/quickstart/sft/data/train.json --images runs/quickstart/sft/data/images \
     --output runs/quickstart/sft/packs --tokenizer runs/quickstart/model --image-seq-length 36 --max-length 768
-train recipes/sft.py recipes/sft_quickstart.yaml "$@"
+train recipes/sft.py recipes/sft_quickstart.yaml --seed "${SEED:-0}" "$@"
 python recipes/quickstart/report_sft.py
