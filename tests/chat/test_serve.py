@@ -64,8 +64,8 @@ def server(place, bare_site):  # noqa: F811 - the fixture imported above
                 process.kill()
 
 
-def wait_until_healthy(address: str, process: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + 240
+def wait_until_healthy(address: str, process: subprocess.Popen, log: Path, seconds: int = 240) -> None:
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()[-3000:]
         try:
