@@ -1,4 +1,4 @@
-"""Muon on matrices in shards against itself on whole ones, run by `test_two_processes.py` on two processes."""
+"""Muon on matrices in shards and shared out against itself alone, run by `test_two_processes.py` on two processes."""
 
 import itertools
 
@@ -13,18 +13,34 @@ from open_qwen2vl.trainer.muon import MuonAdamW
 SHAPES = ((64, 48), (48, 64), (33, 64), (64, 33), (3, 8))  # not all of them divide by two; the last has a short shard
 
 
+def optimizer_of(matrices: list[nn.Parameter]) -> MuonAdamW:
+    return MuonAdamW([{"params": matrices, "weight_decay": 0.1}], [], lr=0.1, betas=(0.9, 0.999), eps=1e-8)
+
+
+def moved_matrices() -> list[nn.Parameter]:
+    """One of each shape after three steps."""
+    torch.manual_seed(0)
+    matrices = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    optimizer = optimizer_of(matrices)
+    for _ in range(3):
+        for matrix in matrices:
+            matrix.grad = torch.randn_like(matrix)
+        optimizer.step()
+    return matrices
+
+
 def main() -> None:
     """Three steps on the same gradients; not close, but the same."""
+    alone = moved_matrices()
     dist.init_process_group("gloo")
+    # Each rank computes the updates of some of them.
+    assert all(map(torch.equal, alone, moved_matrices()))
     fsdp, hsdp = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (2, 1))
     for shape, (mesh, placements) in itertools.product(SHAPES, ((fsdp, [Shard(0)]), (hsdp, [Replicate(), Shard(0)]))):
         torch.manual_seed(0)
         whole = nn.Parameter(torch.randn(shape))
         sharded = nn.Parameter(distribute_tensor(whole.detach().clone(), mesh, placements))
-        expected, found = (
-            MuonAdamW([{"params": [one], "weight_decay": 0.1}], [], lr=0.1, betas=(0.9, 0.999), eps=1e-8)
-            for one in (whole, sharded)
-        )
+        expected, found = optimizer_of([whole]), optimizer_of([sharded])
         for _ in range(3):
             whole.grad = torch.randn(shape)
             sharded.grad = distribute_tensor(whole.grad, mesh, placements)

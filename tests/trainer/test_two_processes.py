@@ -266,7 +266,7 @@ def test_muon_average_and_background_writer_on_two_processes(folder, launcher):
         assert missing_part(checkpoint) is None and missing_part(checkpoint.with_name("checkpoint-8")) is None
         assert (checkpoint / "ema").is_dir() and not (checkpoint.parent / ".saving").exists()
     one = run_here(folder, f"one_{launcher}", {"state": state | ALONE})["state"]
-    # Muon rounds to bf16, where the order of a sum may decide.
+    # The order of a sum may decide.
     assert two["state"]["losses"] == pytest.approx(one["losses"], rel=2e-3)
     assert two["state"]["evaluation"]["eval_loss"] == pytest.approx(one["evaluation"]["eval_loss"], rel=2e-3)
 

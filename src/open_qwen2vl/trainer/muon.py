@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -23,7 +24,8 @@ class MuonAdamW(torch.optim.Optimizer):
     """Muon for some parameters and fused AdamW for the others.
 
     Groups of Muon's have its options (`ns_steps` tells them apart), those of AdamW's its own. Under FSDP2 each matrix
-    is gathered, for a row says nothing of its directions; momentum and weights stay in shards.
+    is gathered, for a row says nothing of its directions; momentum and weights stay in shards. Under DDP each rank
+    computes the updates of its part of the matrices, and all have all of them.
 
     Args:
         matrices (`list[dict]`): groups of parameters of two dimensions, with `weight_decay`.
@@ -55,10 +57,8 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            if "ns_steps" in group:
-                for parameter in group["params"]:
-                    self._move_matrix(parameter, group)
+        groups = [group for group in self.param_groups if "ns_steps" in group]
+        _move_matrices([(p, group, self.state[p]) for group in groups for p in group["params"] if p.grad is not None])
         if self._adamw is not None:
             # At each step: a checkpoint, a schedule and FSDP2 put other groups and states in the place of these.
             self._adamw.param_groups = [group for group in self.param_groups if "ns_steps" not in group]
@@ -66,24 +66,54 @@ class MuonAdamW(torch.optim.Optimizer):
             self._adamw.step()
         return loss
 
-    def _move_matrix(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        """The step of `torch.optim.Muon`, with Nesterov's momentum, on `(rows, columns)` or its shard."""
-        gradient, momentum, state = parameter.grad, group["momentum"], self.state[parameter]
-        if gradient is None:
-            return
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(gradient, memory_format=torch.preserve_format)
-        state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-        update = _orthogonal(gradient.lerp(state["momentum_buffer"], momentum), group)
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(update, alpha=-_adjust_lr(group["lr"], group["adjust_lr_fn"], parameter.shape))
+
+def _move_matrices(matrices: list[tuple[nn.Parameter, dict[str, Any], dict[str, Any]]]) -> None:
+    """The step of `torch.optim.Muon` on each matrix `(rows, columns)` or its shard, with its group and its state.
+
+    Under DDP all ranks have the same matrices: each rank makes its part of them orthogonal for all.
+    """
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    updates: dict[int, torch.Tensor] = {}
+    # Large ones first, in turn: about the same work for each rank.
+    matrices = sorted(matrices, key=lambda one: -one[0].numel())
+    for place, (parameter, group, state) in enumerate(matrices):
+        update = _nesterov(parameter.grad, group["momentum"], state)
+        if ranks == 1 or isinstance(parameter, DTensor):
+            _move(parameter, group, _orthogonal(update, group))
+        elif place % ranks == dist.get_rank():
+            updates[place] = _orthogonal(update, group).contiguous()
+    if ranks == 1:
+        return
+    for place, (parameter, group, _) in enumerate(matrices):
+        if not isinstance(parameter, DTensor):
+            empty = place % ranks != dist.get_rank()
+            update = torch.empty_like(parameter, dtype=_iteration_dtype(parameter)) if empty else updates.pop(place)
+            dist.broadcast(update, place % ranks)
+            _move(parameter, group, update)
+
+
+def _move(parameter: nn.Parameter, group: dict[str, Any], update: torch.Tensor) -> None:
+    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+    parameter.add_(update, alpha=-_adjust_lr(group["lr"], group["adjust_lr_fn"], parameter.shape))
+
+
+def _nesterov(gradient: torch.Tensor, momentum: float, state: dict[str, Any]) -> torch.Tensor:
+    """Take a gradient into the momentum of `state`; returns where both lead."""
+    if "momentum_buffer" not in state:
+        state["momentum_buffer"] = torch.zeros_like(gradient, memory_format=torch.preserve_format)
+    state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+    return gradient.lerp(state["momentum_buffer"], momentum)
+
+
+def _iteration_dtype(tensor: torch.Tensor) -> torch.dtype:
+    # Few CPUs multiply in bf16: there the iteration takes 4 (AVX-512) to 18 times (AVX2) as long in it as in fp32.
+    return torch.float32 if tensor.device.type == "cpu" else torch.bfloat16
 
 
 def _orthogonal(update: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
     """The nearest matrix with singular values of about one, `(rows, columns)`, sharded as it came."""
-    # Few CPUs multiply in bf16: there the iteration takes 4 (AVX-512) to 18 times (AVX2) as long in it as in fp32.
     # Rounded before it travels: the iteration begins with that.
-    update = update.to(torch.float32 if update.device.type == "cpu" else torch.bfloat16)
+    update = update.to(_iteration_dtype(update))
     whole = update.full_tensor() if isinstance(update, DTensor) else update
     whole = newton_schulz(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
     if not isinstance(update, DTensor):
