@@ -17,7 +17,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .places import Place, identities, identity, is_remote, open_stream, upload
+from .places import Place, identities, identity, is_remote, open_stream
+from .transfers import upload
 
 _PATHS = 256  # that one process keeps
 

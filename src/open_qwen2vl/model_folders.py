@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+from .places import is_remote
+
 logger = logging.getLogger(__name__)
 
 STATE_NAME = "trainer_state.json"  # transformers' Trainer writes it last into a checkpoint
@@ -38,6 +40,8 @@ def model_folder(name: str | os.PathLike) -> str:
     Raises:
         ValueError: for a folder without a model, naming where it was looked for.
     """
+    if is_remote(str(name)):
+        raise ValueError(f"{name}: a model is a folder of this machine or a hub id: copy it here first")
     folder = Path(name)
     is_path = folder.is_absolute() or str(name).startswith(".") or len(folder.parts) > 2
     # `runs/x` might be an id of the Hub, but not to somebody who has a folder `runs`.

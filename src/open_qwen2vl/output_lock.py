@@ -72,10 +72,15 @@ def only_writer(
 
 def _lock_path(output: str | Place, is_file: bool) -> Path:
     if is_remote(output):
-        digest = hashlib.sha256(str(output).rstrip("/").encode()).hexdigest()[:32]
-        return Path(tempfile.gettempdir(), f"open-qwen2vl-locks-{os.getuid()}", digest + LOCK_NAME)
+        return local_state(output) / LOCK_NAME
     output = Path(output)
     return output.with_name(f".{output.name}{LOCK_NAME}") if is_file else output / LOCK_NAME
+
+
+def local_state(output: str | Place) -> Path:
+    """The folder on this machine for what a bucket cannot hold of an output: its lock, or a file that grows."""
+    digest = hashlib.sha256(str(output).rstrip("/").encode()).hexdigest()[:32]
+    return Path(tempfile.gettempdir(), f"open-qwen2vl-{os.getuid()}", digest)
 
 
 def _wait_for(path: Path, what: str, patience: float, rank: int, length: int) -> BinaryIO:

@@ -8,9 +8,10 @@ import base64
 import hashlib
 import html
 from collections.abc import Iterable
-from pathlib import Path
 
 from .files import remove_temporaries, renamed_when_whole
+from .places import Place
+from .transfers import make_folder
 
 escape = html.escape
 
@@ -102,9 +103,9 @@ def rows(pairs: Iterable[tuple[object, object]]) -> str:
     return "".join(f"<tr><td>{escape(str(name))}</td><td>{escape(str(value))}</td></tr>" for name, value in pairs)
 
 
-def write_page(path: Path, text: str) -> None:
+def write_page(path: Place, text: str) -> None:
     """Write a page as a whole; what a killed run left of it is removed, and its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     remove_temporaries([path])
     with renamed_when_whole(path) as temporary:
         # Text from data may hold half of a surrogate pair, which UTF-8 cannot.

@@ -16,8 +16,6 @@ import functools
 import io
 import os
 import re
-import shutil
-import tempfile
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -36,6 +34,7 @@ else:
     Place = Any
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_COMMIT = re.compile("@[0-9a-f]{40}(/|$)")
 _SETTINGS = {"use_listings_cache": False}
 _ETAGS = ("ETag", "etag", "blob_id", "md5Hash", "generation", "created", "LastModified", "mtime")
 _BLOCK = 8 << 20  # bytes of a request where a file is read from its beginning to its end
@@ -63,7 +62,7 @@ def place(path: "str | os.PathLike | Place") -> Place:
     try:
         from upath import UPath
 
-        _filesystem(text)  # its library is imported
+        filesystem(text)  # its library is imported
         return UPath(text, **_SETTINGS)
     except (ImportError, ValueError) as error:
         raise ValueError(f"{shown}: {' '.join(str(error).split())}") from None
@@ -75,18 +74,18 @@ def files_at(path: "str | Place", pattern: str) -> list[Place]:
         found = place(path)
         if is_remote(found) and "*" in str(found):
             scheme = _URL.match(str(found))[0]
-            names = map(str, _filesystem(str(found)).glob(str(found)))
+            names = map(str, filesystem(str(found)).glob(str(found)))
             return [place(name if is_remote(name) else scheme + name.removeprefix("/")) for name in names]
         return sorted(found.glob(pattern)) if found.is_dir() else [found]
 
 
-def list_tree(folder: str) -> list[tuple[str, int]]:
-    """The files below a remote folder, as paths in it, and their sizes in bytes; sorted."""
+def list_tree(folder: str) -> list[tuple[str, dict[str, Any]]]:
+    """The files below a remote folder, as paths in it, sorted, and the [`identity`] of each."""
     with remote_errors_named(folder):
-        fs = _filesystem(folder)
+        fs = filesystem(folder)
         start = len(fs._strip_protocol(folder)) + 1
         found = fs.find(folder, detail=True)
-    return [(name[start:], int(info["size"])) for name, info in sorted(found.items())]
+    return [(name[start:], _identity(name, info)) for name, info in sorted(found.items())]
 
 
 def absolute(path: "Place") -> Place:
@@ -119,7 +118,7 @@ class RemoteFile:
 
     def __init__(self, url: str, whole: bool = False):
         self.name = url
-        self._fs, self._whole = _filesystem(url), whole
+        self._fs, self._whole = filesystem(url), whole
         self._path = self._fs._strip_protocol(url)
         self._blocks: dict[int, bytes] = {}  # the last two, by their numbers: threads read a little out of order
         self._lock = threading.Lock()
@@ -227,6 +226,7 @@ def arrow_source(path: "str | Place") -> "str | Place | pa.PythonFile":
 def identity(path: "str | Place") -> dict[str, Any]:
     """`size` in bytes of a file and its `mtime_ns`, or `etag` where it is remote; a `FileNotFoundError`."""
     if is_remote(path):
+        _forget_listings(str(path))
         return _identity(str(path), _info(str(path)))
     stat = os.stat(path)
     return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
@@ -240,20 +240,27 @@ def identities(paths: "Sequence[str | Place]") -> list[dict[str, Any] | None]:
     listed: dict[str, dict[str, Any]] = {}
     for folder, count in folders.items():
         if count > 1:
-            fs = _filesystem(folder)
+            fs = filesystem(folder)
+            _forget_listings(folder)
             with contextlib.suppress(FileNotFoundError), remote_errors_named(folder):
                 listed |= {info["name"]: info for info in fs.ls(folder, detail=True)}
     found: list[dict[str, Any] | None] = []
     for path in paths:
         try:
             if folders[_folder(path)] > 1:
-                name = _filesystem(str(path))._strip_protocol(str(path))
+                name = filesystem(str(path))._strip_protocol(str(path))
                 found.append(_identity(str(path), listed[name]) if name in listed else None)
             else:
                 found.append(identity(path))
         except FileNotFoundError:
             found.append(None)
     return found
+
+
+def _forget_listings(url: str) -> None:
+    """The Hub's library keeps them whatever it is told; of a commit they hold for ever."""
+    if not _COMMIT.search(url):
+        filesystem(url).invalidate_cache()
 
 
 def _folder(path: "str | Place") -> str:
@@ -271,45 +278,17 @@ def _identity(url: str, info: dict[str, Any]) -> dict[str, Any]:
 
 def _info(url: str) -> dict[str, Any]:
     with remote_errors_named(url):
-        info = _filesystem(url).info(url)
+        info = filesystem(url).info(url)
     if info["type"] != "file":
         raise IsADirectoryError(errno.EISDIR, "a folder, not a file", url)
     return info
 
 
-def _filesystem(url: str) -> "AbstractFileSystem":
+def filesystem(url: str) -> "AbstractFileSystem":
     """The library of a URL, one for each process: what a fork inherits cannot be used."""
     import fsspec
 
     return fsspec.filesystem(_URL.match(url)[1], **_SETTINGS)
-
-
-def upload(source: Path, target: "Place") -> None:
-    """Copy a whole file to a bucket, where it is not seen before its last byte is there."""
-    with remote_errors_named(target):
-        _filesystem(str(target)).put_file(str(source), str(target))
-
-
-def remove_tree(folder: "Place") -> None:
-    """Remove a folder with all that is in it, if it is there."""
-    if not is_remote(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-        return
-    with remote_errors_named(folder), contextlib.suppress(FileNotFoundError):
-        _filesystem(str(folder)).rm(str(folder), recursive=True)
-
-
-@contextlib.contextmanager
-def local_copy(path: "str | Place") -> Iterator[Path]:
-    """A file as one of this machine: itself, or a copy that is gone at the end of the block (what is mapped stays)."""
-    if not is_remote(path):
-        yield Path(path)
-        return
-    with tempfile.TemporaryDirectory(prefix="open-qwen2vl-") as folder:
-        copy = Path(folder) / place(path).name
-        with remote_errors_named(path):
-            _filesystem(str(path)).get_file(str(path), str(copy))
-        yield copy
 
 
 @contextlib.contextmanager

@@ -7,12 +7,11 @@ SUMMARY = "score a model on benchmarks with lmms-eval"
 
 def run(options: OPTIONS) -> None:
     """Evaluate, and print the table."""
-    from pathlib import Path
-
     from accelerate import PartialState
 
     from ..evaluation.evaluate import evaluate
     from ..evaluation.few_shot import FewShot
+    from ..places import place
 
     shared = {
         "batch_size": options.batch_size,
@@ -43,5 +42,5 @@ def run(options: OPTIONS) -> None:
             **shared,
         )
     if PartialState().is_main_process:
-        print((Path(options.output) / "table.md").read_text(encoding="utf-8"), end="")
+        print((place(options.output) / "table.md").read_text(encoding="utf-8"), end="")
         print(f"\n{options.output}/results.json")

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,13 +19,15 @@ from ..data.scoring.scoring import write_tar_scores
 from ..data.storage.tars import find_tars, index_shard
 from ..files import describe_shard
 from ..output_lock import only_writer
+from ..places import is_remote, place
 from ..processing.images import decode_image, to_rgb
 from ..processing.sample_error import SampleError
+from ..transfers import local_copy
 from .attacks import clean_alarms, self_test
 from .index import DECODED_SIZE, PLAIN, ContaminationIndex, Match, build_index
 from .options import DecontaminateOptions
 from .report import DecontaminationReport, count_found, write_report
-from .sets import EvaluationSet, find_sets, read_set
+from .sets import EvaluationSet, fetch_sets, find_sets, read_set
 
 NAME = "contaminated"
 _LABELS = [f"{NAME}.image", f"{NAME}.text"]
@@ -52,19 +55,23 @@ def decontaminate(options: DecontaminateOptions) -> DecontaminationReport:
         ValueError: for a set of no known form, or scores that were made against other sets.
         OSError: if a file cannot be read or written.
     """
-    folder = Path(options.output) / NAME
+    folder = place(options.output) / NAME
+    if is_remote(folder) and options.engine == "ray":
+        raise ValueError(f"--engine ray: the index of the sets is a mapped file, which {options.output} cannot hold")
     tasks = shard_tasks(find_tars(options.pool), folder)
-    sets = find_sets(options.against)
-    with only_writer(folder):
-        made = build_index(folder / "against", sets)
+    with only_writer(folder), tempfile.TemporaryDirectory(prefix="open-qwen2vl-") as scratch:
+        sets = fetch_sets(find_sets(options.against), Path(scratch))
+        # What is mapped lies on this machine: a remote output has no index, each run makes it.
+        against = (Path(scratch) / ".index" if is_remote(folder) else folder) / "against"
+        made = build_index(against, sets)
         recipe = {"scorer": "decontaminate", "name": NAME, "options": {"against": made["sets"]}}
         check_finished(tasks, recipe)
-        index = ContaminationIndex(folder / "against")
+        index = ContaminationIndex(against)
         samples = _sample_pictures(index, sets, options.self_test)
         attacks, alarms = self_test(index, samples), clean_alarms(index, samples)
         step = run_tasks(
             tasks,
-            functools.partial(PoolChecker, folder / "against", recipe),
+            functools.partial(PoolChecker, against, recipe),
             engine=options.engine,
             num_workers=options.num_workers,
             description="looking for evaluation samples",
@@ -108,8 +115,9 @@ class PoolChecker:
 
     def __call__(self, task: ShardTask) -> Outcome:
         """Compare the samples of a tar."""
-        index = index_shard(task.source)
-        samples = list(read_pairs(task.source, index.samples, self._look))
+        with local_copy(task.source) as tar:  # all of it is read
+            index = index_shard(tar)
+            samples = list(read_pairs(tar, index.samples, self._look))
         keys, uids, looked, reasons = zip(*samples, strict=True) if samples else ((),) * 4
         values = np.full((len(samples), 2), np.nan)
         details: list[list[str | None]] = [[], []]

@@ -4,7 +4,6 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -13,6 +12,7 @@ from .. import pages
 from ..data.engine.engine import StepReport
 from ..files import write_json
 from ..pages import escape, write_page
+from ..places import Place, arrow_source
 from .attacks import AttackCounts
 from .index import LIMITS
 
@@ -62,11 +62,13 @@ class DecontaminationReport:
         return f": {'; '.join(shown)}" if shown else ""
 
 
-def count_found(files: Sequence[Path]) -> dict[str, dict[str, int]]:
+def count_found(files: Sequence[Place]) -> dict[str, dict[str, int]]:
     """Samples by set whose picture or text is that of an evaluation set, from score files."""
     counts: Counter[tuple[str, str]] = Counter()
     for file in files:
-        table = pq.read_table(file, columns=["scorer", "value", "detail"], filters=[("detail", "!=", "")])
+        table = pq.read_table(
+            arrow_source(file), columns=["scorer", "value", "detail"], filters=[("detail", "!=", "")]
+        )
         for row in table.to_pylist():
             part = row["scorer"].rpartition(".")[2]
             if (row["value"] or 0) >= LIMITS[part]:
@@ -75,7 +77,7 @@ def count_found(files: Sequence[Path]) -> dict[str, dict[str, int]]:
     return {name: {part: counts[name, part] for part in LIMITS} for name in names}
 
 
-def write_report(folder: Path, report: DecontaminationReport) -> None:
+def write_report(folder: Place, report: DecontaminationReport) -> None:
     """Write `report.json` and `report.html`; of the step only what a rerun would count as well."""
     content = dataclasses.asdict(report)
     del content["step"]

@@ -1,6 +1,7 @@
 """Evaluation sets, as pictures and texts: a folder, tables, a tar, or a task of lmms-eval."""
 
 import glob
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,8 +14,9 @@ from ..data.storage.tables import Columns, RowTable, column_types, find_tables
 from ..data.storage.tars import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, has_dotted_key, index_shard, read_member
 from ..evaluation.harness import load_tasks, make_task_manager, root_cause
 from ..files import describe_shard
-from ..places import open_file
+from ..places import Place, identity, is_remote, list_tree, open_file, place, remote_errors_named
 from ..processing.sample_error import SampleError
+from ..transfers import fetch_file, fetch_tree
 
 QUESTIONS = ("question", "query", "prompt", "problem", "caption", "text")
 ANSWERS = ("answer", "answers")
@@ -26,8 +28,9 @@ class EvaluationSet(NamedTuple):
     """A set as it was given."""
 
     name: str  # in reports and reasons
-    files: tuple[Path, ...]  # folders, tars, tables and pictures; none of a task
+    files: tuple[Place, ...]  # folders, tars, tables and pictures; none of a task
     task: str | None  # of lmms-eval
+    told: dict[str, Any] | None = None  # of a remote set, of which `files` are copies: its own description
 
 
 class Entry(NamedTuple):
@@ -43,11 +46,16 @@ def find_sets(against: Iterable[str]) -> list[EvaluationSet]:
     sets = []
     for given in against:
         name, separator, path = given.partition("=")
-        if not separator or Path(given).exists():
+        if is_remote(given):
+            name, path = place(given.rstrip("/")).stem, given
+        elif not separator or Path(given).exists():
             name = Path(os.path.abspath(given)).stem if Path(given).exists() else given.split("*")[0]
             path = given
         if not name or not path or "," in name:
             raise ValueError(f"--against {given}: give the set a name without a comma and a path, as NAME=PATH")
+        if is_remote(path):
+            sets.append(EvaluationSet(name, (place(path),), None))
+            continue
         files = tuple(map(Path, sorted(glob.glob(path)))) if "*" in path else (Path(path),)
         if not files or not files[0].exists():
             if "/" in path or "." in path or "*" in path:
@@ -61,10 +69,40 @@ def find_sets(against: Iterable[str]) -> list[EvaluationSet]:
     return sets
 
 
+def fetch_sets(sets: Iterable[EvaluationSet], folder: Path) -> list[EvaluationSet]:
+    """The sets with remote ones copied into a folder: they are small, and read three times."""
+    fetched = []
+    for each in sets:
+        if not each.files or not is_remote(each.files[0]):
+            fetched.append(each)
+            continue
+        (source,) = each.files
+        with remote_errors_named(source):
+            is_folder = source.is_dir()
+        found = list_tree(str(source)) if is_folder else [(source.name, identity(source))]
+        target = folder / each.name
+        target.mkdir()
+        if is_folder:
+            fetch_tree(source, target)
+        else:
+            fetch_file(source, target / source.name)
+        etags = hashlib.sha256("".join(sorted(known["etag"] for _, known in found)).encode()).hexdigest()
+        told = {
+            "name": each.name,
+            "files": len(found),
+            "bytes": sum(known["size"] for _, known in found),
+            "etags": etags,
+        }
+        fetched.append(EvaluationSet(each.name, (target if is_folder else target / source.name,), None, told))
+    return fetched
+
+
 def describe_set(each: EvaluationSet, folder: Path) -> dict[str, Any]:
     """What a rerun compares of a set: its files with their sizes, or the task."""
     if each.task is not None:
         return {"name": each.name, "task": each.task}
+    if each.told is not None:
+        return each.told
     described = [describe_shard(file, folder) for file, _ in _listed_files(each)]
     size, newest = (sum(one["size"] for one in described), max((one["mtime_ns"] for one in described), default=0))
     return {"name": each.name, "files": len(described), "bytes": size, "newest_ns": newest}

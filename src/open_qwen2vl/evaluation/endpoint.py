@@ -10,7 +10,6 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -20,10 +19,11 @@ from tqdm import tqdm
 
 from ..endpoint import AnswerError, Endpoint, image_part
 from ..output_lock import only_writer
+from ..places import Place, place
 from ..processing.images import to_rgb
 from .evaluate import find_tasks
 from .generation import cut_at, generation_options
-from .journal import Journal, request_key
+from .journal import Journal, journal_folder, request_key
 from .lmms_model import count_repeats, generation_kwargs, request_messages
 from .prompts import Prompt, content_parts, message_images
 from .runs import run_targets
@@ -184,17 +184,17 @@ def evaluate_endpoint(
     with only_writer(output, "evaluating to"):
         lm = EndpointModel(endpoint, model, batch_size, max_new_tokens)
         name = lm.endpoint.model
-        _refuse_other_model(Path(output), endpoint, name)
-        lm.journal = Journal(Path(output) / "journal")
+        _refuse_other_model(place(output), endpoint, name)
+        lm.journal = Journal(journal_folder(output))
         identity = {"name": name.rstrip("/").rpartition("/")[2] or name, "path": name, "endpoint": endpoint}
         identity |= {"revision": None, "fingerprint": None}
         options = {"batch_size": batch_size, "limit": limit, "max_new_tokens": max_new_tokens, "judge": judge}
         options |= {"image_seq_length": None, "dtype": None, "device": None}
         with contextlib.closing(lm.journal):
-            return run_targets(lm, targets, Path(output), manager, identity, options)
+            return run_targets(lm, targets, place(output), manager, identity, options)
 
 
-def _refuse_other_model(output: Path, endpoint: str, name: str) -> None:
+def _refuse_other_model(output: Place, endpoint: str, name: str) -> None:
     path = output / "results.json"
     before = json.loads(path.read_text(encoding="utf-8"))["model"] if path.exists() else None
     if before is not None and (before.get("endpoint"), before["path"]) != (endpoint, name):

@@ -20,10 +20,11 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..output_lock import only_writer
+from ..places import Place, place
 from .benchmarks import BENCHMARKS
 from .few_shot import PAPER_SCORES, FewShot, few_shot_target
 from .harness import Target, find_target, make_task_manager, require_judge_key
-from .journal import Journal, model_fingerprint
+from .journal import Journal, journal_folder, model_fingerprint
 from .runs import run_targets
 
 
@@ -77,15 +78,15 @@ def evaluate(
         loaded, processor = load_model(model, device)
         options = {"batch_size": batch_size, "limit": limit, "max_new_tokens": max_new_tokens, "judge": judge}
         options |= _model_options(loaded, processor, image_seq_length)
-        _refuse_other_budget(Path(output), options["image_seq_length"])
+        _refuse_other_budget(place(output), options["image_seq_length"])
         lm = _make_lmms(loaded, processor, rules, few_shot, batch_size, image_seq_length, max_new_tokens)
         lm.fingerprint = model_fingerprint(loaded, processor)
-        lm.journal = Journal(Path(output) / "journal", state.process_index)
+        lm.journal = Journal(journal_folder(output), state.process_index)
         # No rank writes before all have read.
         state.wait_for_everyone()
         identity = _identity(model, loaded, lm.fingerprint)
         with contextlib.closing(lm.journal):
-            return run_targets(lm, targets, Path(output), manager, identity, options, rules=rules, few_shot=few_shot)
+            return run_targets(lm, targets, place(output), manager, identity, options, rules=rules, few_shot=few_shot)
 
 
 def evaluate_loaded(
@@ -131,7 +132,7 @@ def evaluate_loaded(
     options |= _model_options(model, processor, image_seq_length)
     identity = _identity(model.name_or_path, model, None)
     identity["name"] = name or identity["name"]
-    folder = None if output is None else Path(output)
+    folder = None if output is None else place(output)
     with _left_as_it_was(model):
         return run_targets(lm, targets, folder, manager, identity, options, rules=rules, few_shot=few_shot)
 
@@ -205,7 +206,7 @@ def _model_options(model: PreTrainedModel, processor: ProcessorMixin, image_seq_
     }
 
 
-def _refuse_other_budget(output: Path, budget: int | None) -> None:
+def _refuse_other_budget(output: Place, budget: int | None) -> None:
     """Results with another number of tokens an image are others, and would be replaced."""
     path = output / "results.json"
     before = json.loads(path.read_text(encoding="utf-8"))["options"]["image_seq_length"] if path.exists() else budget

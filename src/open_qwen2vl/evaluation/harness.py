@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..output_lock import local_state
+from ..places import Place, is_remote
 from .benchmarks import BENCHMARKS, TASKS_FOLDER, Benchmark
 
 RULES = ("standard", "paper")
@@ -141,11 +143,11 @@ def _sources(file: Path) -> Iterator[str]:
             yield beside.read_text(encoding="utf-8")
 
 
-def run_task(task: Any, model: Any, manager: Any, limit: int | None, output: Path | None) -> dict[str, Any]:
+def run_task(task: Any, model: Any, manager: Any, limit: int | None, output: Place | None) -> dict[str, Any]:
     """Let a model answer a task and score the answers."""
     evaluator = import_harness()
     options = argparse.Namespace(
-        output_path=None if output is None else str(output),
+        output_path=None if output is None else str(local_state(output) if is_remote(output) else output),
         process_with_media=False,
         reasoning_tags=REASONING_TAGS,
         agentic_trace_mode="basic",

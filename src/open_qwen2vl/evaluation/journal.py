@@ -13,9 +13,18 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
+from ..output_lock import local_state
+from ..places import Place, is_remote
 from ..processing.text_formats import tokenizer_fingerprint
 
 PASSING_SETTINGS = {"transformers_version", "_name_or_path", "_commit_hash", "auto_map", "architectures", "dtype"}
+
+
+def journal_folder(output: str | Place) -> Path:
+    """Where the answers of an evaluation lie: in its output, or on this machine, for lines are added to a file."""
+    if not is_remote(output):
+        return Path(output) / "journal"
+    return local_state(output) / "journal"
 
 
 class Journal:

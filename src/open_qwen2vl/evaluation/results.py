@@ -10,7 +10,6 @@ import math
 import platform
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
@@ -20,6 +19,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from ..files import renamed_when_whole, write_text
+from ..places import Place
+from ..transfers import make_folder
 from .benchmarks import category_of, sample_scores
 from .harness import Target
 from .intervals import confidence_interval
@@ -178,9 +179,9 @@ class TaskResult:
         return [visual for visual in self.task.doc_to_visual(doc) or [] if isinstance(visual, Image.Image)]
 
 
-def write_samples(results: Sequence[TaskResult], path: Path) -> None:
+def write_samples(results: Sequence[TaskResult], path: Place) -> None:
     """Write a row for each sample of one task, which has several results where it ran with several prompts."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with renamed_when_whole(path) as temporary, pq.ParquetWriter(temporary, SAMPLES_SCHEMA) as writer:
         for result in results:
             for rows in result.row_groups():
@@ -241,9 +242,9 @@ def versions() -> dict[str, dict[str, str]]:
     return {"harness": {"lmms-eval": version("lmms-eval")}, "versions": packages}
 
 
-def write_results(results: dict[str, Any], targets: Sequence[Target], output: Path) -> None:
+def write_results(results: dict[str, Any], targets: Sequence[Target], output: Place) -> None:
     """Write `results.json` and `table.md`."""
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     texts = {
         FILES[0]: json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         FILES[1]: comparison_table(results, targets),

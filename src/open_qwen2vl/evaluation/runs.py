@@ -6,13 +6,13 @@ A task that fails leaves the others be; every rank learns of it, so that none wa
 import logging
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from ..files import remove_temporaries
+from ..places import Place
 from .few_shot import FewShot, Run, entry_over_seeds, few_shot_runs
 from .harness import Target, load_tasks, may_ask_judge, root_cause, run_task
 from .results import FILES, FORMAT_VERSION, TaskResult, add_interval, versions, write_results, write_samples
@@ -34,7 +34,7 @@ class TasksFailed(ValueError):
 def run_targets(
     model: "lmms",
     targets: Sequence[Target],
-    output: Path | None,
+    output: Place | None,
     manager: Any,
     identity: dict[str, Any],
     options: dict[str, Any],
@@ -110,7 +110,9 @@ def _runs(loaded: list[tuple[Target, Any]], few_shot: FewShot | None, model: "lm
     return runs
 
 
-def _run_on_all(run: Run, model: "lmms", manager: Any, limit: int | None, output: Path | None) -> dict[str, Any] | str:
+def _run_on_all(
+    run: Run, model: "lmms", manager: Any, limit: int | None, output: Place | None
+) -> dict[str, Any] | str:
     """A run's entry, or why it failed: the same on all ranks."""
     results: list[TaskResult] = []
     entries = []
@@ -141,7 +143,7 @@ def _on_all(run: Run, function: Callable[[], Any]) -> Any:
 
 
 def _answer(
-    run: Run, model: "lmms", manager: Any, limit: int | None, output: Path | None, results: list[TaskResult]
+    run: Run, model: "lmms", manager: Any, limit: int | None, output: Place | None, results: list[TaskResult]
 ) -> dict[str, Any] | None:
     """Answer the task once; on rank 0 score it too, add to the results and return its entry."""
     from .lmms_model import ScoredElsewhere

@@ -19,6 +19,7 @@ from ..data.packing.packed_dataset import PackedDataset, check_files
 from ..data.packing.plan_files import read_plan
 from ..data.packing.sources import parse_sources
 from ..families import document_processor
+from ..places import place
 from ..processing.collator import PackingCollator
 
 # Of a patch of 16 x 16 pixels, the largest of the known families; what else a pack holds is small beside its pixels.
@@ -40,7 +41,7 @@ def read_packs(packs: str | list[dict[str, Any]], processor: Any) -> PackMixture
     if PartialState().is_main_process:
         try:
             for source in sources:
-                check_files(Path(source.path), read_plan(Path(source.path)))
+                check_files(place(source.path), read_plan(place(source.path)))
         except (ValueError, OSError) as error:
             outcome = [str(error)]
     broadcast_object_list(outcome)

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCardData
 from transformers import Trainer, TrainingArguments
 
 from ..files import write_text
+from ..places import place
 from .optimization import base_model
 
 LIBRARIES = ("open-qwen2vl", "torch", "transformers", "accelerate", "tokenizers", "peft", "trl", "lmms-eval")
@@ -106,7 +107,7 @@ def trainer_card(trainer: Trainer, name: str | None = None, license: str | None 
     """The text of a model card of a run as it is now; `name` is a hub id, by default the run's or its folder."""
     args, model = trainer.args, base_model(trainer.model)
     config = model.config.to_dict()
-    plans = {source.name: Path(source.path) / "plan.json" for source in getattr(trainer.train_dataset, "sources", ())}
+    plans = {source.name: place(source.path) / "plan.json" for source in getattr(trainer.train_dataset, "sources", ())}
     single = len(plans) == 1
     tables = {
         "Training data" if single else f"Training data: {source}": data_table(_read_json(path))
@@ -115,12 +116,12 @@ def trainer_card(trainer: Trainer, name: str | None = None, license: str | None 
     tables["Training"] = training_table(trainer.summary())
     tables["Hyper-parameters"] = training_hyperparameters(args)
     tables["Versions"] = library_versions()
-    place = model.config._name_or_path
-    bases = [place] if _is_hub_id(place) else base_backbones(config)
+    origin = model.config._name_or_path
+    bases = [origin] if _is_hub_id(origin) else base_backbones(config)
     name = name or trainer.hub_model_id or args.hub_model_id
     title = (name or Path(args.output_dir).resolve().name).rsplit("/", 1)[-1]
     name = name or str(Path(args.output_dir) / "model")
-    adapter = (place or "its base model") if trainer.model is not model else None
+    adapter = (origin or "its base model") if trainer.model is not model else None
     return _render(config, name, title, tables, bases, license, adapter)
 
 
@@ -275,7 +276,7 @@ def _architecture(config: dict[str, Any]) -> str:
 
 
 def _read_json(path: str | os.PathLike) -> Any:
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    return json.loads(place(path).read_text(encoding="utf-8"))
 
 
 def _table(rows: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..data.packing.mixture import PackMixture
 from ..data.packing.weights import describe_sources
+from ..places import is_remote
 from .arguments import PackedArguments
 from .checkpoints.folders import CheckpointError, newest_complete_checkpoint, save_final_model
 from .checkpoints.interruption import EXIT_CODE, FolderInUse
@@ -63,6 +64,11 @@ def run_recipe(program: str, build_trainer: Callable[[], PackedTraining], args: 
 
 def asked_checkpoint(args: PackedArguments) -> str | None:
     """The checkpoint to resume from: the one that was named, else the newest in `output_dir`, if there is any."""
+    if is_remote(args.output_dir):
+        raise ValueError(
+            f"output_dir: {args.output_dir}: a checkpoint is renamed into place, which no bucket can do: give a "
+            "folder of this machine, and copy it from there (--push_to_hub, or `aws s3 sync` and the like)"
+        )
     asked, output_dir = args.resume_from_checkpoint, Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"output_dir: {output_dir} is a file")

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -10,18 +11,24 @@ import datasets
 import pytest
 from PIL import Image
 
-from open_qwen2vl import PackedDataset
+from open_qwen2vl.data.packing.plan_files import read_plan
 from open_qwen2vl.data.storage import hub_files
 from tests.hub_server import Repo, hub_server
 
 # Clients read their environment when huggingface_hub is imported: the command runs in a process with the Hub's.
 CLIENT = """
-import contextlib, io, json, sys
+import contextlib, io, json, os, sys
+from open_qwen2vl import OpenQwen2VLProcessor, PackedDataset
 from open_qwen2vl.cli import main
-results = []
+results, processor = [], OpenQwen2VLProcessor.from_pretrained(sys.argv[2])
 for arguments in json.loads(sys.argv[1]):
+    output, images = arguments[arguments.index("--output") + 1], None
     with contextlib.redirect_stderr(io.StringIO()) as errors:
-        results.append((main(arguments), errors.getvalue()))
+        code = main(arguments)
+    if not code:
+        dataset = PackedDataset(output, processor)
+        images = sum(len(dataset[i]["pixel_values"]) for i in range(len(dataset)))
+    results.append((code, errors.getvalue(), images))
 print(json.dumps(results))
 """
 
@@ -34,7 +41,7 @@ def parquet(text: str) -> bytes:
     return buffer.getvalue()
 
 
-def test_pack_downloads_what_a_plan_needs(tmp_path, backbones, processor, make_tar, sample):
+def test_pack_and_training_read_the_hub_where_it_is(tmp_path, backbones, processor, make_tar, sample):
     tar = make_tar(tmp_path / "a.tar", [member for i in range(4) for member in sample(f"{i:04d}")]).read_bytes()
     files = {
         "README.md": b"# Captions",
@@ -64,21 +71,21 @@ def test_pack_downloads_what_a_plan_needs(tmp_path, backbones, processor, make_t
             repo = Repo(f"tester/{name}", f"{hub.url}/datasets/tester/{name}", content)
             hub.repos["datasets", f"tester/{name}"] = repo
         environment = {**os.environ, **hub.environment(tmp_path / "home")}
-        command = [sys.executable, "-c", CLIENT, json.dumps(arguments)]
+        processor.save_pretrained(tmp_path / "processor")
+        command = [sys.executable, "-c", CLIENT, json.dumps(arguments), str(tmp_path / "processor")]
         process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stderr
     results = json.loads(process.stdout.splitlines()[-1])
-    for (name, (_, documents)), (code, stderr) in zip(cases.items(), results, strict=False):
-        assert code == 0, stderr
-        dataset = PackedDataset(tmp_path / name, processor)  # the files are read from the cache, the Hub is gone
-        assert sum(len(dataset[i]["pixel_values"]) for i in range(len(dataset))) == documents
-    for (uri, message), (code, stderr) in zip(errors.items(), results[len(cases) :], strict=True):
+    for (name, (_, documents)), (code, stderr, images) in zip(cases.items(), results, strict=False):
+        assert (code, images) == (0, documents), stderr
+        shards = read_plan(tmp_path / name)["shards"]
+        assert all(re.match("hf://datasets/tester/[a-z]+@[0-9a-f]{40}/", shard["path"]) for shard in shards)
+    for (uri, message), (code, stderr, _) in zip(errors.items(), results[len(cases) :], strict=True):
         assert code == 2 and message in stderr, (uri, stderr)
         assert len(stderr.splitlines()) == 1
-    downloaded = {path.name for path in (tmp_path / "home").rglob("*") if path.is_symlink()}
-    assert downloaded == {"b.tar", *(os.path.basename(name) for name in files if name.endswith("parquet"))}
+    assert not [path for path in (tmp_path / "home").rglob("*") if path.suffix in (".tar", ".parquet")]
 
 
 def test_offline_is_one_clear_error(tmp_path, backbones, monkeypatch):
     with pytest.raises(ValueError, match="hf://datasets/a/b: .*offline"):
-        hub_files.download_files("hf://datasets/a/b")
+        hub_files.find_files("hf://datasets/a/b")

@@ -7,6 +7,7 @@ A record that cannot be used is left out by the name of a reason, with its key; 
 is left out when it is read.
 """
 
+import contextlib
 import os
 from collections.abc import Iterator
 from functools import lru_cache
@@ -18,16 +19,18 @@ import torch
 
 from ...families.interface import DocumentProcessor
 from ...files import ShardPaths, shard_path
-from ...places import Place
+from ...places import Place, is_remote, place
 from ...processing.media_records import Video
 from ...processing.sample_error import SampleError
+from ...transfers import local_copy
 from ..engine.engine import collection_paused
 from ..storage.image_sizes import upright_size
+from ..storage.tar_index import index_path
 from ..storage.tars import sample_uid
 from .forms import Piece, make_form, video_extensions
 from .items import Document, ReadDocument, Shareable, finish_document
 from .record_images import PlannedImage, RecordImages, image_name
-from .records import Found, RecordReader, ShardRecords
+from .records import TAR, Found, RecordReader, ShardRecords
 from .shared_pictures import picture_of
 
 CHUNK = 1024  # records whose texts are tokenised at once
@@ -68,8 +71,9 @@ def plan_group(group: Group, documents: DocumentProcessor) -> GroupDocuments:
     """Plan a group; each piece of a record is either a document or named with a reason."""
     planned = GroupDocuments([], [], 0, 0)
     for number, shard in zip(group.shards, group.settings["shards"], strict=True):
-        planner = _Planner(group, number, shard, documents)
-        planner.run()
+        with _at_hand(shard_path(group.folder, shard)) as path:
+            planner = _Planner(group, number, shard, documents, path)
+            planner.run()
         planned = GroupDocuments(
             planned.documents + planner.documents,
             planned.skipped + planner.skipped,
@@ -77,6 +81,16 @@ def plan_group(group: Group, documents: DocumentProcessor) -> GroupDocuments:
             planned.broken_videos + planner.broken_videos,
         )
     return planned
+
+
+@contextlib.contextmanager
+def _at_hand(path: str) -> Iterator[str]:
+    """A file, or of a remote tar without an index a copy: its headers and texts lie all over it."""
+    if path.endswith(TAR) and is_remote(path) and not index_path(place(path)).exists():
+        with local_copy(path) as copy:
+            yield str(copy)
+    else:
+        yield path
 
 
 class _Content(NamedTuple):
@@ -93,8 +107,8 @@ class _Content(NamedTuple):
 class _Planner:
     """Plans the records of one file, or of a part of it."""
 
-    def __init__(self, group: Group, number: int, shard: dict[str, Any], family: DocumentProcessor):
-        settings, path = group.settings, shard_path(group.folder, shard)
+    def __init__(self, group: Group, number: int, shard: dict[str, Any], family: DocumentProcessor, path: str):
+        settings = group.settings
         self._settings, self._number, self._family = settings, number, family
         self._file, self._name = shard["path"], os.path.basename(path)
         self._form, self._shares = make_form(settings, family), settings.get("share_images", False)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from ...places import Place, open_file, place, remote_errors_named
 from ...processing.sample_error import SampleError
 from ..storage.csv_records import csv_header, cut_csv
-from ..storage.hub_files import SCHEME, download_files
+from ..storage.hub_files import SCHEME, find_files
 from ..storage.json_records import cut_records, read_record, record_spans
 from ..storage.tables import TEXT_COLUMNS, column_names, column_types, cut_rows, find_tables
 from ..storage.tars import find_shards, list_files, read_member, split_member_name
@@ -60,8 +60,8 @@ def find_sources(paths: Iterable[str | Place]) -> list[Place]:
 
     Args:
         paths (`Iterable[str | Place]`): files, folders that stand for their `*.tar`, for a data set saved by
-            `Dataset.save_to_disk`, for their `*.parquet`, or for their `*.jsonl`; and `hf://datasets/...`, which is
-            downloaded.
+            `Dataset.save_to_disk`, for their `*.parquet`, or for their `*.jsonl`; and `hf://datasets/...`, of
+            the newest commit.
 
     Returns:
         `list[Place]`: the files in the order given.
@@ -73,7 +73,7 @@ def find_sources(paths: Iterable[str | Place]) -> list[Place]:
     found: list[Place] = []
     for path in paths:
         if str(path).startswith(SCHEME):
-            found += download_files(str(path))
+            found += find_files(str(path))
             continue
         with remote_errors_named(path):
             path, others = place(path), []

@@ -9,6 +9,7 @@ calls `make_worker` once (it may load a model) and then its result on one task a
 """
 
 import contextlib
+import errno
 import gc
 import logging
 import multiprocessing
@@ -21,12 +22,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from ...files import remove_temporaries
+from ...places import Place, identities
 from ..storage.tars import TAR_DAMAGE
 from .ray_engine import work_on_ray
 from .worker import LazyWorker, Task
@@ -40,8 +41,8 @@ LOGGED_SKIPS = 3  # of each reason, and each damaged tar
 class ShardTask(NamedTuple):
     """One shard's part of a step."""
 
-    source: Path  # what it is made from, usually a tar; its size is the measure of the work
-    output: Path  # the file that is there when the task is done
+    source: Place  # what it is made from, usually a tar; its size is the measure of the work
+    output: Place  # the file that is there when the task is done
 
 
 class Outcome(NamedTuple):
@@ -102,7 +103,7 @@ def run_tasks(
     mine = tasks[rank::ranks]  # by position and not by what is missing, which changes while the other ranks work
     missing = [task for task in mine if not is_done(task)]
     remove_temporaries(task.output for task in missing)
-    sizes = {task: os.path.getsize(task.source) for task in missing}
+    sizes = dict(zip(missing, _sizes([task.source for task in missing]), strict=True))
     report = StepReport(done_before=len(mine) - len(missing))
     outcomes = work_through(missing, make_worker, engine=engine, num_workers=num_workers, num_gpus=num_gpus)
     sized = ((sizes[task], outcome) for task, outcome in outcomes)
@@ -111,6 +112,14 @@ def run_tasks(
         report.skipped.update(outcome.skipped)
         report.shards += 1
     return report
+
+
+def _sizes(sources: Sequence[Place]) -> list[int]:
+    found = identities(sources)
+    for source, known in zip(sources, found, strict=True):
+        if known is None:
+            raise FileNotFoundError(errno.ENOENT, "no such file", str(source))
+    return [known["size"] for known in found]
 
 
 def process_rank() -> tuple[int, int]:

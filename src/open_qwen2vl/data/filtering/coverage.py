@@ -8,10 +8,9 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-from ...places import open_file
+from ...places import Place, open_file
 from ...processing.sample_error import SampleError
 from ..storage.tars import index_shard, read_member
 from .decisions import Selection
@@ -46,7 +45,7 @@ class Coverage(NamedTuple):
     lost: list[tuple[str, int]]
 
 
-def measure_coverage(selection: Selection, tars: Sequence[Path] | None) -> Coverage | None:
+def measure_coverage(selection: Selection, tars: Sequence[Place] | None) -> Coverage | None:
     """Count, on the table `keyed`; `None` where no tar of captions is at hand. `tars` as for the examples."""
     files: dict[str, list[int]] = {}
     for number, path in enumerate(selection.scores.files):
@@ -93,7 +92,7 @@ def _by_count(row: tuple[str, int]) -> tuple[int, str]:
     return -row[1], row[0]
 
 
-def _captions(selection: Selection, files: list[int], tar: Path) -> Iterator[tuple[str, bool]]:
+def _captions(selection: Selection, files: list[int], tar: Place) -> Iterator[tuple[str, bool]]:
     """Captions of the pairs of a tar, and whether each pair stays."""
     rows = selection.connection.execute(
         "SELECT key, step = $kept FROM keyed WHERE key IS NOT NULL AND row_id // $factor IN (SELECT unnest($files))",

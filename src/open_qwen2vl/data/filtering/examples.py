@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 
 from ...files import shard_path
-from ...places import open_file
+from ...places import Place, open_file, place
 from ...processing.images import decode_image
 from ...processing.sample_error import SampleError
 from ..scoring.score_files import read_score_metadata
@@ -42,7 +42,7 @@ class Example(NamedTuple):
     twin: Content | None  # of a duplicate, the pair that was kept in place of it
 
 
-def find_examples(selection: Selection, tars: Sequence[Path] | None) -> list[Example]:
+def find_examples(selection: Selection, tars: Sequence[Place] | None) -> list[Example]:
     """Pick pairs to look at, the same ones in every run, and read them from their tars."""
     dropped = max(1, EXAMPLES // (selection.kept + (selection.deduplicate is not None)))
     rows = []
@@ -108,7 +108,7 @@ def _sample_of(selection: Selection, row_id: int) -> tuple[Path, str | None]:
 
 
 def read_contents(
-    samples: Iterable[tuple[Path, str | None]], tars: Sequence[Path] | None = None
+    samples: Iterable[tuple[Path, str | None]], tars: Sequence[Place] | None = None
 ) -> dict[tuple[Path, str | None], Content]:
     """What there is of each sample, by its score file and key; every tar is indexed once."""
     by_name = None if tars is None else {tar.stem: tar for tar in tars}
@@ -125,14 +125,14 @@ def read_contents(
     return contents
 
 
-def tar_of(score_file: Path) -> Path | None:
+def tar_of(score_file: Path) -> Place | None:
     """The tar that a score file names, if it is still there."""
     source = read_score_metadata(score_file).get("recipe", {}).get("source")
-    tar = Path(shard_path(score_file.parent, source)) if source else None
+    tar = place(shard_path(score_file.parent, source)) if source else None
     return tar if tar is not None and tar.suffix == ".tar" and tar.is_file() else None
 
 
-def _read(tar: Path, sample: Sample) -> Content:
+def _read(tar: Place, sample: Sample) -> Content:
     caption = ""
     try:
         extension = next((ext for ext in IMAGE_EXTENSIONS if ext in sample.members), None)

@@ -1,10 +1,10 @@
 """Options of the step `filter`."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from ...options import option
+from ...places import Place, place
 
 MAX_DISTANCE = 8  # bits in which the hashes of near duplicates may differ
 
@@ -76,17 +76,17 @@ class FilterOptions:
             raise ValueError(f"--deduplicate {self.deduplicate}: there are exact, near and semantic")
         if not 0 <= self.near_distance <= MAX_DISTANCE:
             raise ValueError(f"--near-distance must be from 0 to {MAX_DISTANCE} of 64 bits, got {self.near_distance}")
-        if Path(self.output).suffix != ".npy":
+        if place(self.output).suffix != ".npy":
             raise ValueError(f"--output {self.output}: a file of uids is called .npy")
         for path in self.scores:
             # A rerun would take the report's parquet for scores.
-            if Path(path).resolve() in (self.report_folder.resolve(), *self.report_folder.resolve().parents):
+            if place(path).resolve() in (self.report_folder.resolve(), *self.report_folder.resolve().parents):
                 raise ValueError(
                     f"{self.report_folder}: the report would lie among the scores in {path}; choose another --report"
                 )
 
     @property
-    def report_folder(self) -> Path:
+    def report_folder(self) -> Place:
         """Where the report goes."""
-        output = Path(self.output)
-        return output.with_name(f"{output.stem}_report") if self.report is None else Path(self.report)
+        output = place(self.output)
+        return output.with_name(f"{output.stem}_report") if self.report is None else place(self.report)

@@ -8,6 +8,9 @@ All tables lie in `OUTPUT.work`, which is removed at the end. `decided.step` is 
 pair fails; one behind the last step means kept, two behind it a duplicate. The output is renamed into place last.
 """
 
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +22,8 @@ from tqdm import tqdm
 from ...files import remove_temporaries, renamed_when_whole
 from ...output_lock import only_writer
 from ...pages import write_page
+from ...places import Place, is_remote, place
+from ...transfers import make_folder
 from ..storage.tars import find_tars
 from ..storage.uids import UID_DTYPE, write_uids
 from . import sql
@@ -78,7 +83,7 @@ def select_pairs(options: FilterOptions) -> SelectionReport:
             written, if no pair is left.
         OSError: if a file cannot be read or written.
     """
-    output, folder = Path(options.output), options.report_folder
+    output, folder = place(options.output), options.report_folder
     term = Listed(sql.NAME, sql.NAME, False) if options.keep is None else parse_expression(options.keep)
     tars = find_tars(options.pool) if options.pool else None
     with only_writer(output, is_file=True):
@@ -86,17 +91,17 @@ def select_pairs(options: FilterOptions) -> SelectionReport:
 
 
 def _select(
-    options: FilterOptions, output: Path, folder: Path, term: Term, tars: list[Path] | None
+    options: FilterOptions, output: Place, folder: Place, term: Term, tars: list[Place] | None
 ) -> SelectionReport:
     """All steps, by the one process that writes the output."""
     remove_temporaries([output, folder / DECISIONS_NAME, folder / PAGE_NAME])
-    work = output.with_name(f"{output.name}.work")
     with (
+        _work_folder(output) as work,
         open_database(work, options.memory_limit, options.threads) as connection,
         tqdm(total=4, unit=" steps") as bar,
     ):
         bar.set_description("reading scores")
-        found = find_scores(connection, options.scores)
+        found = find_scores(connection, options.scores, work)
         columns = _columns(term, found)
         make_pairs(connection, found, columns)
         columns = make_details(connection, found, columns)
@@ -111,7 +116,7 @@ def _select(
         if options.sql is not None:  # which of the scores it used is not known
             figures.expression, figures.not_uids, figures.no_score = options.sql, not_uids, {}
         _advance(bar, "writing decisions")
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         uids = _write_decisions(selection, folder / DECISIONS_NAME, figures.kept)
         _advance(bar, "writing the report")
         figures.coverage, figures.train_samples = measure_coverage(selection, tars), options.train_samples
@@ -124,6 +129,16 @@ def _select(
             f"{f'--keep {options.keep}' if options.keep else '--sql'}: no pair is left; {folder / PAGE_NAME} says why"
         )
     return figures
+
+
+@contextlib.contextmanager
+def _work_folder(output: Place) -> Iterator[Path]:
+    """Beside the output, or on this machine (`TMPDIR`) where that is remote."""
+    if not is_remote(output):
+        yield output.with_name(f"{output.name}.work")
+        return
+    with tempfile.TemporaryDirectory(prefix="open-qwen2vl-") as folder:
+        yield Path(folder) / "work"
 
 
 def _advance(bar: tqdm, description: str) -> None:
@@ -174,7 +189,7 @@ def _decide(selection: Selection, options: FilterOptions, work: Path) -> int:
         if selection.deduplicate == "semantic":
             memory = int(parse_size(options.memory_limit) * _VECTOR_SHARE)
             like = (options.min_similarity, options.joint, memory, options.threads)
-            without_hash = find_semantic_duplicates(connection, selection.scores.files, work, *like)
+            without_hash = find_semantic_duplicates(connection, selection.scores.places, work, *like)
         else:
             hashed = selection.scores.hash_files
             without_hash = find_duplicates(connection, hashed, selection.deduplicate, options.near_distance)
@@ -193,7 +208,7 @@ def _decide(selection: Selection, options: FilterOptions, work: Path) -> int:
     return without_hash
 
 
-def _write_decisions(selection: Selection, path: Path, kept: int) -> np.ndarray:
+def _write_decisions(selection: Selection, path: Place, kept: int) -> np.ndarray:
     """Write the decision on each pair, sorted by uid; returns the uids of those that stay."""
     reason, parameters = selection.reason()
     # A statement for the join and one for the sort: in one, neither would leave the other the memory it needs.

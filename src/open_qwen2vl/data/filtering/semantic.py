@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from ...places import Place
 from ..scoring.embeddings import check_embeddings, embeddings_file, embeddings_of, keeps_embeddings, read_embeddings
 from ..storage.uids import UID_DTYPE, find_uids, parse_uids
 
@@ -30,7 +31,7 @@ _MOST_SIMILARITY = 1 - 1e-4  # equal images reach it, whatever batch they were i
 
 def find_semantic_duplicates(
     connection: "duckdb.DuckDBPyConnection",
-    score_files: Sequence[Path],
+    score_files: Sequence[Place],
     work: Path,
     similarity: float,
     joint: bool,
@@ -158,7 +159,7 @@ def _clusters(faiss: Any, vectors: np.ndarray, ranks: np.ndarray, memory: int) -
     return labels
 
 
-def _embedding_files(score_files: Sequence[Path]) -> list[Path]:
+def _embedding_files(score_files: Sequence[Place]) -> list[Place]:
     """The files beside score files, all of one model; a `ValueError` where there are none."""
     scored = [file for file in score_files if keeps_embeddings(file)]
     if not scored:
@@ -187,7 +188,7 @@ def _candidates(connection: "duckdb.DuckDBPyConnection") -> np.ndarray:
     return uids
 
 
-def _gather(files: Sequence[Path], uids: np.ndarray, path: Path, joint: bool) -> tuple[np.ndarray, np.ndarray]:
+def _gather(files: Sequence[Place], uids: np.ndarray, path: Path, joint: bool) -> tuple[np.ndarray, np.ndarray]:
     """Vectors of candidates as float16 `(candidates, numbers)`, mapped, and which of them are there, bool."""
     size = embeddings_of(files[0])[1] * (1 + joint)
     vectors = np.memmap(path, np.float16, "w+", shape=(max(1, len(uids)), size))

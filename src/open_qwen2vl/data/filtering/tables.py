@@ -20,6 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ...places import Place
+from ...transfers import fetch_all
 from ..scoring.score_files import DETAIL, find_score_files, read_score_metadata
 from ..storage.uids import read_uids
 
@@ -40,7 +42,8 @@ _MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?", re.IGNORECASE)
 class Scores(NamedTuple):
     """The score files of a selection."""
 
-    files: list[Path]  # those with columns of their own last
+    files: list[Path]  # those with columns of their own last; of remote ones copies, for they are read several times
+    places: list[Place]  # where these come from
     hash_files: list[Path]  # those with image hashes
     names: list[str]  # the values of the column `scorer`, sorted
     reasons: list[str]  # why there is no score, sorted
@@ -92,14 +95,17 @@ def open_database(folder: Path, memory_limit: str, threads: int | None) -> "Iter
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def find_scores(connection: "duckdb.DuckDBPyConnection", paths: Sequence[str | Path]) -> Scores:
+def find_scores(connection: "duckdb.DuckDBPyConnection", paths: Sequence[str | Place], work: Path) -> Scores:
     """Look at the score files: which scores they hold, and whether each is of one model."""
     plain, detailed, hashed = [], [], []
-    for path in find_score_files(paths):
+    found = find_score_files(paths)
+    copies = dict(zip(fetch_all(found, work / "scores"), found, strict=True))
+    for path in copies:
         read_score_metadata(path)
         columns = pq.read_schema(path).names
         (hashed if "phash" in columns else detailed if DETAIL.name in columns else plain).append(path)
-    scores = Scores([*plain, *detailed, *hashed], hashed, [], [], detailed, 0)
+    files = [*plain, *detailed, *hashed]
+    scores = Scores(files, [copies[path] for path in files], hashed, [], [], detailed, 0)
     kinds = connection.execute(
         f"SELECT scorer, model, reason, count(*) - count({UID}) FROM {score_rows(scores.files)} GROUP BY ALL"
     ).fetchall()

@@ -17,7 +17,7 @@ class PackOptions:
         "images in order); .json or .jsonl of conversations (LLaVA's form or messages), documents (OBELICS, MMC4), "
         "image or video and caption, or texts; .csv of image and caption, or of texts; .parquet or a data set from "
         "save_to_disk with any of them; folders of tars, of parquet or of .jsonl files; or "
-        "hf://datasets/ORG/NAME[@REVISION][/PATH], which is downloaded to the cache",
+        "URLs of them (s3://, gs://, hf://datasets/ORG/NAME[@REVISION][/PATH])",
         positional=True,
         metavar="FILES",
     )

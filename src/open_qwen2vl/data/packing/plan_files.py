@@ -24,7 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ...files import renamed_when_whole, write_text
-from ...places import Place, arrow_source, is_remote, local_copy
+from ...places import Place, arrow_source, is_remote
+from ...transfers import local_copy
 from ..documents.documents import Skipped
 from ..documents.items import Document
 from ..storage.open_files import map_array

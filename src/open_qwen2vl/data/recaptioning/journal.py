@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...output_lock import local_state
+from ...places import Place, is_remote
+
 JOURNALS = ".unfinished"  # the folder of them, beside the score files
 
 
@@ -24,7 +27,7 @@ class Written(NamedTuple):
 class Journal:
     """The samples of a tar that are done, in its order."""
 
-    def __init__(self, output: Path, recipe: dict[str, Any]):
+    def __init__(self, output: Place, recipe: dict[str, Any]):
         """`output` is the tar's score file; a `ValueError` if it was begun with another recipe."""
         self._path = journal_of(output)
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,6 +71,8 @@ class Journal:
         self._file.flush()
 
 
-def journal_of(output: Path) -> Path:
-    """Where the journal of a score file is."""
+def journal_of(output: Place) -> Path:
+    """Where the journal of a score file is: beside it, or on this machine, for lines are added to a file."""
+    if is_remote(output):
+        return local_state(output) / f"{output.stem}.jsonl"
     return output.parent / JOURNALS / f"{output.stem}.jsonl"

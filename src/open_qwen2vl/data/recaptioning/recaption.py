@@ -16,6 +16,8 @@ import pyarrow as pa
 
 from ...files import describe_shard
 from ...output_lock import only_writer
+from ...places import Place, is_remote, place
+from ...transfers import local_copy
 from ..engine.engine import Outcome, ShardTask, StepReport, process_rank, run_tasks
 from ..scoring.kinds import check_finished, model_workers, score_recipe, shard_tasks
 from ..scoring.score_files import DETAIL, score_table
@@ -44,7 +46,7 @@ def recaption_pool(options: RecaptionOptions) -> StepReport:
             loaded, or an endpoint that cannot be used.
         OSError: if a file cannot be read.
     """
-    folder = Path(options.output) / options.name
+    folder = place(options.output) / options.name
     tasks = shard_tasks(find_tars(options.pool), folder)
     recipe = score_recipe("recaption", options.name, options.of_captions(), folder)
     check_finished(tasks, recipe)
@@ -88,11 +90,15 @@ class TarCaptioner:
 
     def __call__(self, task: ShardTask) -> Outcome:
         """Caption a tar, from where a killed run left it."""
-        index = index_shard(task.source)
+        with local_copy(task.source) as tar:  # all of it is read
+            return self._caption(task, tar)
+
+    def _caption(self, task: ShardTask, tar: Path) -> Outcome:
+        index = index_shard(tar)
         recipe = {**self._recipe, "source": describe_shard(task.source, task.output.parent)}
         journal = Journal(task.output, recipe)
         try:
-            for written in self._captioner.captions(task.source, index.samples[len(journal.written) :]):
+            for written in self._captioner.captions(tar, index.samples[len(journal.written) :]):
                 journal.add(written)
         finally:
             journal.close()
@@ -119,10 +125,10 @@ class TarCaptioner:
         return check_caption(text, one.is_whole, self._options.min_words, self._options.max_words)
 
 
-def _remove_journals(tasks: list[ShardTask], folder: Path) -> None:
+def _remove_journals(tasks: list[ShardTask], folder: Place) -> None:
     """Those of tars that are finished, where a kill came between, and their folder."""
     for task in tasks:
         if task.output.exists():
             journal_of(task.output).unlink(missing_ok=True)
-    if (folder / JOURNALS).exists() and not any((folder / JOURNALS).iterdir()):
+    if not is_remote(folder) and (folder / JOURNALS).exists() and not any((folder / JOURNALS).iterdir()):
         (folder / JOURNALS).rmdir()

@@ -4,7 +4,6 @@ import hashlib
 import heapq
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow.compute as pc
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 
 from ... import pages
 from ...pages import escape, write_page
+from ...places import Place, arrow_source
 from ..filtering.examples import Content, read_contents
 from .options import RecaptionOptions
 
@@ -28,19 +28,19 @@ figure img { max-width: 100%; max-height: 150px; } td.n, th.n { text-align: righ
 
 class _Shown(NamedTuple):
     order: int  # by the uid: which are drawn
-    file: Path
+    file: Place
     key: str
     text: str
     reason: str
 
 
-def write_report(folder: Path, files: Sequence[Path], options: RecaptionOptions) -> None:
+def write_report(folder: Place, files: Sequence[Place], options: RecaptionOptions) -> None:
     """Write `report.html` from the files of captions; the same files give the same bytes."""
     counts: Counter[str] = Counter()
     words = different = 0
     drawn: dict[str, list[_Shown]] = {}
     for file in files:
-        table = pq.read_table(file, columns=["key", "uid", "value", "reason", "detail"])
+        table = pq.read_table(arrow_source(file), columns=["key", "uid", "value", "reason", "detail"])
         different += len(set(table.filter(pc.is_valid(table["value"]))["detail"].to_pylist()))
         for row in table.to_pylist():
             reason = row["reason"] or ""
@@ -77,7 +77,7 @@ def _page(
     return pages.page("Recaption", "\n".join(body), _STYLE)
 
 
-def _section(title: str, shown: Sequence[_Shown], contents: dict[tuple[Path, str | None], Content]) -> str:
+def _section(title: str, shown: Sequence[_Shown], contents: dict[tuple[Place, str | None], Content]) -> str:
     cards = []
     for one in sorted(shown):
         content = contents[one.file, one.key]

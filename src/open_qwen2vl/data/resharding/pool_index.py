@@ -16,8 +16,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ...files import renamed_when_whole
-from ...places import open_file
+from ...places import Place, arrow_source, open_file
+from ...transfers import local_copy
 from ..engine.engine import Outcome, ShardTask, collection_paused
+from ..storage.open_files import map_array
 from ..storage.tars import Sample, has_bad_uid, index_shard, read_json, sample_uid
 from ..storage.uids import find_uids, parse_uids, read_uids
 from .new_captions import NewCaptions
@@ -48,10 +50,14 @@ class PoolIndexer:
 
     @collection_paused()
     def __call__(self, task: ShardTask) -> Outcome:
-        """Index a tar."""
-        index = index_shard(task.source)
+        """Index a tar, of a bucket from a copy: its headers and json lie all over it."""
+        with local_copy(task.source) as tar:
+            return self._index(task, tar)
+
+    def _index(self, task: ShardTask, tar: Path) -> Outcome:
+        index = index_shard(tar)
         samples, uids, skipped, unnamed = [], [], list(index.skipped), []
-        with open_file(task.source, whole=True) as file:
+        with open_file(tar) as file:
             for sample in index.samples:
                 metadata = read_json(file, sample)
                 if not sample.members or has_bad_uid(metadata):
@@ -79,9 +85,9 @@ class PoolIndexer:
         return Outcome.of(total, [(str(task.source), key, reason) for key, reason in skipped])
 
 
-def read_figures(path: Path) -> dict[str, Any]:
+def read_figures(path: Place) -> dict[str, Any]:
     """What a [`PoolIndexer`] found: samples, skipped by reason, ignored_members, unnamed (chosen, without a uid)."""
-    return json.loads(pq.read_schema(path).metadata[_METADATA_KEY])
+    return json.loads(pq.read_schema(arrow_source(path)).metadata[_METADATA_KEY])
 
 
 class Layout:
@@ -90,10 +96,10 @@ class Layout:
     With a seed the tars of the pool are shuffled, then the samples of every `SHUFFLE_WINDOW` tars among each other.
     """
 
-    def __init__(self, folder: Path, seed: int | None = None):
+    def __init__(self, folder: Place, seed: int | None = None):
         self._seed = seed
-        self._rows = np.load(folder / "rows.npy", mmap_mode="r")
-        self._starts = np.load(folder / "starts.npy")
+        self._rows = map_array(folder / "rows.npy")
+        self._starts = np.array(map_array(folder / "starts.npy"))
         tars, self._window = len(self._starts) - 1, 1 if seed is None else SHUFFLE_WINDOW
         self._order = np.arange(tars) if seed is None else np.random.default_rng(seed).permutation(tars)
         counts = np.diff(self._starts)[self._order]
@@ -119,7 +125,7 @@ class Layout:
         return columns[0][order], columns[1][order]
 
 
-def write_layout(folder: Path, indexes: list[Path], uids: int) -> tuple[np.ndarray, int]:
+def write_layout(folder: Place, indexes: list[Place], uids: int) -> tuple[np.ndarray, int]:
     """Choose among samples with the same uid, and write what [`Layout`] reads.
 
     Returns which uids of the subset are in the pool, bool `(uids,)`, and how many samples came with a uid again.
@@ -127,7 +133,7 @@ def write_layout(folder: Path, indexes: list[Path], uids: int) -> tuple[np.ndarr
     seen, duplicates = np.zeros(uids, bool), 0
     chosen = []
     for path in indexes:
-        places = pq.read_table(path, columns=["place"])["place"].to_numpy()
+        places = pq.read_table(arrow_source(path), columns=["place"])["place"].to_numpy()
         first = np.unique(places, return_index=True)[1]
         rows = np.sort(first[~seen[places[first]]])
         seen[places[rows]] = True
@@ -142,12 +148,13 @@ def write_layout(folder: Path, indexes: list[Path], uids: int) -> tuple[np.ndarr
     return seen, duplicates
 
 
-def count_captions(folder: Path, indexes: list[Path]) -> tuple[int, int]:
+def count_captions(folder: Place, indexes: list[Place]) -> tuple[int, int]:
     """Samples of the layout that get a new caption, and those that were drawn and have none."""
-    rows, starts = np.load(folder / "rows.npy", mmap_mode="r"), np.load(folder / "starts.npy")
+    rows, starts = map_array(folder / "rows.npy"), map_array(folder / "starts.npy")
     drawn = new = 0
     for tar, path in enumerate(indexes):
-        table = pq.read_table(path, columns=["drawn", "caption"]).take(rows[starts[tar] : starts[tar + 1]])
+        table = pq.read_table(arrow_source(path), columns=["drawn", "caption"])
+        table = table.take(rows[starts[tar] : starts[tar + 1]])
         drawn += pc.sum(table["drawn"]).as_py() or 0
         new += len(table) - table["caption"].null_count
     return new, drawn - new

@@ -10,15 +10,14 @@ any number of workers, and after any number of kills.
 
 import functools
 import json
-import os
-import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from ...files import content_hash, describe_shard, remove_temporaries, write_json
+from ...files import content_hash, describe_shards, remove_temporaries, write_json
 from ...output_lock import only_writer
+from ...places import Place, absolute, is_remote, place
+from ...transfers import make_folder, remove_tree
 from ..engine.engine import ShardTask, process_rank, run_tasks
 from ..storage.tars import find_tars
 from ..storage.uids import read_uids, write_uids
@@ -95,21 +94,22 @@ def reshard(options: ReshardOptions) -> ReshardReport:
     """
     if process_rank()[1] > 1:
         raise ValueError("reshard is one command that starts its own workers: run it without accelerate launch")
-    tars, folder = find_tars(options.pool), Path(options.output).resolve()
-    if any(tar.resolve().parent == folder for tar in tars):
+    tars, folder = find_tars(options.pool), place(options.output)
+    folder = folder if is_remote(folder) else folder.resolve()
+    if any((tar if is_remote(tar) else tar.resolve()).parent == folder for tar in tars):
         raise ValueError(f"{options.output}: the pool has tars in this folder; choose another output")
     recipe = {
         "format_version": FORMAT_VERSION,
         "subset": _describe_subset(options.subset),
         "samples_per_shard": options.samples_per_shard,
         "shuffle_seed": options.seed if options.shuffle else None,
-        "shards": [describe_shard(tar, folder) for tar in tars],
+        "shards": describe_shards(tars, folder),
         "captions": None,
     }
     captions = find_captions(options.captions) if options.captions else {}
     if captions:
         recipe["captions"] = {
-            "files": [describe_shard(file, folder) for file in captions.values()],
+            "files": describe_shards(list(captions.values()), folder),
             "share": options.caption_share,
             "seed": options.seed,
         }
@@ -120,23 +120,23 @@ def reshard(options: ReshardOptions) -> ReshardReport:
         if finished is None:
             engine_options = {"engine": options.engine, "num_workers": options.num_workers}
             new = NewCaptions(captions, options.caption_share, options.seed) if captions else None
-            finished = _make(folder, work, Path(options.subset).resolve(), tars, new, recipe, engine_options)
-        shutil.rmtree(work, ignore_errors=True)
+            finished = _make(folder, work, absolute(place(options.subset)), tars, new, recipe, engine_options)
+        remove_tree(work)
     return finished
 
 
 def _make(
-    folder: Path,
-    work: Path,
-    subset: Path,
-    tars: list[Path],
+    folder: Place,
+    work: Place,
+    subset: Place,
+    tars: list[Place],
     captions: NewCaptions | None,
     recipe: dict[str, Any],
     engine: dict[str, Any],
 ) -> ReshardReport:
     """All steps; those of an earlier run that are finished are not done again."""
     indexes = [index_name(work, number) for number in range(len(tars))]
-    tasks = [ShardTask(Path(os.path.abspath(tar)), index) for tar, index in zip(tars, indexes, strict=True)]
+    tasks = [ShardTask(absolute(tar), index) for tar, index in zip(tars, indexes, strict=True)]
     run_tasks(tasks, functools.partial(PoolIndexer, str(subset), captions), description="indexing", **engine)
     figures = [read_figures(index) for index in indexes]
     _check_names(tars, figures)
@@ -174,12 +174,12 @@ def _make(
     return report
 
 
-def _describe_subset(subset: str | Path) -> dict[str, Any]:
+def _describe_subset(subset: str | Place) -> dict[str, Any]:
     """By content: the same subset may be written again."""
-    return {"name": Path(subset).name, "sha256": content_hash(subset)}
+    return {"name": place(subset).name, "sha256": content_hash(subset)}
 
 
-def _claim(folder: Path, recipe: dict[str, Any]) -> None:
+def _claim(folder: Place, recipe: dict[str, Any]) -> None:
     """Make the folder this recipe's, or make sure that it is."""
     advice = f"delete {folder} or choose another output"
     known = folder / _WORK / _RECIPE
@@ -199,12 +199,12 @@ def _claim(folder: Path, recipe: dict[str, Any]) -> None:
             what = what.get(name)
             found = what or f"{name} {made.get(name)}, now {value}"
             raise ValueError(f"{folder}: made with {found}; {advice}")
-    (folder / _WORK).mkdir(parents=True, exist_ok=True)
+    make_folder(folder / _WORK)
     remove_temporaries([known])
     write_json(known, recipe, sort_keys=True)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Place) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf8"))
     except (ValueError, RecursionError):
@@ -214,7 +214,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _finished_report(folder: Path) -> ReshardReport | None:
+def _finished_report(folder: Place) -> ReshardReport | None:
     """The figures of a run that has come to its end and whose files are all there."""
     path = folder / RESHARD_NAME
     if not path.exists():
@@ -227,9 +227,9 @@ def _finished_report(folder: Path) -> ReshardReport | None:
     return report if all((folder / name).exists() for name in names) else None
 
 
-def _check_names(tars: list[Path], figures: list[dict[str, Any]]) -> None:
+def _check_names(tars: list[Place], figures: list[dict[str, Any]]) -> None:
     """Uids that are made of a tar's name and a key tell nothing apart if two tars have that name."""
-    named: dict[str, tuple[Path, bool]] = {}
+    named: dict[str, tuple[Place, bool]] = {}
     for tar, figure in zip(tars, figures, strict=True):
         other, unnamed = named.setdefault(tar.name, (tar, bool(figure["unnamed"])))
         if other is not tar and (unnamed or figure["unnamed"]):

@@ -7,6 +7,8 @@ by the kernel where it can.
 
 import os
 import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ...files import renamed_when_whole, shard_path
-from ...places import LocalFile, OpenFile, Place, arrow_source, identity, open_file
+from ...places import LocalFile, OpenFile, Place, arrow_source, identity, is_remote, open_file
 from ..engine.engine import Outcome, ShardTask, collection_paused
 from ..storage.open_files import Newest
 from ..storage.tar_index import SCHEMA, member_image_size, write_shard_index
@@ -25,6 +27,8 @@ from .pool_index import Layout
 
 END_OF_TAR = 1024  # bytes, all zero
 _CHUNK = 8 << 20
+_GAP = 256 << 10  # bytes between two copies that are read rather than asked for apart
+_AT_ONCE = 8
 
 
 class TarWriter:
@@ -46,8 +50,11 @@ class TarWriter:
         placed = _Placed(samples, tars, uids)
         with renamed_when_whole(task.output.with_name(f"{number:05d}.tar")) as temporary:
             with LocalFile(temporary, "w+b") as file:
+                with ThreadPoolExecutor(_AT_ONCE) as pool:  # of remote tars many pieces are on their way at once
+                    list(pool.map(lambda piece: self._copy_remote(*piece, file.fileno()), self._remote_pieces(placed)))
                 for tar, source, length, target in placed.copies:
-                    self._copy(tar, source, length, target, file.fileno())
+                    if not is_remote(self._recipe["shards"][tar]["path"]):
+                        self._copy(tar, source, length, target, file.fileno())
                 for target, header in placed.headers:
                     os.pwrite(file.fileno(), header, target)
                 os.ftruncate(file.fileno(), placed.end + END_OF_TAR)
@@ -70,7 +77,32 @@ class TarWriter:
         path = shard_path(self._output, described)
         if any(described[name] != now for name, now in identity(path).items()):
             raise ValueError(f"{path}: has changed since the run began; run again with another output")
-        return open_file(path, whole=True)
+        return open_file(path)
+
+    def _remote_pieces(self, placed: "_Placed") -> Iterator[tuple[OpenFile, list[tuple[int, int, int, int]]]]:
+        """Copies from remote tars, those together that lie close to each other: one request reads them."""
+        piece: list[tuple[int, int, int, int]] = []
+        for copy in (one for one in placed.copies if is_remote(self._recipe["shards"][one[0]]["path"])):
+            tar, source, length, _ = copy
+            if piece and not (
+                tar == piece[0][0] and source - sum(piece[-1][1:3]) <= _GAP and source + length - piece[0][1] <= _CHUNK
+            ):
+                yield self._tars[piece[0][0]], piece
+                piece = []
+            piece.append(copy)
+        if piece:
+            yield self._tars[piece[0][0]], piece
+
+    def _copy_remote(self, file: OpenFile, piece: list[tuple[int, int, int, int]], output: int) -> None:
+        start, end = piece[0][1], sum(piece[-1][1:3])
+        for first in range(start, end, _CHUNK):  # of several pieces one is a single long copy
+            content = file.read_at(min(_CHUNK, end - first), first)
+            if len(content) < min(_CHUNK, end - first):
+                raise ValueError(f"{file.name}: ends before byte {end}")
+            for _, source, length, target in piece:
+                low, high = max(source, first), min(source + length, first + len(content))
+                if low < high:
+                    os.pwrite(output, content[low - first : high - first], target + low - source)
 
     def _copy(self, tar: int, source: int, length: int, target: int, output: int) -> None:
         file = self._tars[tar]

@@ -6,7 +6,6 @@ metadata. No score file: the filter looks for them beside those.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,27 +14,29 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ...files import renamed_when_whole
+from ...places import Place, arrow_source
+from ...transfers import make_folder
 from .score_files import EMBEDDINGS, read_score_metadata
 
 _METADATA_KEY = b"open_qwen2vl_embeddings"
 _ROWS = 1 << 15
 
 
-def embeddings_file(score_file: Path) -> Path:
+def embeddings_file(score_file: Place) -> Place:
     """Where the embeddings of a score file's samples are."""
     return score_file.parent / EMBEDDINGS / score_file.name
 
 
-def keeps_embeddings(score_file: Path) -> bool:
+def keeps_embeddings(score_file: Place) -> bool:
     """Whether a score file was made with `--keep-embeddings`."""
     return bool(read_score_metadata(score_file).get("recipe", {}).get("options", {}).get("keep_embeddings"))
 
 
 def write_embeddings(
-    path: Path, uids: Sequence[str], image: np.ndarray, text: np.ndarray, model: str, made: Mapping[str, Any]
+    path: Place, uids: Sequence[str], image: np.ndarray, text: np.ndarray, model: str, made: Mapping[str, Any]
 ) -> None:
     """Write unit vectors `(samples, numbers)` of images and texts, as float16; `made` is of the scores' metadata."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     kind = pa.list_(pa.float16(), image.shape[1])
     columns = [pa.FixedSizeListArray.from_arrays(_halves(vectors), type=kind) for vectors in (image, text)]
     table = pa.table({"uid": pa.array(uids, pa.string()), "image": columns[0], "text": columns[1]})
@@ -48,12 +49,12 @@ def _halves(vectors: np.ndarray) -> pa.Array:
     return pa.array(np.ascontiguousarray(vectors, np.float16).reshape(-1), pa.float16())
 
 
-def embeddings_of(path: Path) -> tuple[str, int]:
+def embeddings_of(path: Place) -> tuple[str, int]:
     """Model and size of the vectors of a file; a `ValueError` for one that holds none."""
     return _describe(path)[:2]
 
 
-def check_embeddings(score_file: Path) -> None:
+def check_embeddings(score_file: Place) -> None:
     """A `ValueError` if the embeddings of a score file are missing, damaged, or not of the run that scored it."""
     path, scores = embeddings_file(score_file), read_score_metadata(score_file)
     if not path.is_file():
@@ -66,9 +67,9 @@ def check_embeddings(score_file: Path) -> None:
         )
 
 
-def _describe(path: Path) -> tuple[str, int, dict[str, Any]]:
+def _describe(path: Place) -> tuple[str, int, dict[str, Any]]:
     with _readable(path):
-        schema = pq.read_schema(path)
+        schema = pq.read_schema(arrow_source(path))
         metadata = json.loads(schema.metadata[_METADATA_KEY])
         size = schema.field("image").type.list_size
         if schema.field("text").type != schema.field("image").type or schema.field("uid").type != pa.string():
@@ -76,12 +77,12 @@ def _describe(path: Path) -> tuple[str, int, dict[str, Any]]:
         return metadata["model"], size, dict(metadata.get("made", {}))
 
 
-def read_embeddings(path: Path, joint: bool) -> Iterator[tuple[list[str], np.ndarray]]:
+def read_embeddings(path: Place, joint: bool) -> Iterator[tuple[list[str], np.ndarray]]:
     """Uids and unit vectors float32 `(rows, numbers)`, some rows at a time; what is not finite or 0 is left out.
 
     With `joint` image and text side by side: a product of two is the mean of the cosines of both.
     """
-    with _readable(path), pq.ParquetFile(path) as file:
+    with _readable(path), pq.ParquetFile(arrow_source(path)) as file:
         for batch in file.iter_batches(_ROWS, columns=["uid", "image", "text"] if joint else ["uid", "image"]):
             parts = [_unit(batch[name]) for name in batch.schema.names[1:]]
             vectors = np.concatenate(parts, axis=1) / np.sqrt(len(parts), dtype=np.float32)
@@ -105,7 +106,7 @@ def _unit(column: pa.FixedSizeListArray) -> np.ndarray:
 class _readable:
     """What is wrong with a file, as a ValueError with its name."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Place):
         self._path = path
 
     def __enter__(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from ...files import describe_shard
 from ...options import flag
 from ...output_lock import only_writer
+from ...places import Place, files_at, place
 from ..engine.engine import Outcome, ShardTask, StepReport, has_output, process_rank, run_tasks
 from ..storage.tars import find_shards, find_tars
 from .embeddings import check_embeddings
@@ -38,7 +39,7 @@ def score_pool(options: ScoreOptions) -> StepReport:
         OSError: if a file cannot be read.
     """
     scorer, name, given = options.scorer, options.scores_name, options.of_scorer()
-    folder = Path(options.output) / name
+    folder = place(options.output) / name
     sources = _find_tables(options.pool) if scorer == "metadata" else find_tars(options.pool)
     recipe = score_recipe(scorer, name, given, folder)
     tasks = shard_tasks(sources, folder)
@@ -107,10 +108,10 @@ def _make_worker(
     return functools.partial(TarScorer, functools.partial(kind, **options), name, recipe, num_threads)
 
 
-def _find_tables(paths: Sequence[str | Path]) -> list[Path]:
-    tables: list[Path] = []
-    for path in map(Path, paths):
-        found = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+def _find_tables(paths: Sequence[str | Place]) -> list[Place]:
+    tables: list[Place] = []
+    for path in paths:
+        found = files_at(path, "*.parquet")
         if not found:
             raise ValueError(f"{path}: no .parquet file in this folder")
         tables += found
@@ -120,13 +121,13 @@ def _find_tables(paths: Sequence[str | Path]) -> list[Path]:
     return find_shards(tables)
 
 
-def score_recipe(scorer: str, name: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
+def score_recipe(scorer: str, name: str, options: dict[str, Any], folder: Place) -> dict[str, Any]:
     """What a rerun compares; the source of each score file is added to it."""
     described = {key: _describe(value, folder) for key, value in options.items() if key not in _WITHOUT_EFFECT}
     return {"scorer": scorer, "name": name, "options": described}
 
 
-def _describe(value: Any, folder: Path) -> Any:
+def _describe(value: Any, folder: Place) -> Any:
     """An option as it is kept: a file or folder with its size and date, anything else as it is."""
     if not isinstance(value, str):
         return list(value) if isinstance(value, tuple) else value
@@ -141,9 +142,9 @@ def _describe(value: Any, folder: Path) -> Any:
     return described
 
 
-def shard_tasks(sources: Sequence[Path], folder: Path) -> list[ShardTask]:
+def shard_tasks(sources: Sequence[Place], folder: Place) -> list[ShardTask]:
     """A task for each source, whose output has its name; a `ValueError` for two of one name."""
-    tasks: dict[Path, ShardTask] = {}
+    tasks: dict[Place, ShardTask] = {}
     for source in sources:
         task = ShardTask(source, folder / f"{source.stem}.parquet")
         if task.output in tasks:

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ...files import describe_shard
+from ...places import arrow_source
 from ..engine.engine import Outcome, ShardTask
 from .score_files import score_table, write_scores
 from .scoring import value_names
@@ -34,7 +35,7 @@ class TableScorer:
         recipe = {**self._recipe, "source": describe_shard(task.source, task.output.parent)}
         metadata = {"recipe": recipe, "made_with": {}, "samples": 0, "skipped": Counter()}
         try:
-            with pq.ParquetFile(task.source) as file:
+            with pq.ParquetFile(arrow_source(task.source)) as file:
                 self._check_columns(task, file.schema_arrow)
                 batches = file.iter_batches(_ROWS, columns=["uid", *self._columns])
                 write_scores(task.output, (self._table(batch, metadata) for batch in batches), metadata)

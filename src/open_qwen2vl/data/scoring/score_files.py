@@ -7,7 +7,6 @@ what it was made from in its metadata. The same input gives the same bytes.
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ...files import renamed_when_whole
+from ...places import Place, arrow_source, is_remote, place, remote_errors_named
+from ...transfers import make_folder
 
 FORMAT_VERSION = 1
 _METADATA_KEY = b"open_qwen2vl"
@@ -74,12 +75,12 @@ def score_table(
     return pa.table(columns, schema=SCHEMA)
 
 
-def write_scores(path: Path, tables: pa.Table | Iterable[pa.Table], metadata: Mapping[str, Any]) -> None:
+def write_scores(path: Place, tables: pa.Table | Iterable[pa.Table], metadata: Mapping[str, Any]) -> None:
     """Write a score file of one table or of several, of which one is in memory at a time.
 
     `metadata` is read when all are written, so that an iterator of tables may still count.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     pieces = iter([tables] if isinstance(tables, pa.Table) else tables)
     first = next(pieces, SCHEMA.empty_table())
     with renamed_when_whole(path) as temporary:
@@ -90,12 +91,12 @@ def write_scores(path: Path, tables: pa.Table | Iterable[pa.Table], metadata: Ma
             writer.add_key_value_metadata({_METADATA_KEY: json.dumps(whole, sort_keys=True).encode()})
 
 
-def read_score_metadata(path: Path) -> dict[str, Any]:
+def read_score_metadata(path: Place) -> dict[str, Any]:
     """What [`write_scores`] got as metadata, and `format_version`; a `ValueError` for a file without scores."""
     try:
-        metadata = json.loads(pq.read_metadata(path).metadata[_METADATA_KEY])
+        metadata = json.loads(pq.read_metadata(arrow_source(path)).metadata[_METADATA_KEY])
         version = metadata["format_version"]
-        pq_names = set(pq.read_schema(path).names)
+        pq_names = set(pq.read_schema(arrow_source(path)).names)
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -107,19 +108,20 @@ def read_score_metadata(path: Path) -> dict[str, Any]:
     return metadata
 
 
-def find_score_files(paths: Iterable[str | Path]) -> list[Path]:
+def find_score_files(paths: Iterable[str | Place]) -> list[Place]:
     """The score files that files, and folders at any depth, stand for, once each; or a `ValueError`."""
-    found: dict[Path, Path] = {}
-    for path in map(Path, paths):
-        if not path.exists():
-            raise ValueError(f"{path}: no such file or folder of scores")
-        files = [path]
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*.parquet") if file.parent.name != EMBEDDINGS)
+    found: dict[Place, Place] = {}
+    for path in map(place, paths):
+        with remote_errors_named(path):
+            if not path.exists():
+                raise ValueError(f"{path}: no such file or folder of scores")
+            files = [path]
+            if path.is_dir():
+                files = sorted(file for file in path.rglob("*.parquet") if file.parent.name != EMBEDDINGS)
         if not files:
             raise ValueError(f"{path}: no .parquet file in this folder or below it")
         for file in files:
-            found.setdefault(file.resolve(), file)
+            found.setdefault(file if is_remote(file) else file.resolve(), file)
     if not found:
         raise ValueError("no scores given: name at least one score file or a folder of them")
     return list(found.values())

@@ -18,6 +18,7 @@ import pyarrow as pa
 import torch
 
 from ...files import describe_shard, remove_temporaries
+from ...transfers import local_copy
 from ..engine.engine import Outcome, ShardTask
 from ..storage.tars import Sample, index_shard
 from .embeddings import embeddings_file, write_embeddings
@@ -63,13 +64,17 @@ class TarScorer:
     def __call__(self, task: ShardTask) -> Outcome:
         """Score a tar."""
         recipe = {**self._recipe, "source": describe_shard(task.source, task.output.parent)}
-        index, scorer = index_shard(task.source), self._scorer
+        with local_copy(task.source) as tar:  # all of it is read
+            return self._score(task, tar, recipe)
+
+    def _score(self, task: ShardTask, tar: Path, recipe: dict[str, Any]) -> Outcome:
+        index, scorer = index_shard(tar), self._scorer
         parts = len(self._labels)
         scored = np.full((len(index.samples), parts + 2 * scorer.embeddings), np.nan)
         samples: list[PreparedSample] = []
         with ThreadPoolExecutor(1) as runner:
             waiting: tuple = ()
-            for rows, batch in self._batches(task.source, index.samples, samples):
+            for rows, batch in self._batches(tar, index.samples, samples):
                 following = rows, runner.submit(scorer.score, batch)
                 _keep(scored, *waiting)
                 waiting = following

@@ -1,15 +1,15 @@
-"""Files of data sets on the Hugging Face Hub: `hf://datasets/ORG/NAME[@REVISION][/PATH]` as local files.
+"""Files of data sets on the Hugging Face Hub: what `hf://datasets/ORG/NAME[@REVISION][/PATH]` stands for.
 
-What a plan is made from is read again in every step of a training, at any place: the files are downloaded whole, once,
-into the cache of huggingface_hub, whose settings and token hold. The plan names them there, under their commit.
+They are read where they lie, as those of any bucket: a plan names them with the commit that was the newest when it was
+made, so that it stays the same data whatever is pushed later. The settings and the token of huggingface_hub hold.
 """
 
-import glob
 import logging
 import re
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
+from ...places import Place, place
 from .tables import split_names
 
 logger = logging.getLogger(__name__)
@@ -19,12 +19,12 @@ _URI = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@(refs/(?:convert|pr)/[^/]+|
 _SUFFIXES = (".tar", ".parquet", ".jsonl")  # of a folder's files the first kind that is there
 
 
-def download_files(uri: str) -> list[Path]:
-    """Download what a path on the Hub stands for, and name the files in the cache, sorted; or a `ValueError`.
+def find_files(uri: str) -> list[Place]:
+    """The files that a path on the Hub stands for, sorted, with their commit; or a `ValueError`.
 
     A folder or a whole data set stands for its `*.tar`, or else its `*.parquet`, or else its `*.jsonl` at any depth.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
     from huggingface_hub.hf_api import RepoFile
 
@@ -40,12 +40,9 @@ def download_files(uri: str) -> list[Path]:
         names = _choose(uri, inside, sorted(sizes))
         total = sum(sizes[name] for name in names) / 1e9
         logger.info("%s: %d files of %.2f GB at commit %s", uri, len(names), total, commit)
-        folder = snapshot_download(
-            repo_id, repo_type="dataset", revision=commit, allow_patterns=[glob.escape(name) for name in names]
-        )
     except (OSError, HTTPError) as error:  # also the connection's own; being offline is an OSError
         raise ValueError(f"{uri}: {' '.join(str(error).split())}") from error
-    return [Path(folder) / name for name in names]
+    return [place(f"{SCHEME}datasets/{repo_id}@{commit}/{name}") for name in names]
 
 
 def _choose(uri: str, inside: str, names: list[str]) -> list[str]:

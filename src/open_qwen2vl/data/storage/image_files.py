@@ -233,7 +233,7 @@ def _index_path(folder: Place, name: str) -> Place:
 def _members(path: str) -> Iterator[tuple[str, int, int]]:
     """Name, offset and size of the files of an archive, or of a folder of a bucket."""
     if not path.endswith((".tar", ".zip")):
-        yield from ((name, 0, size) for name, size in list_tree(path))
+        yield from ((name, 0, known["size"]) for name, known in list_tree(path))
         return
     try:
         for name, offset, size in (list_members if path.endswith(".zip") else list_files)(path):

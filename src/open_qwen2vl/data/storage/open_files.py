@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...places import OpenFile, Place, is_remote, local_copy
+from ...places import OpenFile, Place, is_remote
+from ...transfers import local_copy
 
 OPEN_FILES = 64  # of each kind that one process keeps open
 

@@ -9,12 +9,13 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from ...places import Place, arrow_source, place
 
 FORMAT_VERSION = 1
 TEXT_COLUMNS = ("sample_id", "category", "prompt", "answer", "prediction", "response")
@@ -26,7 +27,7 @@ class Evaluation(NamedTuple):
     """One folder."""
 
     label: str  # the model's name, with the folder where two have the same name
-    folder: Path
+    folder: Place
     results: dict[str, Any]  # content of `results.json`, with numbers that are no finite ones as None
 
     def read_samples(self, task: str) -> pa.Table | None:
@@ -60,16 +61,16 @@ class Evaluation(NamedTuple):
                 start += len(batch)
         return images
 
-    def _samples_path(self, task: str) -> Path | None:
+    def _samples_path(self, task: str) -> Place | None:
         # A task's name comes from the file: it may not point out of the folder, and no file has such a long one.
         name = f"{os.path.basename(task)}.parquet"
         path = self.folder / "samples" / name
         return path if "\0" not in name and len(name.encode(errors="replace")) < 256 and path.is_file() else None
 
 
-def load_evaluations(folders: Sequence[str | Path]) -> list[Evaluation]:
+def load_evaluations(folders: Sequence[str | Place]) -> list[Evaluation]:
     """Read the results of several folders, in the given order, each with a label of its own."""
-    paths = [Path(folder) for folder in folders]
+    paths = [place(folder) for folder in folders]
     if not paths:
         raise ValueError("no results: name at least one folder written by open-qwen2vl evaluate")
     for path, times in Counter(path.resolve() for path in paths).items():
@@ -94,7 +95,7 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _read_results(folder: Path) -> dict[str, Any]:
+def _read_results(folder: Place) -> dict[str, Any]:
     path = folder / "results.json"
     try:
         text = path.read_text(encoding="utf-8")
@@ -119,7 +120,7 @@ def _read_results(folder: Path) -> dict[str, Any]:
     return results
 
 
-def _check_task(path: Path, place: str, entry: Any) -> None:
+def _check_task(path: Place, place: str, entry: Any) -> None:
     _require(path, place, entry, dict)
     _require(path, f"{place}: metrics", entry.get("metrics"), dict)
     main = entry.get("main_metric")
@@ -135,7 +136,7 @@ def _check_task(path: Path, place: str, entry: Any) -> None:
         _require(path, f"{place}: category {name[:80]}: num_samples", part.get("num_samples"), int)
 
 
-def _require(path: Path, place: str, value: Any, kinds: type | tuple[type, ...], optional: bool = False) -> None:
+def _require(path: Place, place: str, value: Any, kinds: type | tuple[type, ...], optional: bool = False) -> None:
     wrong = not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool)
     if wrong and not (optional and value is None):
         raise ValueError(f"{path}: {place} is {type(value).__name__}, not what evaluate writes there")
@@ -156,10 +157,10 @@ def _image_files(entries: Any) -> Iterator[bytes]:
 
 
 @contextlib.contextmanager
-def _parquet(path: Path) -> Iterator[pq.ParquetFile]:
+def _parquet(path: Place) -> Iterator[pq.ParquetFile]:
     """An open file; whatever is wrong with it is one line."""
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(arrow_source(path)) as file:
             yield file
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: no parquet file of samples: {error}") from error
