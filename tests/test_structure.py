@@ -24,7 +24,7 @@ FLOORS = (
     ("evaluation",),
     ("decontamination",),
     ("trainer",),
-    ("estimate", "chat", "agent", "conversion"),
+    ("estimate", "mixing", "chat", "agent", "conversion"),
     ("cli",),
 )
 MOST_LINES, MOST_OF_A_FILE, MOST_OF_A_FUNCTION = 40_000, 350, 60

@@ -169,6 +169,7 @@ def test_low_to_high_goes_from_few_tokens_an_image_to_many(recipe, plans, backbo
     assert trainer.state.global_step == len(budgets)
 
 
+@pytest.mark.slow
 def test_captions_instructions_text_and_documents_share_steps(recipe, backbones, processor, tmp_path):
     write_caption_tar(tmp_path / "captions.tar", ["a photo of a cat"] * 12)
     rows = {

@@ -21,6 +21,7 @@ from . import (
     extract_frames,
     filter,
     init_vit,
+    mix,
     pack,
     recaption,
     report,
@@ -33,7 +34,7 @@ from .options import add_command
 # In the order of --help.
 COMMANDS = (
     *(score, recaption, decontaminate, filter, reshard, extract_frames, boxes, pack),
-    *(convert, export, init_vit, estimate, chat, evaluate, report, demo),
+    *(mix, convert, export, init_vit, estimate, chat, evaluate, report, demo),
 )
 
 

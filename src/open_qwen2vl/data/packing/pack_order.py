@@ -70,6 +70,7 @@ class PackOrder(Sampler[int]):
         plans, (epochs, steps) = [dataset.plan for dataset in mixture.datasets], run
         self._counts = picks_per_epoch(mixture.sources, self._sizes, plans, 1.0 if steps > 0 else epochs)
         self._phases = mixture.phases
+        self._longest = math.inf  # packs of an epoch
         self._turns: np.ndarray | None = None  # source of each pack of the run, where that is not the same in all
         if any(source.follows_run for source in mixture.sources):
             if len(self._phases) > 1:
@@ -79,6 +80,8 @@ class PackOrder(Sampler[int]):
                 )
             steps = steps if steps > 0 else math.ceil(epochs * len(self) / self.global_batch)
             self._turns = turns_of_run(mixture.sources, self._sizes, plans, steps * self.global_batch)
+            # A weight near 0 makes an epoch of all packs of the largest source very long.
+            self._longest = len(self._turns)
         self._mixture = mixture
         self._labels_of_epoch = -1, np.zeros(0, np.int64)
         self._patches = mixture.patches_per_pack
@@ -98,7 +101,7 @@ class PackOrder(Sampler[int]):
 
     def __len__(self) -> int:
         packs = (sum(self._counts[source] for source in phase) for phase in self._phases)
-        return sum(-(-number // self.global_batch) * self.global_batch for number in packs)
+        return min(self._longest, sum(-(-number // self.global_batch) * self.global_batch for number in packs))
 
     def __iter__(self) -> Iterator[int]:
         epoch = self.epoch

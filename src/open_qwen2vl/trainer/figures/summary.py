@@ -16,6 +16,7 @@ def training_summary(
     seconds = totals.pop("seconds")
     speed = rates(totals, seconds, device, world_size)
     del totals["data_wait"]
+    evaluated = next((log for log in reversed(state.log_history) if "eval_loss" in log), {})
     shares = counters.shares(names)
     return {
         "steps": state.global_step,
@@ -25,6 +26,7 @@ def training_summary(
         **speed,
         "devices": world_size,
         "final_loss": next((log["loss"] for log in reversed(state.log_history) if "loss" in log), None),
+        "eval_losses": {k.removeprefix("eval_"): v for k, v in evaluated.items() if k.startswith("eval_loss")},
         "sources": {
             name: {**source, "share": shares[name]} for name, source in zip(names, counters.sources, strict=False)
         },

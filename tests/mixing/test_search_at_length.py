@@ -1,0 +1,60 @@
+"""A search whose answer is known: noise, few sentences of the held-out kind, and many that share its words."""
+
+import itertools
+import json
+import random
+
+import pytest
+import yaml
+
+from tests.mixing.test_search import mix
+
+ADJECTIVES = "small large red green old quick quiet bright".split()
+NOUNS = "dog cat bird horse fox cow fish bear wolf hen frog goat".split()
+VERBS = "runs sleeps eats jumps sits swims sings waits".split()
+PLACES = "park house river field forest garden street barn".split()
+
+
+@pytest.fixture(scope="module")
+def grammar_file(tmp_path_factory, text_plan, backbones):
+    folder, rng = tmp_path_factory.mktemp("grammar"), random.Random(0)
+    sentences = [f"a {a} {n} {v} in the {p}" for a, n, v, p in itertools.product(ADJECTIVES, NOUNS, VERBS, PLACES)]
+    rng.shuffle(sentences)
+    related = [f"the {p} has a {n} that {v}" for p, n, v in itertools.product(PLACES, NOUNS, VERBS)]
+    related += [f"{n} is {a}" for a, n in itertools.product(ADJECTIVES, NOUNS)]
+    noise = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz ", k=30)) for _ in range(400)]
+    options = {
+        "vision_model": backbones["vision"],
+        "text_model": backbones["text"],
+        "train_packs": [
+            text_plan(folder, "near", sentences[:24]),
+            text_plan(folder, "related", related),
+            text_plan(folder, "noise", noise),
+        ],
+        "eval_packs": [text_plan(folder, "held-out", sentences[-60:])],
+        "per_device_train_batch_size": 4,
+        "max_steps": 80,
+        "learning_rate": 5e-3,
+        "warmup_steps": 0.1,
+        "dataloader_num_workers": 0,
+        "use_cpu": True,
+    }
+    path = folder / "sources.yaml"
+    path.write_text(yaml.safe_dump(options))
+    return path
+
+
+@pytest.mark.slow
+def test_the_proposal_beats_uniform_and_each_source_alone(grammar_file, tmp_path):
+    """As trained, with seeds that the search has not seen."""
+    assert mix(grammar_file, tmp_path / "mix", "--proxies", 20, "--check-seeds", 3) == 0
+    report = json.loads((tmp_path / "mix" / "report.json").read_text())
+    weights = {name: found["weight"] for name, found in report["weights"].items()}
+    assert weights["noise"] < 0.1
+    trained = {name: sum(values) / 3 for name, values in report["trained"].items()}
+    assert all(len(values) == 3 for values in report["trained"].values())
+    best = trained.pop("proposal")
+    assert all(best < loss for loss in trained.values()), (weights, best, trained)
+    # What was foretold came, to within half of what the proxies differ by.
+    (fit,) = report["fits"].values()
+    assert abs(report["foretold"]["proposal"]["loss"] - best) < 0.5 * fit["spread"] and fit["rank"] > 0.8
