@@ -40,7 +40,8 @@ OPTIONS = {
 
 def as_it_runs_here(command: list[str], clip: str, endpoint: str, tokenizer: str) -> list[str]:
     """In place of a model of the hub a tiny one of random weights; one worker."""
-    command = [tokenizer if word.startswith("Qwen/") else word for word in command]
+    if "--tokenizer" in command:
+        command[command.index("--tokenizer") + 1] = tokenizer
     if "--pretrained" in command:
         start = command.index("--model")
         command = [*command[:start], "--model", f"local-dir:{clip}", "--device", "cpu", *command[start + 4 :]]
