@@ -128,8 +128,8 @@ def build_trainer(
     return PackedTrainer(
         model=model,
         args=args,
-        train_dataset=read_packs(data_args.train_packs, processor),
-        eval_dataset=read_packs(data_args.eval_packs, processor) if data_args.eval_packs else None,
+        train_dataset=read_packs(data_args.train_packs, processor, args),
+        eval_dataset=read_packs(data_args.eval_packs, processor, args) if data_args.eval_packs else None,
         processing_class=processor,
     )
 

@@ -167,8 +167,8 @@ def load_packs(data_args: DataArguments, args: PackedSFTConfig, processor: Proce
     """The packs to train on and those for evaluation, if any."""
     if bool(data_args.eval_packs) == (args.eval_strategy == "no"):
         raise ValueError("eval_packs and eval_strategy (steps or epoch) go together")
-    evaluation = read_packs(data_args.eval_packs, processor) if data_args.eval_packs else None
-    return read_packs(data_args.train_packs, processor), evaluation
+    evaluation = read_packs(data_args.eval_packs, processor, args) if data_args.eval_packs else None
+    return read_packs(data_args.train_packs, processor, args), evaluation
 
 
 def load_rows(data_args: DataArguments, args: PackedSFTConfig, processor: ProcessorMixin) -> tuple:

@@ -10,6 +10,7 @@ secret is refused, so that none can come into a plan, a log or a report. What a 
 believed: a plan is compared with what is there now.
 """
 
+import asyncio
 import contextlib
 import errno
 import functools
@@ -18,11 +19,13 @@ import os
 import re
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import urlsplit
+
+from .range_reads import PATIENCE, fetch_all
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -122,6 +125,8 @@ class RemoteFile:
         self._path = self._fs._strip_protocol(url)
         self._blocks: dict[int, bytes] = {}  # the last two, by their numbers: threads read a little out of order
         self._lock = threading.Lock()
+        # Ranges that were read ahead: first byte, that behind the last, and the bytes, or why there are none.
+        self.ahead: list[tuple[int, int, bytes | Exception]] = []
 
     @functools.cached_property
     def size(self) -> int:
@@ -130,6 +135,9 @@ class RemoteFile:
 
     def read_at(self, size: int, offset: int) -> bytes:
         """Bytes from a place, fewer at its end; an `OSError` names the URL."""
+        for start, end, content in self.ahead:
+            if start <= offset and offset + size <= end:
+                return _bytes_of(content)[offset - start :][:size]
         size = min(size, self.size - offset)
         if size <= 0:
             return b""
@@ -148,14 +156,16 @@ class RemoteFile:
             return self._blocks[number]
 
     def _fetch(self, start: int, end: int) -> bytes:
-        with remote_errors_named(self.name):
-            if self._fs.async_impl or not hasattr(self._opened, "_fetch_range"):
-                content = self._fs.cat_file(self._path, start=start, end=end)
-            else:  # the Hub's: what it asks of a file before it is read is asked once
-                content = self._opened._fetch_range(start, end)
-        if len(content) != end - start:
-            raise OSError(errno.EIO, f"{len(content)} bytes came, {end - start} were asked for", self.name)
-        return content
+        return _bytes_of(*read_ranges([(self, start, end)]))
+
+    def request(self, start: int, end: int) -> Awaitable[bytes]:
+        """Ask once for the bytes of a range, in the thread that fsspec reads in."""
+        if self._fs.async_impl:
+            return self._fs._cat_file(self._path, start=start, end=end)
+        if not hasattr(self._opened, "_fetch_range"):
+            return asyncio.to_thread(self._fs.cat_file, self._path, start=start, end=end)
+        # The Hub's: what it asks of a file before it is read is asked once.
+        return asyncio.to_thread(self._opened._fetch_range, start, end)
 
     @functools.cached_property
     def _opened(self) -> Any:
@@ -174,9 +184,36 @@ class RemoteFile:
 OpenFile: TypeAlias = LocalFile | RemoteFile
 
 
-def open_file(path: "str | Place", whole: bool = False) -> OpenFile:
-    """Open a file to be read at any byte; `whole` tells that it will be read from its beginning to its end."""
-    return RemoteFile(str(path), whole) if is_remote(path) else LocalFile(path, "rb")
+def read_ranges(wanted: Sequence[tuple[RemoteFile, int, int]], patience: float = PATIENCE) -> list[bytes | Exception]:
+    """The bytes of ranges of remote files, first byte and that behind the last, or why there are none; all at once."""
+    import fsspec.asyn
+
+    fetches = [(functools.partial(file.request, start, end), end - start) for file, start, end in wanted]
+    found = fsspec.asyn.sync(fsspec.asyn.get_loop(), fetch_all, fetches, patience)
+    return [
+        _named(file.name, content) if isinstance(content, Exception) else content
+        for (file, _, _), content in zip(wanted, found, strict=True)
+    ]
+
+
+def read_ahead(wanted: Sequence[tuple[RemoteFile, int, int]], patience: float) -> None:
+    """Give remote files the ranges that will be asked of them, all in one go."""
+    for (file, start, end), content in zip(wanted, read_ranges(wanted, patience), strict=True):
+        file.ahead.insert(0, (start, end, content))  # before what came damaged
+
+
+def _bytes_of(content: bytes | Exception) -> bytes:
+    if isinstance(content, Exception):
+        raise content
+    return content
+
+
+def _named(url: str, error: Exception) -> Exception:
+    try:
+        with remote_errors_named(url):
+            raise error
+    except Exception as named:
+        return named
 
 
 class _Stream(io.RawIOBase):

@@ -8,18 +8,22 @@ What is not there, or not allowed, is not asked for again.
 """
 
 import asyncio
+import logging
 import random
-import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 IN_FLIGHT = 32  # requests of one process
 PATIENCE = 120.0  # seconds in which a range is asked for again and again
 ATTEMPT = 20.0  # seconds for one answer
 SLOW = 2.0  # seconds after which the same is asked for a second time
 FIRST_WAIT, LONGEST_WAIT = 0.1, 10.0  # seconds between two attempts
+DEAD_PATIENCE = 5.0  # seconds of patience with a store that has just shown itself dead
+TELL_EVERY = 60.0  # seconds between two lines in the log
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, ValueError, TypeError)
+
+logger = logging.getLogger(__name__)
 
 Fetch = Callable[[], Awaitable[bytes]]
 
@@ -35,20 +39,25 @@ class ReadCounts:
     bytes: int = 0
     slowest: float = 0.0  # seconds of the slowest range, retries included
 
-    def __sub__(self, other: "ReadCounts") -> "ReadCounts":
-        """The counts since `other`; `slowest` is that of the whole time."""
-        names = ("requests", "retries", "hedges", "failures", "bytes")
-        return ReadCounts(**{name: getattr(self, name) - getattr(other, name) for name in names}, slowest=self.slowest)
-
 
 COUNTS = ReadCounts()
-_lock = threading.Lock()
+_is_dead = False  # whether nothing came of the last reads
+_told = (float("-inf"), ReadCounts())  # when the log was last told of retries, and of how many
 
 
 async def fetch_all(fetches: Sequence[tuple[Fetch, int]], patience: float = PATIENCE) -> list[bytes | Exception]:
-    """The bytes of each range, or why it has none; of a range is given what asks for it once, and its size."""
+    """The bytes of each range, or why it has none; of a range is given what asks for it once, and its size.
+
+    Where nothing came of all the patience, the next has little of it: whoever reads is to end, and soon.
+    """
+    global _is_dead
     limit = asyncio.Semaphore(IN_FLIGHT)
-    return await asyncio.gather(*(_fetch(fetch, size, patience, limit) for fetch, size in fetches))
+    patience = min(patience, DEAD_PATIENCE) if _is_dead else patience
+    found = await asyncio.gather(*(_fetch(fetch, size, patience, limit) for fetch, size in fetches))
+    if found:
+        _is_dead = all(isinstance(one, Exception) and not isinstance(one, FINAL) for one in found)
+    _tell()
+    return found
 
 
 async def _fetch(fetch: Fetch, size: int, patience: float, limit: asyncio.Semaphore) -> bytes | Exception:
@@ -91,8 +100,21 @@ async def _hedged(fetch: Fetch) -> bytes:
             task.cancel()
 
 
+def _tell() -> None:
+    """Log retries, at most once in `TELL_EVERY`."""
+    global _told
+    before, now = _told[1], time.monotonic()
+    if COUNTS.retries + COUNTS.failures > before.retries + before.failures and now - _told[0] >= TELL_EVERY:
+        logger.warning(
+            "remote reads: %d of %d were tried again, %d asked for twice, %d failed; the slowest took %.1f s",
+            *(getattr(COUNTS, name) - getattr(before, name) for name in ("retries", "requests", "hedges", "failures")),
+            COUNTS.slowest,
+        )
+        _told = now, replace(COUNTS)
+
+
 def _count(seconds: float = 0.0, **amounts: int) -> None:
-    with _lock:
-        for name, amount in amounts.items():
-            setattr(COUNTS, name, getattr(COUNTS, name) + amount)
-        COUNTS.slowest = max(COUNTS.slowest, seconds)
+    # In the one thread that fsspec reads in, hence without a lock.
+    for name, amount in amounts.items():
+        setattr(COUNTS, name, getattr(COUNTS, name) + amount)
+    COUNTS.slowest = max(COUNTS.slowest, seconds)

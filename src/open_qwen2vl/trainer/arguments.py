@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
+from ..range_reads import PATIENCE
 from .options import (
     MUON,
     check_fused_step,
@@ -65,6 +66,15 @@ class PackedArguments:
             Folder with YAML files of more tasks, whose Python code runs.
         trust_task_code (`bool`, *optional*, defaults to `False`):
             Run the Python code and templates of `eval_tasks_path`, which is refused without it.
+        cache_dir (`str`, *optional*):
+            Folder on a local disk for the shards of packs whose files are in a bucket. Without it, ranges are read.
+        cache_gb (`float`, *optional*):
+            Size of `cache_dir` in GB, 100 where not given; the shards read longest ago go. The processes of a machine share it.
+        shuffle_window (`int`, *optional*):
+            Parts of a plan whose packs are mixed with each other, all by default. With few, each shard is needed for
+            a short time once an epoch, which is what a cache smaller than the data asks for.
+        read_patience (`float`, *optional*, defaults to 120):
+            Seconds in which a read from a bucket is tried again; then the run ends in a checkpoint.
         profile (`bool`, *optional*, defaults to `False`):
             Record a few steps with torch's profiler into `output_dir/profile`.
         bf16_residual (`bool`, *optional*, defaults to `False`):
@@ -146,6 +156,16 @@ class PackedArguments:
     )
     trust_task_code: bool = field(
         default=False, metadata={"help": "Run the Python code and templates of eval_tasks_path's folder."}
+    )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder on a local disk for shards in a bucket; else ranges are read."}
+    )
+    cache_gb: float | None = field(default=None, metadata={"help": "Size of cache_dir in GB; 100 if not given."})
+    shuffle_window: int | None = field(
+        default=None, metadata={"help": "Parts of a plan whose packs are mixed with each other; all by default."}
+    )
+    read_patience: float = field(
+        default=PATIENCE, metadata={"help": "Seconds in which a read from a bucket is tried again."}
     )
     profile: bool = field(
         default=False, metadata={"help": "Record a few steps with torch's profiler into output_dir/profile."}

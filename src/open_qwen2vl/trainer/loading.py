@@ -13,22 +13,26 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
+from ..data.documents.documents import RANGES, Remote
 from ..data.packing.mixture import PackMixture
 from ..data.packing.pack_order import PackOrder
 from ..data.packing.packed_dataset import PackedDataset, check_files
 from ..data.packing.plan_files import read_plan
 from ..data.packing.sources import parse_sources
+from ..data.storage.shard_cache import ShardCache
 from ..families import document_processor
 from ..places import place
 from ..processing.collator import PackingCollator
+from .arguments import PackedArguments
 
 # Of a patch of 16 x 16 pixels, the largest of the known families; what else a pack holds is small beside its pixels.
 _PATCH_BYTES = 3 * 16**2
+CACHE_GB = 100.0  # of a cache whose size is not given
 _SHARED_MEMORY = Path("/dev/shm")
 
 
-def read_packs(packs: str | list[dict[str, Any]], processor: Any) -> PackMixture:
-    """The packs that an option of a recipe names; every rank must call.
+def read_packs(packs: str | list[dict[str, Any]], processor: Any, args: PackedArguments | None = None) -> PackMixture:
+    """The packs that an option of a recipe names; every rank must call. `args` say how buckets are read.
 
     The first rank looks whether their files are as they were planned, and tells the others: a large plan has so many
     files that a file system would answer all ranks for minutes.
@@ -47,7 +51,12 @@ def read_packs(packs: str | list[dict[str, Any]], processor: Any) -> PackMixture
     broadcast_object_list(outcome)
     if outcome[0] is not None:
         raise ValueError(outcome[0])
-    return PackMixture(sources, processor, files_checked=True)
+    return PackMixture(sources, processor, files_checked=True, remote=RANGES if args is None else _remote(args))
+
+
+def _remote(args: PackedArguments) -> Remote:
+    cache = ShardCache(args.cache_dir, int((args.cache_gb or CACHE_GB) * 1e9)) if args.cache_dir else None
+    return Remote(args.read_patience, cache)
 
 
 def prefetch_factor(args: TrainingArguments, train_dataset: Dataset | None) -> int | None:
@@ -81,6 +90,7 @@ def train_order(dataset: PackMixture, args: TrainingArguments) -> PackOrder:
         args.gradient_accumulation_steps,
         args.seed if args.data_seed is None else args.data_seed,
         run=(args.num_train_epochs, args.max_steps),
+        window=args.shuffle_window,
     )
 
 

@@ -129,6 +129,9 @@ _LOWEST = {
     "eval_tasks_batch_size": (1, True),
     "max_length": (1, True),
     "max_dropped_share": (0, True),
+    "cache_gb": (0, False),
+    "shuffle_window": (1, True),
+    "read_patience": (0, False),
     "neftune_noise_alpha": (0, True),
     "data_seed": (0, True),
     "ddp_timeout": (0, False),
@@ -193,6 +196,8 @@ def check_values(args: Any) -> None:
         raise ValueError(f"max_steps must be at least 1 (or -1, for num_train_epochs), got {args.max_steps}")
     if args.ema_decay is not None and args.ema_decay >= 1:
         raise ValueError(f"ema_decay must be below 1, got {args.ema_decay}")
+    if args.cache_gb is not None and args.cache_dir is None:
+        raise ValueError("cache_gb is the size of cache_dir, which is not given")
     if args.max_dropped_share > 1:
         raise ValueError(f"max_dropped_share is a share, at most 1, got {args.max_dropped_share}")
     optimizers = (MUON, *(kind.value for kind in OptimizerNames))

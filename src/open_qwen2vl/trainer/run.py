@@ -15,6 +15,7 @@ from ..places import is_remote
 from .arguments import PackedArguments
 from .checkpoints.folders import CheckpointError, newest_complete_checkpoint, save_final_model
 from .checkpoints.interruption import EXIT_CODE, FolderInUse
+from .figures.data_watch import DataWatch
 from .figures.loss_watch import TrainingStopped
 from .figures.plots import plot_loss
 from .figures.progress import summary_lines
@@ -55,10 +56,12 @@ def run_recipe(program: str, build_trainer: Callable[[], PackedTraining], args: 
     except (CheckpointError, TrainingStopped) as error:
         _fail(program, error, args, code=1)
     if trainer.interrupted:
+        dead = next(one for one in trainer.callback_handler.callbacks if isinstance(one, DataWatch)).dead_store
         if trainer.is_world_process_zero():
             newest = newest_complete_checkpoint(args.output_dir)
-            print(f"{program}: stopped on request; the same command resumes from {newest}", file=sys.stderr)
-        sys.exit(EXIT_CODE)
+            why = f"error: no answer from the store of {dead}" if dead else "stopped on request"
+            print(f"{program}: {why}; the same command resumes from {newest}", file=sys.stderr)
+        sys.exit(1 if dead else EXIT_CODE)
     _finish(trainer, Path(args.output_dir))
 
 

@@ -19,12 +19,14 @@ import torch
 
 from ...families.interface import DocumentProcessor
 from ...files import ShardPaths, shard_path
-from ...places import Place, is_remote, place
+from ...places import OpenFile, Place, is_remote, open_file, place
 from ...processing.media_records import Video
 from ...processing.sample_error import SampleError
+from ...range_reads import PATIENCE
 from ...transfers import local_copy
 from ..engine.engine import collection_paused
 from ..storage.image_sizes import upright_size
+from ..storage.shard_cache import ShardCache
 from ..storage.tar_index import index_path
 from ..storage.tars import sample_uid
 from .forms import Piece, make_form, video_extensions
@@ -33,6 +35,8 @@ from .record_images import PlannedImage, RecordImages, image_name
 from .records import TAR, Found, RecordReader, ShardRecords
 from .shared_pictures import picture_of
 
+# The reasons of documents in a bucket that does not answer, and of those that it does not have or not give.
+UNREACHABLE, UNREADABLE = "store_unreachable", "unreadable_object"
 CHUNK = 1024  # records whose texts are tokenised at once
 
 
@@ -218,17 +222,51 @@ class _Planner:
         self.skipped.append(Skipped(self._file, found.key, error.reason, detail))
 
 
+class Remote(NamedTuple):
+    """How files of a bucket are read."""
+
+    patience: float = PATIENCE  # seconds in which a range is asked for again and again
+    cache: ShardCache | None = None  # reads whole shards from the disk, instead of ranges from the bucket
+
+
+RANGES = Remote()
+
+
 class DocumentReader:
     """Reads the documents of a plan, for one process."""
 
-    def __init__(self, folder: Place, plan: dict[str, Any], documents: DocumentProcessor):
-        paths = ShardPaths(folder, plan["shards"])
-        self._family, self._what = documents, plan["text_format"]
+    def __init__(self, folder: Place, plan: dict[str, Any], documents: DocumentProcessor, remote: Remote = RANGES):
+        paths, shards = ShardPaths(folder, plan["shards"]), plan["shards"]
+        self._family, self._what, self._patience = documents, plan["text_format"], remote.patience
         self._form = make_form(plan, documents)
-        self._records = RecordReader(paths, self._what, self._form.columns, self._form.max_bytes)
+
+        def open_shard(number: int) -> OpenFile:
+            if remote.cache is not None and is_remote(paths[number]):
+                return remote.cache.open(paths[number], shards[number])
+            return open_file(paths[number])
+
+        self._records = RecordReader(paths, self._what, self._form.columns, self._form.max_bytes, open_shard)
         self._images = RecordImages(folder, paths, plan["images"], self._records)
 
+    def read_ahead(self, rows: list[dict[str, Any]], again: bool = False) -> None:
+        """Fetch at once what rows of the plan have in files of a bucket; what fails is told when they are read.
+
+        `again` fetches some of them anew, beside what is there of the others.
+        """
+        with contextlib.suppress(OSError):
+            self._records.read_ahead(rows, self._patience, again)
+
     def read(self, rows: list[dict[str, Any]]) -> list[ReadDocument]:
+        """As [`_read`]; what a network or a store does to them is a [`SampleError`] too."""
+        try:
+            return self._read(rows)
+        except OSError as error:
+            if error.filename is None or not is_remote(str(error.filename)):
+                raise
+            is_gone = isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
+            raise SampleError(UNREADABLE if is_gone else UNREACHABLE, str(error)) from error
+
+    def _read(self, rows: list[dict[str, Any]]) -> list[ReadDocument]:
         """A document of the plan and its branches, from their rows, the picture decoded once.
 
         A [`SampleError`] if any record or image of theirs cannot be used any more.

@@ -10,11 +10,11 @@ What a record means is the business of forms.py; where its images are, of record
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from ...places import OpenFile, open_file
+from ...places import OpenFile, RemoteFile, open_file, read_ahead
 from ...processing.media_records import Video
 from ...processing.sample_error import SampleError
 from ..storage.csv_records import csv_header, csv_spans, read_csv_record
@@ -34,6 +34,7 @@ from ..storage.tars import (
     read_member,
     read_together,
     sample_uid,
+    spans_of,
 )
 from .texts import Texts, decode_caption
 
@@ -184,11 +185,19 @@ class ShardRecords:
 
 
 class RecordReader:
-    """The records of a plan's files, read again, for one process."""
+    """The records of a plan's files, read again, for one process; `open_shard` opens a file by its number."""
 
-    def __init__(self, paths: Sequence[str], text_format: str, columns: Columns, max_bytes: int | None = None):
+    def __init__(
+        self,
+        paths: Sequence[str],
+        text_format: str,
+        columns: Columns,
+        max_bytes: int | None = None,
+        open_shard: Callable[[int], OpenFile] | None = None,
+    ):
         self._paths, self._text_format, self._max_bytes = paths, text_format, max_bytes
-        self._files = Newest(lambda shard: open_file(paths[shard]))
+        self._files = Newest(open_shard or (lambda shard: open_file(paths[shard])))
+        self._fetched: list[RemoteFile] = []  # those that hold what was read ahead
         self._ahead = (-1, NOTHING)  # of the last document that was read, its tar and the bytes beside its record
         self._tables = Newest(lambda shard: RowTable(paths[shard], columns))
         # A batch is decoded whole, and other documents of a pack have rows in it.
@@ -210,6 +219,22 @@ class RecordReader:
             own = [Video(OwnImage()) if image.get("frames") else OwnImage() for image in document["images"]]
             return Texts([*(None for _ in own), decode_caption(text)], own)
         return _read_tar_json(file, document["key"], location.offset, location.size, span)
+
+    def read_ahead(self, documents: list[dict[str, Any]], patience: float, again: bool) -> None:
+        """Fetch what documents have in remote files, all at once: a request each would be a wait each."""
+        if not again:
+            for file in self._fetched:
+                file.ahead = []
+            self._fetched = []
+        members: dict[int, list[tuple[int, int]]] = {}
+        for document in documents:
+            shard, location = document["shard"], RecordLocation(**document["record"])
+            if location.row is None and isinstance(self._files[shard], RemoteFile):
+                own = [(image["offset"], image["size"]) for image in document["images"] if image["root"] == OWN]
+                members.setdefault(shard, []).extend([location[:2], *own])
+        wanted = [(self._files[shard], *span) for shard, own in members.items() for span in spans_of(own)]
+        self._fetched += [file for file, _, _ in wanted]
+        read_ahead(wanted, patience)
 
     def read_image(self, shard: int, names: list[str], offset: int, size: int, limit: int | None) -> bytes:
         """An image or video of a tar's sample, as [`read_member`]; read with its record where it lies beside it."""

@@ -14,6 +14,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ...families import difference
+from ..documents.documents import RANGES, Remote
 from .packed_dataset import PackedDataset
 from .sources import UNITS, Source
 from .weights import loss_weights
@@ -58,14 +59,15 @@ class PackMixture(Dataset):
         sources (`list[Source]`): from [`parse_sources`].
         processor (`ProcessorMixin`): its tokenizer must be the plans'.
         files_checked (`bool`, *optional*, defaults to `False`): as of [`PackedDataset`].
+        remote (`Remote`, *optional*): as of [`PackedDataset`].
 
     Raises:
         ValueError: as [`PackedDataset`] and [`source_phases`], or for a source without packs.
     """
 
-    def __init__(self, sources: list[Source], processor: Any, files_checked: bool = False):
+    def __init__(self, sources: list[Source], processor: Any, files_checked: bool = False, remote: Remote = RANGES):
         self.sources = list(sources)
-        self.datasets = [PackedDataset(source.path, processor, files_checked) for source in self.sources]
+        self.datasets = [PackedDataset(source.path, processor, files_checked, remote) for source in self.sources]
         for source, dataset in zip(self.sources, self.datasets, strict=True):
             if not len(dataset):
                 raise ValueError(f"{source.path} holds no packs")
@@ -142,6 +144,16 @@ class PackMixture(Dataset):
         source, pack = self._locate(index)
         documents = [] if pack is None else self.datasets[source].document_names(pack)
         return {"source": self.names[source], "pack": pack, "documents": documents}
+
+    def fetch_ahead(self, packs: np.ndarray) -> None:
+        """Have the shards of packs that come soon fetched into the cache of [`PackedDataset`], if there is one."""
+        packs = packs[packs < len(self)]
+        numbers = np.searchsorted(self._ends, packs, side="right")
+        for number in np.unique(numbers).tolist():
+            first = int(self._ends[number - 1]) if number else 0
+            dataset = self.datasets[number]
+            parts = np.searchsorted(dataset.part_ends, packs[numbers == number] - first, side="right")
+            dataset.fetch_ahead(dict.fromkeys(parts.tolist()))
 
     def _locate(self, index: int) -> tuple[int, int | None]:
         """Source and pack in it; no pack for the empty ones behind the last."""

@@ -40,6 +40,8 @@ class PackOrder(Sampler[int]):
         accumulation (`int`): micro-batches of an optimizer step.
         seed (`int`): of the permutations, not negative.
         shuffle (`bool`, *optional*, defaults to `True`): `False`, for evaluation, reads the sources as planned.
+        window (`int`, *optional*): parts of a plan whose packs are mixed with each other, and read before those of
+            the next so many; None mixes all of them.
         run (`tuple[float, int]`, *optional*, defaults to one epoch): epochs of the run, and its optimizer steps, which
             count instead if above 0.
 
@@ -56,6 +58,7 @@ class PackOrder(Sampler[int]):
         seed: int,
         shuffle: bool = True,
         run: tuple[float, int] = (1.0, -1),
+        window: int | None = None,
     ):
         for name, value in (("world_size", world_size), ("batch_size", batch_size), ("accumulation", accumulation)):
             if value < 1:
@@ -65,7 +68,7 @@ class PackOrder(Sampler[int]):
             batch_size,
             world_size * batch_size * accumulation,
         )
-        self.seed, self.shuffle, self.epoch = seed, shuffle, 0
+        self.seed, self.shuffle, self.epoch, self._window = seed, shuffle, 0, window
         self._sizes = [len(dataset) for dataset in mixture.datasets]
         plans, (epochs, steps) = [dataset.plan for dataset in mixture.datasets], run
         self._counts = picks_per_epoch(mixture.sources, self._sizes, plans, 1.0 if steps > 0 else epochs)
@@ -99,6 +102,12 @@ class PackOrder(Sampler[int]):
         """Packs of each source that the run reads, where schedules or limits say so."""
         return None if self._turns is None else np.bincount(self._turns, minlength=len(self._sizes)).tolist()
 
+    @property
+    def _packs_of_window(self) -> int:
+        """Packs of a window, of all sources, about."""
+        parts = sum(len(dataset.part_ends) for dataset in self._mixture.datasets)
+        return max(self.global_batch, self._window * sum(self._sizes) // parts)
+
     def __len__(self) -> int:
         packs = (sum(self._counts[source] for source in phase) for phase in self._phases)
         return min(self._longest, sum(-(-number // self.global_batch) * self.global_batch for number in packs))
@@ -107,6 +116,8 @@ class PackOrder(Sampler[int]):
         epoch = self.epoch
         for packs in self._epoch_orders(epoch):
             for start in range(0, len(packs), self.global_batch):
+                if self._window is not None:
+                    self._fetch_ahead(packs, start)
                 yield from self._deal(packs[start : start + self.global_batch]).tolist()
 
     def labels_of_step(self, step: int) -> int:
@@ -158,8 +169,19 @@ class PackOrder(Sampler[int]):
         if not self.shuffle:
             return np.arange(size)
         # Raw words of a bit generator are the same in every version of numpy, which `Generator` does not promise.
-        words = np.random.PCG64(np.random.SeedSequence([self.seed, source, number])).random_raw(size)
-        return np.argsort(words, kind="stable")
+        generator = np.random.PCG64(np.random.SeedSequence([self.seed, source, number]))
+        ends = self._mixture.datasets[source].part_ends
+        if self._window is None or self._window >= len(ends):
+            return np.argsort(generator.random_raw(size), kind="stable")
+        window_of_part = np.argsort(np.argsort(generator.random_raw(len(ends)), kind="stable")) // self._window
+        windows = np.repeat(window_of_part, np.diff(ends, prepend=0))
+        return np.lexsort((generator.random_raw(size), windows))
+
+    def _fetch_ahead(self, packs: np.ndarray, start: int) -> None:
+        """Tell the mixture of the packs of the next window, a step's worth at a time, at the start of all of them."""
+        ahead = self._packs_of_window
+        first = start + ahead - self.global_batch if start else 0
+        self._mixture.fetch_ahead(packs[first : start + ahead])
 
     def _deal(self, packs: np.ndarray) -> np.ndarray:
         """The packs of an optimizer step, most patches first, so that a micro-batch weighs the same on every rank."""

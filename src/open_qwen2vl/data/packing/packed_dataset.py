@@ -11,6 +11,7 @@ import json
 import logging
 import os
 from collections import Counter
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -20,15 +21,15 @@ from torch.utils.data import Dataset
 from ...families import document_processor
 from ...families.interface import DocumentProcessor
 from ...files import shard_path
-from ...places import Place, identities, place
+from ...places import Place, identities, is_remote, place
 from ...processing.sample_error import SampleError
 from ...processing.text_formats import tokenizer_fingerprint
-from ..documents.documents import DocumentReader
+from ..documents.documents import RANGES, UNREACHABLE, UNREADABLE, DocumentReader, Remote
 from ..documents.forms import conversation_format
 from ..documents.items import ReadDocument, pack_item
 from ..documents.shared_pictures import rows_by_picture
 from ..storage.open_files import Newest
-from .plan_files import PACKS_PER_BATCH, Part, part_name, read_figure, read_part_ends, read_plan
+from .plan_files import PACKS_PER_BATCH, Part, part_name, read_figure, read_part_ends, read_part_metadata, read_plan
 
 logger = logging.getLogger(__name__)
 
@@ -55,15 +56,16 @@ class PackedDataset(Dataset):
         processor (`ProcessorMixin`): of a family of `families/`; its tokenizer must be the plan's, its sizes of media
             too, and for conversations its chat template.
         files_checked (`bool`, *optional*, defaults to `False`): leave out [`check_files`], which has been called.
+        remote (`Remote`, *optional*): how files of a bucket are read.
 
     Raises:
         ValueError: if the plan is not finished, of another version, made with another tokenizer or chat template, or
             if one of its files is gone or has changed.
     """
 
-    def __init__(self, packs_dir: str | Place, processor: Any, files_checked: bool = False):
+    def __init__(self, packs_dir: str | Place, processor: Any, files_checked: bool = False, remote: Remote = RANGES):
         self.folder = place(packs_dir)
-        self.processor = processor
+        self.processor, self._remote = processor, remote
         self.plan = read_plan(self.folder)
         try:
             self.documents = document_processor(processor, self.plan["vision"], self.plan.get("chat_template_name"))
@@ -76,6 +78,20 @@ class PackedDataset(Dataset):
             check_files(self.folder, self.plan)
         self._ends = read_part_ends(self.folder, self.plan)
         self._files: _OpenFiles | None = None
+        self._is_remote = is_remote(shard_path(self.folder, self.plan["shards"][0]))
+
+    @property
+    def part_ends(self) -> np.ndarray:
+        """Packs of all parts up to each, itself included: int64 `(parts,)`."""
+        return self._ends
+
+    def fetch_ahead(self, parts: Iterable[int]) -> None:
+        """Have the shards of parts fetched into the cache, if there is one, in the background."""
+        if self._remote.cache is None or not self._is_remote:
+            return
+        for part in parts:
+            shards = read_part_metadata(self.folder / part_name(part))["settings"]["shards"]
+            self._remote.cache.fetch_ahead((shard_path(self.folder, shard), shard) for shard in shards)
 
     @property
     def fingerprint(self) -> str:
@@ -106,9 +122,12 @@ class PackedDataset(Dataset):
         dropped: Counter = Counter()
         places: dict[str, str] = {}
         documents: list[ReadDocument] = []
-        for rows in rows_by_picture(self._documents(index)):
+        rows_of_pack = self._documents(index)
+        if self._is_remote:
+            self._open_files().reader.read_ahead(rows_of_pack)
+        for rows in rows_by_picture(rows_of_pack):
             try:
-                documents += self._open_files().reader.read(rows)
+                documents += self._read(rows)
             except SampleError as error:
                 dropped[error.reason] += len(rows)
                 file, key = self.plan["shards"][rows[0]["shard"]]["path"], rows[0]["key"]
@@ -116,6 +135,17 @@ class PackedDataset(Dataset):
                 places.setdefault(error.reason, f"{file}/{key} ({error})")
                 logger.warning("dropped %s/%s: %s (%s)", file, key, error.reason, error)
         return {**pack_item(self.documents, documents, dropped), "dropped_places": places}
+
+    def _read(self, rows: list[dict[str, Any]]) -> list[ReadDocument]:
+        reader = self._open_files().reader
+        try:
+            return reader.read(rows)
+        except SampleError as error:
+            if not self._is_remote or error.reason in (UNREACHABLE, UNREADABLE):
+                raise
+        # Without TLS nothing checks what comes over a network: what is damaged may be whole the next time.
+        reader.read_ahead(rows, again=True)
+        return reader.read(rows)
 
     def _documents(self, index: int) -> list[dict[str, Any]]:
         if not -len(self) <= index < len(self):
@@ -130,16 +160,16 @@ class PackedDataset(Dataset):
     def _open_files(self) -> "_OpenFiles":
         # A forked worker must not share file positions with its parent; a spawned one starts without files.
         if self._files is None or self._files.process != os.getpid():
-            self._files = _OpenFiles(place(str(self.folder)), self.plan, self.documents)
+            self._files = _OpenFiles(place(str(self.folder)), self.plan, self.documents, self._remote)
         return self._files
 
 
 class _OpenFiles:
     """The files of one process."""
 
-    def __init__(self, folder: Place, plan: dict[str, Any], documents: DocumentProcessor):
+    def __init__(self, folder: Place, plan: dict[str, Any], documents: DocumentProcessor, remote: Remote):
         self.process = os.getpid()
-        self.reader = DocumentReader(folder, plan, documents)
+        self.reader = DocumentReader(folder, plan, documents, remote)
         parts = Newest(lambda part: Part(folder / part_name(part)))
         self._batch = lru_cache(BATCHES)(lambda part, batch: parts[part].documents(batch))
 

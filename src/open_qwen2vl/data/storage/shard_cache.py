@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files import os_errors_named, remove_temporaries, sync
-from ...places import LocalFile, read_ranges
+from ...places import LocalFile, RemoteFile, read_ranges
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,10 @@ class ShardCache:
         # Of an open file, unlike POSIX locks: threads of one process keep each other out too.
         with open(self.folder / name, "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+            try:
+                yield
+            finally:
+                fcntl.flock(file, fcntl.LOCK_UN)  # by name: a process that was forked meanwhile has the file open too
 
 
 def _is_written(temporary: Path) -> bool:
@@ -152,10 +155,12 @@ def _copy(url: str, identity: dict[str, Any], file: int) -> None:
 
 def _copy_once(url: str, size: int, file: int) -> str:
     """The MD5 of what came."""
+    remote = RemoteFile(url)
     digest = hashlib.md5(usedforsecurity=False)
     for start in range(0, size, CHUNK * CHUNKS):
-        places = [(at, min(CHUNK, size - at)) for at in range(start, min(start + CHUNK * CHUNKS, size), CHUNK)]
-        for (at, _), content in zip(places, read_ranges([(url, *place) for place in places]), strict=True):
+        starts = range(start, min(start + CHUNK * CHUNKS, size), CHUNK)
+        found = read_ranges([(remote, at, min(at + CHUNK, size)) for at in starts])
+        for at, content in zip(starts, found, strict=True):
             if isinstance(content, Exception):
                 raise content
             os.pwrite(file, content, at)

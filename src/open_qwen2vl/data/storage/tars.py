@@ -187,6 +187,16 @@ def read_together(file: OpenFile, first: tuple[int, int], others: Iterable[tuple
     return NOTHING if (start, end) == own or start < 0 else Span(start, file.read_at(end - start, start))
 
 
+def spans_of(members: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """First byte and that behind the last of members, by offset and size, with their headers; neighbours are one."""
+    spans: list[tuple[int, int]] = []
+    for low, high in sorted((max(0, offset - BLOCK), offset + size) for offset, size in members):
+        if spans and low - spans[-1][1] <= MAX_GAP_BYTES:
+            low, high = spans[-1][0], max(high, spans.pop()[1])
+        spans.append((low, high))
+    return spans
+
+
 def read_member(
     file: OpenFile, name: str | Iterable[str], offset: int, size: int, limit: int | None = None, span: Span = NOTHING
 ) -> bytes:

@@ -44,6 +44,7 @@ OPTIMISATION = (
     "train_vision_tower",
     "neftune_noise_alpha",
     "ema_decay",
+    "shuffle_window",
 )
 
 ADAPTER = (

@@ -28,6 +28,7 @@ class DataWatch(TrainerCallback, ExportableState):
         self.learned = False  # whether any step had a label
         self.reasons: dict[str, int] = {}  # lost documents of the whole run
         self.places: dict[str, str] = {}  # where the first of each reason lies
+        self.dead_store: str | None = None  # what was not to be had of a bucket, which ended the training
 
     def state(self) -> dict[str, Any]:
         """What the checkpoint's `trainer_state.json` holds of this callback."""
@@ -36,6 +37,7 @@ class DataWatch(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Take up the counts of the checkpoint that training resumes from."""
+        self.dead_store = None
         for name, value in saved_attributes(self, state).items():
             setattr(self, name, value)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ...data.documents.documents import UNREACHABLE
 from ..arguments import PackedArguments
 from .data_watch import DataStopped, DataWatch
 from .loss_watch import LossWatch, stop_training
@@ -21,7 +22,10 @@ def account(
     describe: Callable[[int], dict[str, Any]] | None,
     last_step: int,
 ) -> bool:
-    """Whether any rank was asked to leave in these steps; every rank must call and comes to the same end."""
+    """Whether any rank was asked to leave in these steps, or its data are in a bucket that does not answer any more.
+
+    Every rank must call and comes to the same end.
+    """
     asked = False
     for step in steps:
         throughput.add(step)
@@ -29,9 +33,10 @@ def account(
         if verdict is not None:
             stop_training(step, verdict, describe, args.output_dir)
         verdict = data_watch.verdict(step, args.max_dropped_share, step.number >= last_step)
-        if verdict is not None:
+        data_watch.dead_store = step.places.get(UNREACHABLE, data_watch.dead_store)
+        if verdict is not None and data_watch.dead_store is None:
             raise DataStopped(verdict)
-        asked = asked or step.stop_requested
+        asked = asked or step.stop_requested or data_watch.dead_store is not None
     return asked
 
 
