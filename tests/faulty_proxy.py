@@ -96,7 +96,7 @@ class FaultyProxy:
             await runner.setup()
             site = web.TCPSite(runner, "127.0.0.1", 0)
             await site.start()
-            self.url = "http://127.0.0.1:%d" % site._server.sockets[0].getsockname()[1]
+            self.url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
             started.set()
             await stop.wait()
             await runner.cleanup()

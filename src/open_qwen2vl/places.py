@@ -216,6 +216,11 @@ def _named(url: str, error: Exception) -> Exception:
         return named
 
 
+def open_file(path: "str | Place", whole: bool = False) -> OpenFile:
+    """Open a file to be read at any byte; `whole` tells that it will be read from its beginning to its end."""
+    return RemoteFile(str(path), whole) if is_remote(path) else LocalFile(path, "rb")
+
+
 class _Stream(io.RawIOBase):
     """A remote file with a position, for libraries that ask for one."""
 

@@ -69,7 +69,8 @@ class PackedArguments:
         cache_dir (`str`, *optional*):
             Folder on a local disk for the shards of packs whose files are in a bucket. Without it, ranges are read.
         cache_gb (`float`, *optional*):
-            Size of `cache_dir` in GB, 100 where not given; the shards read longest ago go. The processes of a machine share it.
+            Size of `cache_dir` in GB, 100 where not given; the shards read longest ago go. All processes of a machine
+            share it.
         shuffle_window (`int`, *optional*):
             Parts of a plan whose packs are mixed with each other, all by default. With few, each shard is needed for
             a short time once an epoch, which is what a cache smaller than the data asks for.
