@@ -201,6 +201,19 @@ def bucket(s3_endpoint, monkeypatch) -> str:
 
 
 @pytest.fixture
+def proxy(bucket, s3_endpoint, monkeypatch):
+    """What stands between the bucket and who reads it."""
+    import fsspec
+
+    from tests.faulty_proxy import Faults, FaultyProxy
+
+    with FaultyProxy(s3_endpoint, Faults()).running() as running:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
+        fsspec.filesystem("s3").clear_instance_cache()
+        yield running
+
+
+@pytest.fixture
 def memory() -> str:
     """URL of a new folder in fsspec's own memory: remote for all that asks, but not seen by other processes."""
     return f"memory://{uuid.uuid4().hex}"

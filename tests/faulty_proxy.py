@@ -27,6 +27,7 @@ class Faults:
     cut: float = 0.0  # share whose body ends halfway
     corrupt: float = 0.0  # share with one byte of the body changed
     hang: float = 0.0  # share that gets no answer
+    corrupt_first: int = 0  # so many from now on with one byte changed
     dead: bool = False  # nothing is answered: each connection is closed
     seed: int = 0
     counts: Counter = field(default_factory=Counter)  # requests by what became of them, and `bytes` sent on
@@ -35,6 +36,9 @@ class Faults:
         """What becomes of the next request."""
         if self.dead:
             return "dead"
+        if self.corrupt_first:
+            self.corrupt_first -= 1
+            return "corrupt"
         value = generator.random()
         for name in ("throttle", "cut", "corrupt", "hang"):
             value -= getattr(self, name)
@@ -50,6 +54,7 @@ class FaultyProxy:
         self.target = target.rstrip("/")
         self.faults = faults
         self._random = random.Random(faults.seed)
+        self.corrupt_at: int | None = None  # the byte; a random one if not given
         self.url = ""
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
@@ -75,7 +80,7 @@ class FaultyProxy:
     ) -> web.StreamResponse:
         headers = {name: value for name, value in answer.headers.items() if name.lower() not in HOP_BY_HOP}
         if fault == "corrupt" and content:
-            place = self._random.randrange(len(content))
+            place = self._random.randrange(len(content)) if self.corrupt_at is None else self.corrupt_at
             content = content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :]
         self.faults.counts["bytes"] += len(content)
         if fault != "cut" or not content:
@@ -100,6 +105,9 @@ class FaultyProxy:
             started.set()
             await stop.wait()
             await runner.cleanup()
+            for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                task.cancel()
+            await asyncio.sleep(0.05)
 
     @contextlib.contextmanager
     def running(self) -> Iterator["FaultyProxy"]:
