@@ -11,7 +11,10 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "src" / "open_qwen2vl"
 # From the bottom; a module imports from its own floor and from those below it.
 FLOORS = (
-    ("endpoint", "files", "lazy_names", "model_folders", "options", "output_lock", "pages", "places", "transfers"),
+    (
+        *("endpoint", "files", "lazy_names", "model_folders", "options", "output_lock", "pages", "places"),
+        *("range_reads", "transfers"),
+    ),
     ("modeling", "processing"),
     ("auto_classes",),
     ("families",),

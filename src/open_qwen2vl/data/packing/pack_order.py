@@ -170,9 +170,9 @@ class PackOrder(Sampler[int]):
             return np.arange(size)
         # Raw words of a bit generator are the same in every version of numpy, which `Generator` does not promise.
         generator = np.random.PCG64(np.random.SeedSequence([self.seed, source, number]))
-        ends = self._mixture.datasets[source].part_ends
-        if self._window is None or self._window >= len(ends):
+        if self._window is None:
             return np.argsort(generator.random_raw(size), kind="stable")
+        ends = self._mixture.datasets[source].part_ends
         window_of_part = np.argsort(np.argsort(generator.random_raw(len(ends)), kind="stable")) // self._window
         windows = np.repeat(window_of_part, np.diff(ends, prepend=0))
         return np.lexsort((generator.random_raw(size), windows))
