@@ -196,12 +196,6 @@ def read_ranges(wanted: Sequence[tuple[RemoteFile, int, int]], patience: float =
     ]
 
 
-def read_ahead(wanted: Sequence[tuple[RemoteFile, int, int]], patience: float) -> None:
-    """Give remote files the ranges that will be asked of them, all in one go."""
-    for (file, start, end), content in zip(wanted, read_ranges(wanted, patience), strict=True):
-        file.ahead.insert(0, (start, end, content))  # before what came damaged
-
-
 def _bytes_of(content: bytes | Exception) -> bytes:
     if isinstance(content, Exception):
         raise content

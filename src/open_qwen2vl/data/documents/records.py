@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from ...places import OpenFile, RemoteFile, open_file, read_ahead
+from ...places import OpenFile, RemoteFile, open_file, read_ranges
 from ...processing.media_records import Video
 from ...processing.sample_error import SampleError
 from ..storage.csv_records import csv_header, csv_spans, read_csv_record
@@ -234,7 +234,8 @@ class RecordReader:
                 members.setdefault(shard, []).extend([location[:2], *own])
         wanted = [(self._files[shard], *span) for shard, own in members.items() for span in spans_of(own)]
         self._fetched += [file for file, _, _ in wanted]
-        read_ahead(wanted, patience)
+        for (file, start, end), content in zip(wanted, read_ranges(wanted, patience), strict=True):
+            file.ahead.insert(0, (start, end, content))  # before what came damaged
 
     def read_image(self, shard: int, names: list[str], offset: int, size: int, limit: int | None) -> bytes:
         """An image or video of a tar's sample, as [`read_member`]; read with its record where it lies beside it."""
