@@ -83,6 +83,7 @@ def test_wheel_carries_its_template_and_runs_elsewhere(tmp_path):
         "pretrain_2b.yaml",
         "accelerate/single_gpu.yaml",
         "quickstart/run.sh",
+        "real_lm/run.sh",
         "qwen2_vl/run.sh",
     ):
         assert (recipes / name).read_bytes() == (ROOT / "recipes" / name).read_bytes()

@@ -271,3 +271,13 @@ def test_the_full_size_configs_are_valid(name):
         assert (args.learning_rate, args.weight_decay, args.num_train_epochs) == (2e-5, 0.1, 1)
         assert args.warmup_steps == 0.03 and args.lr_scheduler_type == "cosine"
     assert args.activation_checkpointing and args.gradient_checkpointing
+
+
+def test_the_speedruns_second_stage_is_valid():
+    recipe = runpy.run_path(str(RECIPES / "sft.py"))
+    classes = (recipe["ModelArguments"], recipe["DataArguments"], PackedSFTConfig)
+    model, data, args = parse_arguments(classes, "", [str(RECIPES / "speedrun/sft.yaml"), "--use_cpu"])
+    text = (RECIPES / "speedrun/sft.yaml").read_text()
+    assert f"--output {data.train_packs}" in text and "recipes/sft.py recipes/speedrun/sft.yaml" in text
+    assert f"output_dir: {model.model_name_or_path}\n" in (RECIPES / "speedrun/align.yaml").read_text()
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps * 8 == 8

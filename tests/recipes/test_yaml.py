@@ -17,7 +17,13 @@ from tests.tars import write_caption_tar
 RECIPES = Path(__file__).parents[2] / "recipes"
 NAMES = sorted(
     str(path.relative_to(RECIPES))
-    for pattern in ("pretrain_*.yaml", "stages/*.yaml", "qwen2_vl/pretrain_*.yaml")
+    for pattern in (
+        "pretrain_*.yaml",
+        "stages/*.yaml",
+        "qwen2_vl/pretrain_*.yaml",
+        "datacomp_vlm/*.yaml",
+        "speedrun/align.yaml",
+    )
     for path in RECIPES.glob(pattern)
 )
 
@@ -50,7 +56,7 @@ def plans(tmp_path_factory, processor) -> Path:
 
 
 def test_all_of_them_are_found():
-    assert len(NAMES) == 10 and "stages/align.yaml" in NAMES and "pretrain_2b.yaml" in NAMES
+    assert len(NAMES) == 13 and "stages/align.yaml" in NAMES and "pretrain_2b.yaml" in NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
