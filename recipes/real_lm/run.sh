@@ -2,8 +2,8 @@
 # A pre-trained language model learns to see: SmolLM2-135M, a tower trained as the quickstart's, a new projector. Each step
 # does nothing if its result is there, so the same command resumes after a kill.
 # Arguments go to the three trainings of the language model. EMOJI is the number of emoji, each with all its tones, and
-# TOWER a model whose tower is taken, as runs/quickstart/model; else one is trained, EPOCHS long.
-# `EMOJI=8 EPOCHS=0.1 sh recipes/real_lm/run.sh --max_steps 2` shows the whole chain in a few minutes.
+# TOWER a model whose tower is taken, as runs/quickstart/model; else one is trained, EPOCHS long. WINDOWS of text are read.
+# `EMOJI=8 EPOCHS=0.1 WINDOWS=2 sh recipes/real_lm/run.sh --max_steps 2` shows the whole chain in a few minutes.
 set -eu
 export OMP_WAIT_POLICY=passive OMP_NUM_THREADS="$(nproc)"
 at=runs/real_lm
@@ -37,4 +37,4 @@ done
 for stage in align full full_without_text; do
     $launch recipes/pretrain.py "recipes/real_lm/$stage.yaml" "$@"
 done
-python recipes/real_lm/report_real_lm.py
+python recipes/real_lm/report_real_lm.py ${WINDOWS:+--windows "$WINDOWS"}

@@ -138,7 +138,7 @@ def test_losses_are_those_of_the_training_document(tiny_model, processor):
 def test_whole_chain(tmp_path, tmp_path_factory):
     """What run.sh does with the real language model, in a handful of steps."""
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    environment = {"EMOJI": "8", "EPOCHS": "0.05", "OMP_NUM_THREADS": "1"}
+    environment = {"EMOJI": "8", "EPOCHS": "0.05", "WINDOWS": "2", "OMP_NUM_THREADS": "1"}
     command = ["sh", "recipes/real_lm/run.sh", "--max_steps", "2", "--logging_steps", "1"]
     with forked_programs(tmp_path_factory.mktemp("bin")) as path:
         done = subprocess.run(
