@@ -125,6 +125,9 @@ def test_failures_are_counted_by_name_and_asked_again(server, answers, easyvqa, 
     results = evaluate_endpoint(server.url, ["easyvqa_gen"], tmp_path, **options)
     assert set(map(asked, server.requests)) == set(fails) and len(server.requests) == 2
     assert results["tasks"]["easyvqa_gen"]["metrics"]["exact_match"]["value"] == 100
+    evaluate_endpoint(server.url, ["easyvqa_gen"], tmp_path / "whole", **options)
+    names = ("samples/easyvqa_gen.parquet", "table.md")
+    assert all((tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in names)
     with pytest.raises(ValueError, match=f"has results of org/tiny at {server.url}: give another --output"):
         evaluate_endpoint(server.url, ["easyvqa_gen"], tmp_path, model="other", **options)
 
