@@ -4,6 +4,9 @@ import base64
 import io
 import json
 import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -130,6 +133,38 @@ def test_failures_are_counted_by_name_and_asked_again(server, answers, easyvqa, 
     assert all((tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in names)
     with pytest.raises(ValueError, match=f"has results of org/tiny at {server.url}: give another --output"):
         evaluate_endpoint(server.url, ["easyvqa_gen"], tmp_path, model="other", **options)
+
+
+@pytest.mark.slow
+def test_killed_and_interrupted_it_goes_on(server, answers, easyvqa, tmp_path):
+    """Ctrl-C does not wait for an endpoint that hangs; in a process of its own, whose exit would wait for threads."""
+    command = ["evaluate", "--endpoint", server.url, "--tasks", "easyvqa_gen", "--batch-size", "2"]
+    command += ["--include-path", str(easyvqa), "--trust-task-code", "--output", str(tmp_path / "out")]
+    hangs, hung = threading.Event(), threading.Event()
+
+    def reply(body):
+        if len(server.requests) in stops:
+            hung.set()
+            hangs.wait()
+        return 200, answers[asked(body)]
+
+    server.reply = reply
+    try:
+        for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
+            stops = {len(server.requests) + 6, len(server.requests) + 7}
+            hung.clear()
+            log = open(tmp_path / "log", "a")
+            process = subprocess.Popen([sys.executable, "-m", "open_qwen2vl.cli", *command], stdout=log, stderr=log)
+            assert hung.wait(timeout=300), (tmp_path / "log").read_text()
+            process.send_signal(number)
+            assert process.wait(timeout=300) == code
+    finally:
+        hangs.set()
+    stops = set()
+    assert cli.main(command) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["tasks"]["easyvqa_gen"]["metrics"]["exact_match"]["value"] == 100
+    assert len(server.requests) <= 20 + 2 * 2 and {asked(body) for body in server.requests} == set(answers)
 
 
 def test_an_endpoint_that_answers_nothing_is_not_asked_on(server, easyvqa, tmp_path):

@@ -95,7 +95,8 @@ class EndpointModel(lmms):
                 while waiting:
                     self._collect(waiting, answers, failed, bar)
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            # Answers under way are waited for here, where Ctrl-C ends the process, and not at its exit.
+            pool.shutdown(cancel_futures=True)
         if failed:
             raise ValueError(f"{_counted(failed, len(requests))}; the same command asks these again")
         return [GenerationResult(text=cut_at(answers[i], ends[i])) for i in range(len(requests))]
