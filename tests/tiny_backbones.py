@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import processors
 from transformers import (
@@ -13,6 +14,8 @@ from transformers import (
     CLIPImageProcessor,
     CLIPModel,
     DINOv3ViTImageProcessor,
+    Siglip2ImageProcessor,
+    Siglip2Model,
     SiglipImageProcessor,
     SiglipModel,
 )
@@ -42,8 +45,12 @@ VISION = {
         {**_DINO, **_INNER, "num_register_tokens": 4},
         DINOv3ViTImageProcessor(size={"height": 32, "width": 32}),
     ),
+    "siglip2_vision_model": (
+        {**BLOCKS, **_INNER, "patch_size": 8, "num_patches": 16},
+        Siglip2ImageProcessor(patch_size=8, max_num_patches=24),
+    ),
 }
-WHOLE = {"siglip_vision_model": SiglipModel, "clip_vision_model": CLIPModel}
+WHOLE = {"siglip_vision_model": SiglipModel, "clip_vision_model": CLIPModel, "siglip2_vision_model": Siglip2Model}
 _TEXT = {
     "hidden_size": 48,
     "intermediate_size": 96,
@@ -65,8 +72,14 @@ TEXT = {
 }
 
 
-# Each once with a partner: what stands between the two does not look at either's kind.
-PAIRS = [("siglip_vision_model", text) for text in TEXT] + [(vision, "llama") for vision in [*VISION][1:]]
+# Each once with a partner: what stands between the two does not look at either's kind. Native resolution apart.
+_ALL = [("siglip_vision_model", text) for text in TEXT] + [(vision, "llama") for vision in [*VISION][1:-1]]
+WINDOWED, REGISTERED = ("siglip_vision_model", "gemma3_text"), ("dinov3_vit", "llama")
+
+
+def pairs(*quick: tuple[str, str]) -> list[Any]:
+    """Parameters `vision, text` of a test; those that are not quick are slow."""
+    return [pytest.param(*pair, marks=() if pair in quick else pytest.mark.slow) for pair in _ALL]
 
 
 def save(folder: Path, kind: str, tokenizer: Any) -> str:

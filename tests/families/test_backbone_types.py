@@ -12,13 +12,15 @@ from open_qwen2vl.modeling.vision import vision_blocks
 from open_qwen2vl.trainer.lora import ATTENTION_MODULES, MLP_MODULES, add_lora
 from open_qwen2vl.trainer.optimization import part_of
 from tests.estimate.test_memory import kept_bytes
-from tests.tiny_backbones import PAIRS
+from tests.tiny_backbones import REGISTERED, WINDOWED, pairs
+
+EACH = pytest.mark.parametrize(("vision", "text"), pairs(WINDOWED, REGISTERED))
 
 
-@pytest.fixture(params=PAIRS, ids="-".join)
-def model(request, backbone_folder):
+@pytest.fixture
+def model(vision, text, backbone_folder):
     torch.manual_seed(0)
-    folders = map(backbone_folder, request.param)
+    folders = (backbone_folder(vision), backbone_folder(text))
     return OpenQwen2VLForConditionalGeneration.from_vision_text_pretrained(*folders, image_seq_length=4)
 
 
@@ -26,6 +28,7 @@ def count(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+@EACH
 def test_blocks_parts_and_work_are_found(model):
     family, config = packed_model(model.config), model.config
     blocks = [name for name, module in model.named_modules() if type(module).__name__ in family.block_classes]
@@ -43,6 +46,7 @@ def test_blocks_parts_and_work_are_found(model):
     assert longer - family.step_flops(config, work, trained) == 6 * text.num_hidden_layers * width
 
 
+@pytest.mark.parametrize(("vision", "text"), pairs(REGISTERED))
 def test_activations_are_those_that_autograd_keeps(model):
     """By blocks on tensors without contents, and whole on real ones."""
     config, text, tower = model.config, model.model.language_model.train(), model.model.vision_tower.train()
@@ -59,6 +63,7 @@ def test_activations_are_those_that_autograd_keeps(model):
     assert kept.bytes(2) - kept.block * 2 == pytest.approx(kept_bytes(tower, lambda: tower(pixels)), rel=0.05)
 
 
+@EACH
 def test_lora_adapts_each_linear_layer_of_the_language_model_alone(model):
     adapted = add_lora(model)
     layers = {name for name, module in adapted.named_modules() if hasattr(module, "lora_A")}

@@ -126,16 +126,6 @@ def test_of_a_photograph_training_reads_few_pixels_differently(processor):
     assert difference.max() <= 1 and difference.float().mean() < 0.005
 
 
-def test_a_tokenizer_without_image_token_is_refused(backbones, tmp_path):
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0, "<|im_end|>": 1}, [])))
-    bare.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"no <\|image_pad\|> token"):
-        OpenQwen2VLProcessor.from_vision_text_pretrained(backbones["vision"], str(tmp_path))
-
-
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
 def test_a_call_sees_the_pixels_that_training_sees(processor, mode):
     image = IMAGE.convert(mode)

@@ -14,7 +14,6 @@ from transformers import (
 )
 
 from ..model_folders import model_folder
-from ..modeling.configuration_open_qwen2vl import pooled_grid_side
 from .prompts import image_options
 
 # What of a task's generation_kwargs is for `generate`; others (image_aspect_ratio, ...) are for other models.
@@ -56,8 +55,8 @@ def load_model(name: str, device: str | None = None) -> tuple[PreTrainedModel, P
 
 def check_image_seq_length(model: PreTrainedModel, processor: ProcessorMixin, image_seq_length: int | None) -> None:
     """Refuse a number of tokens per image that the processor does not take or the model's grid does not have."""
-    if image_options(processor, image_seq_length) and hasattr(model.config, "patches_per_side"):
-        pooled_grid_side(image_seq_length, model.config.patches_per_side)
+    if image_options(processor, image_seq_length) and hasattr(model.config, "check_budget"):
+        model.config.check_budget(image_seq_length)
 
 
 def generation_options(kwargs: dict[str, Any], max_new_tokens: int) -> tuple[dict[str, Any], list[str]]:

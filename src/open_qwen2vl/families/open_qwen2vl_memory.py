@@ -41,7 +41,13 @@ def vision_tower_kept(config: PreTrainedConfig, dtype: torch.dtype, autocast: bo
         own = copy.deepcopy(config)
         own.vision_config.num_hidden_layers, own.vision_feature_layer = blocks, -1
         model = AutoModel.from_config(own.vision_config, attn_implementation="sdpa", dtype=dtype)
-        model, side = truncate_vision_tower(model, own), one_side(own.vision_config.image_size)
+        model = truncate_vision_tower(model, own)
+        if config.native_resolution:
+            pixels = torch.empty(images, own.tower_length, 3 * own.vision_config.patch_size**2, dtype=dtype)
+            # Positions are laid out by values, which these tensors have not.
+            model.embeddings.forward = lambda pixels, shapes: model.embeddings.patch_embedding(pixels)
+            return model, lambda: model(pixels, None, None)
+        side = one_side(own.vision_config.image_size)
         if hasattr(model, "rope_embeddings"):
             # DINOv3's keeps its table for the next one who asks, which may be a model with contents.
             angles = torch.empty(own.patches_per_side**2, model.rope_embeddings.head_dim, dtype=dtype)

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
-from ..modeling.configuration_open_qwen2vl import pooled_grid_side
 from ..modeling.vision import vision_blocks
 from .interface import StepWork, VisionWork
 
@@ -19,6 +18,7 @@ class OpenQwen2VLPackedModel:
     block_classes = (
         *(f"{name}DecoderLayer" for name in ("Qwen2", "Qwen3", "Llama", "SmolLM3", "Mistral", "Gemma", "Gemma3")),
         *("SiglipEncoderLayer", "CLIPEncoderLayer", "Dinov2Layer", "Dinov2WithRegistersLayer", "DINOv3ViTLayer"),
+        "Siglip2EncoderLayer",
     )
     # Gemma's norms and MLPs are others; SmolLM3 leaves RoPE out of some layers.
     fused_classes = {
@@ -35,7 +35,7 @@ class OpenQwen2VLPackedModel:
         """
         if (image_processor := getattr(processor, "image_processor", None)) is not None:
             _check_normalisation(model.config, image_processor)
-        pooled_grid_side(model.config.image_seq_length, model.config.patches_per_side)
+        model.config.check_budget(model.config.image_seq_length)
         model.config.text_config.use_cache = False
         return model
 
@@ -58,11 +58,13 @@ class OpenQwen2VLPackedModel:
         projector_passes = 3 if trained["projector"] else 2 if trained["vision_tower"] else 1
         projector = 2 * projector_passes * projector_parameters * work.vision.tokens
 
-        # Every image is one square; a plan that was made without the model does not know of how many patches.
-        patches = config.tower_length
+        # A square each; a plan that was made without the model does not know of how many patches.
+        patches, squared = work.media * config.tower_length, work.media * config.tower_length**2
+        if config.native_resolution:
+            patches, squared = work.vision.patches, work.vision.squared
         tower = 2 * vision_parameters(config) * patches
-        tower += 4 * config.num_vision_blocks * vision.hidden_size * patches**2
-        return language + projector + (3 if trained["vision_tower"] else 1) * tower * work.media
+        tower += 4 * config.num_vision_blocks * vision.hidden_size * squared
+        return language + projector + (3 if trained["vision_tower"] else 1) * tower
 
     def vision_work(self, config: PreTrainedConfig, images: float, tokens: float) -> VisionWork:
         """What encoding so many images costs, which take so many positions together."""

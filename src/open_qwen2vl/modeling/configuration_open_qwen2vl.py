@@ -32,8 +32,10 @@ TEXT_DEFAULTS = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
     "tie_word_embeddings": True,
 }
+NATIVE_RESOLUTION = "siglip2_vision_model"  # SigLIP 2 NaFlex: images keep their shape
 # What runs packed exactly as alone, with its image features at every position of an image: tests try each.
-VISION_TYPES = ("siglip_vision_model", "clip_vision_model", "dinov2", "dinov2_with_registers", "dinov3_vit")
+_SQUARES = ("siglip_vision_model", "clip_vision_model", "dinov2", "dinov2_with_registers", "dinov3_vit")
+VISION_TYPES = (*_SQUARES, NATIVE_RESOLUTION)
 TEXT_TYPES = ("qwen2", "qwen3", "llama", "smollm3", "mistral", "gemma", "gemma3_text")
 
 
@@ -52,7 +54,8 @@ class OpenQwen2VLConfig(PreTrainedConfig):
         image_token_id (`int`, *optional*, defaults to 151655):
             Placeholder of one image feature (`<|image_pad|>`).
         image_seq_length (`int`, *optional*, defaults to 144):
-            Tokens an image takes unless a call says otherwise: a square number up to the tower's patch grid.
+            Tokens an image takes unless a call says otherwise: a square number up to the tower's patch grid. Of a
+            tower of native resolution the most that an image takes, any number.
         projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
             Activation of the projector (the exact GELU).
         image_mean (`list[float]`, *optional*):
@@ -87,7 +90,7 @@ class OpenQwen2VLConfig(PreTrainedConfig):
         check_text_config(self.text_config)
         # Tying is a property of the language model; the top level repeats it because loading looks for it there.
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
-        pooled_grid_side(self.image_seq_length, self.patches_per_side)
+        self.check_budget(self.image_seq_length)
         layers = self.vision_config.num_hidden_layers
         if not -layers - 1 <= self.vision_feature_layer <= layers:
             raise ValueError(
@@ -95,14 +98,28 @@ class OpenQwen2VLConfig(PreTrainedConfig):
             )
 
     @property
+    def native_resolution(self) -> bool:
+        """Whether images keep their shape and take tokens by it."""
+        return self.vision_config.model_type == NATIVE_RESOLUTION
+
+    def check_budget(self, image_seq_length: int) -> None:
+        """Refuse, by a `ValueError`, a number of tokens that an image cannot take."""
+        if not self.native_resolution:
+            pooled_grid_side(image_seq_length, self.patches_per_side)
+        elif image_seq_length < 1:
+            raise ValueError(f"image_seq_length={image_seq_length} must be at least 1")
+
+    @property
     def patches_per_side(self) -> int:
-        """Side of the vision tower's square patch grid (27 for SigLIP-SO400M/14 at 384 px)."""
+        """Side of the tower's square patch grid (27 for SigLIP-SO400M/14 at 384 px), of its positions' if native."""
+        if self.native_resolution:
+            return math.isqrt(self.vision_config.num_patches)
         return one_side(self.vision_config.image_size) // one_side(self.vision_config.patch_size)
 
     @property
     def tower_length(self) -> int:
         """What the tower's blocks see of an image: patches behind a class token and registers, where there are any."""
-        has_class_token = self.vision_config.model_type != "siglip_vision_model"
+        has_class_token = self.vision_config.model_type not in ("siglip_vision_model", NATIVE_RESOLUTION)
         registers = getattr(self.vision_config, "num_register_tokens", 0)
         return has_class_token + registers + self.patches_per_side**2
 

@@ -17,14 +17,14 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .attention import check_packed_arguments, is_packed, packed_attention_mask
 from .backbones import load_backbones, put_together
-from .configuration_open_qwen2vl import OpenQwen2VLConfig, one_side, pooled_grid_side
+from .configuration_open_qwen2vl import OpenQwen2VLConfig
 from .loss import selected_position_loss
 from .pretrained import OpenQwen2VLCausalLMOutputWithPast, OpenQwen2VLPreTrainedModel, slice_logits_to_keep
 from .vision import (
     OpenQwen2VLMultiModalProjector,
+    blank_image,
+    encode_images,
     join_features,
-    normalize_pixels,
-    read_image_seq_length,
     truncate_vision_tower,
 )
 
@@ -44,6 +44,7 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
         self,
         pixel_values: torch.Tensor,
         image_seq_length: int | list[int] | None = None,
+        image_shapes: torch.Tensor | list[list[int]] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Encode images to language-model embeddings.
@@ -53,6 +54,9 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
                 here with `config.image_mean` and `image_std`, or floats, which are taken as they are.
             image_seq_length (`int` or `list[int]`, *optional*): tokens per image; the config's where not given. A list
                 has an entry for each image.
+            image_shapes (`torch.Tensor` or nested list of shape `(images, 4)`, *optional*): for a tower of native
+                resolution, whose pixels are `(images, patches, P * P * 3)`: patches of each image, high and wide, and
+                its tokens, high and wide, instead of a budget.
             **kwargs: passed to the vision tower.
 
         Returns:
@@ -64,7 +68,7 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
             ValueError: if the images are not of the tower's size, a budget does not fit its grid, or budgets that
                 differ are not as many as the images.
         """
-        outputs, features = self._encode_images(pixel_values, image_seq_length, **kwargs)
+        outputs, features = encode_images(self, pixel_values, image_seq_length, image_shapes, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=list(features),
@@ -72,30 +76,11 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
             attentions=outputs.attentions,
         )
 
-    def _encode_images(
-        self, pixel_values: torch.Tensor, image_seq_length: int | list[int] | None, **kwargs
-    ) -> tuple[BaseModelOutputWithPooling, torch.Tensor | list[torch.Tensor]]:
-        """Output of the tower, and features `(images, image_seq_length, text_hidden)` in one tensor.
-
-        A list of them would make a compiler start anew for every number of images; only where budgets differ it is
-        one, of `(image_seq_length, text_hidden)` for each image.
-        """
-        budgets = read_image_seq_length(image_seq_length, self.config.image_seq_length, len(pixel_values))
-        for budget in {budgets} if isinstance(budgets, int) else set(budgets):
-            pooled_grid_side(budget, self.config.patches_per_side)
-        pixel_values = normalize_pixels(pixel_values, self.config)
-        trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
-            outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
-        # Class token and registers stand before the patches.
-        patches = outputs.last_hidden_state[:, -(self.config.patches_per_side**2) :]
-        return outputs, self.multi_modal_projector(patches, budgets)
-
     def _zero_image_term(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """0 computed from a blank image: a text-only batch has the same collectives and gradients as others."""
-        size = one_side(self.config.vision_config.image_size)
-        blank = torch.zeros((1, 3, size, size), dtype=torch.uint8, device=inputs_embeds.device)
-        return self._encode_images(blank, None)[1].sum().to(inputs_embeds.dtype) * 0
+        pixels, shapes = blank_image(self.config, inputs_embeds.device)
+        features = encode_images(self, pixels, None, shapes)[1]
+        return join_features(features).sum().to(inputs_embeds.dtype) * 0
 
     @can_return_tuple
     def forward(
@@ -107,6 +92,7 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         image_seq_length: int | list[int] | None = None,
+        image_shapes: torch.Tensor | list[list[int]] | None = None,
         use_cache: bool | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_positions: torch.LongTensor | None = None,
@@ -129,7 +115,7 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
             has_branches = kwargs.get("key_positions") is not None
             config = self.language_model.config
             attention_mask = packed_attention_mask(config, inputs_embeds, position_ids, has_branches)
-        image_features = self._image_features(pixel_values, image_seq_length, mm_encoder_outputs)
+        image_features = self._image_features(pixel_values, image_seq_length, image_shapes, mm_encoder_outputs)
         if image_features is not None:
             rows = join_features(image_features).to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = self._place_images(inputs_embeds, input_ids, rows, image_positions)
@@ -159,13 +145,16 @@ class OpenQwen2VLModel(OpenQwen2VLPreTrainedModel, LlavaModel):
         self,
         pixel_values: torch.Tensor | None,
         image_seq_length: int | list[int] | None,
+        image_shapes: torch.Tensor | list[list[int]] | None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
     ) -> torch.Tensor | list[torch.Tensor] | None:
         """`(images, image_seq_length, hidden)`, or a list by image, computed or as given; None without images."""
         given = (mm_encoder_outputs or {}).get("image")
         if given is not None:
             return list(given.pooler_output)
-        return None if pixel_values is None else self._encode_images(pixel_values, image_seq_length)[1]
+        if pixel_values is None:
+            return None
+        return encode_images(self, pixel_values, image_seq_length, image_shapes)[1]
 
     def _place_images(
         self,
@@ -197,6 +186,8 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
         shift_labels (`torch.LongTensor` of shape `(batch, sequence)`): labels already shifted, instead of `labels`.
         image_seq_length (`int`, or one for each image): tokens per image of this call; the config's where not
             given. It is never inferred from counts.
+        image_shapes (`torch.Tensor` or nested list of shape `(images, 4)`): of a tower of native resolution, as its
+            processor gives them, instead.
         use_cache (`bool`): the config's where not given; never in training, with labels or in a packed batch.
         skip_logits (`bool`): return no logits; by default True in training with labels.
         return_row_losses (`bool`): with labels, return the sum of the losses of each row as well.
@@ -230,10 +221,11 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
         self,
         pixel_values: torch.Tensor,
         image_seq_length: int | list[int] | None = None,
+        image_shapes: torch.Tensor | list[list[int]] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """See [`OpenQwen2VLModel.get_image_features`]."""
-        return self.model.get_image_features(pixel_values, image_seq_length, **kwargs)
+        return self.model.get_image_features(pixel_values, image_seq_length, image_shapes, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -246,6 +238,7 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         image_seq_length: int | list[int] | None = None,
+        image_shapes: torch.Tensor | list[list[int]] | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
@@ -267,6 +260,7 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             image_seq_length=image_seq_length,
+            image_shapes=image_shapes,
             use_cache=False if use_cache is None and past_key_values is None and supervised else use_cache,
             mm_encoder_outputs=mm_encoder_outputs,
             image_positions=image_positions,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .configuration_open_qwen2vl import OpenQwen2VLConfig, one_side
 
@@ -104,13 +105,93 @@ def _flatten(value: Any) -> list[int]:
 
 
 def normalize_pixels(pixel_values: torch.Tensor, config: OpenQwen2VLConfig) -> torch.Tensor:
-    """uint8 pixels with the tower's mean and deviation, floats as they are; `(images, 3, side, side)` or an error."""
-    side = one_side(config.vision_config.image_size)
-    if tuple(pixel_values.shape[-2:]) != (side, side):
+    """uint8 pixels with the tower's mean and deviation, floats as they are; of another shape a `ValueError`.
+
+    `(images, 3, side, side)`, or `(images, patches, P * P * 3)` of a tower of native resolution.
+    """
+    patch = one_side(config.vision_config.patch_size)
+    side = None if config.native_resolution else one_side(config.vision_config.image_size)
+    if side and tuple(pixel_values.shape[-2:]) != (side, side):
         raise ValueError(f"pixel_values are {tuple(pixel_values.shape)}; the vision tower takes {side}x{side} images")
+    if not side and (pixel_values.ndim != 3 or pixel_values.shape[2] != 3 * patch**2):
+        raise ValueError(f"pixel_values are {tuple(pixel_values.shape)}; the tower takes {patch}x{patch} patches")
     if pixel_values.is_floating_point():
         return pixel_values
     pixels = pixel_values.float().div_(255)
-    for channel, mean, std in zip(pixels.unbind(1), config.image_mean, config.image_std, strict=True):
+    channels = pixels.unbind(1) if side else pixels.unflatten(2, (-1, 3)).unbind(3)
+    for channel, mean, std in zip(channels, config.image_mean, config.image_std, strict=True):
         channel.sub_(mean).div_(std)  # numbers: a GPU would wait for tensors of them
     return pixels
+
+
+def read_image_shapes(image_shapes: Any, pixel_values: torch.Tensor) -> list[list[int]]:
+    """Of each image of native resolution its patches, high and wide, and its tokens, likewise; or a ValueError."""
+    shapes = image_shapes.tolist() if hasattr(image_shapes, "tolist") else image_shapes
+    images, most = pixel_values.shape[:2]
+    if shapes is None or len(shapes) != images:
+        raise ValueError(f"{images} images of native resolution need as many image_shapes: the processor gives them")
+    for shape in shapes:
+        height, width, rows, columns = shape
+        if height * width > most or not (1 <= rows <= height and 1 <= columns <= width):
+            raise ValueError(f"image_shapes {shape} do not fit an image of {most} patches")
+    return shapes
+
+
+def tower_shapes(shapes: list[list[int]], pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Arguments of SigLIP 2's forward: which patches are there, and how they lie; the latter for the host."""
+    counts = torch.tensor([height * width for height, width, *_ in shapes])
+    is_there = torch.arange(pixel_values.shape[1]) < counts[:, None]
+    sizes = torch.tensor([shape[:2] for shape in shapes])
+    return {"pixel_attention_mask": is_there.to(pixel_values.device), "spatial_shapes": sizes}
+
+
+def pool_shapes(features: torch.Tensor, shapes: list[list[int]]) -> list[torch.Tensor]:
+    """`(images, patches, width)`, padded, to `(tokens, width)` for each image by adaptive average pooling."""
+    pooled = []
+    for image, (height, width, *grid) in zip(features, shapes, strict=True):
+        patches = image[: height * width]
+        if grid != [height, width]:
+            patches = patches.T.unflatten(1, (height, width))
+            patches = nn.functional.adaptive_avg_pool2d(patches, grid).flatten(1).T
+        pooled.append(patches)
+    return pooled
+
+
+def encode_images(
+    model: Any, pixel_values: torch.Tensor, image_seq_length: Any, image_shapes: Any = None, **kwargs
+) -> tuple[BaseModelOutputWithPooling, torch.Tensor | list[torch.Tensor]]:
+    """Output of a model's tower, and features `(images, image_seq_length, text_hidden)` in one tensor.
+
+    A list of them would make a compiler start anew for every number of images; only where budgets differ, or shapes
+    are the images' own, it is one, of `(tokens, text_hidden)` for each image.
+    """
+    config, shapes = model.config, []
+    if config.native_resolution:
+        shapes = read_image_shapes(image_shapes, pixel_values)
+        kwargs |= tower_shapes(shapes, pixel_values)
+    elif image_shapes is not None:
+        raise ValueError("image_shapes are for a vision tower of native resolution; this one takes squares")
+    budgets = read_image_seq_length(image_seq_length, config.image_seq_length, len(pixel_values))
+    for budget in {budgets} if isinstance(budgets, int) else set(budgets):
+        config.check_budget(budget)
+    pixel_values = normalize_pixels(pixel_values, config)
+    trained = any(parameter.requires_grad for parameter in model.vision_tower.parameters())
+    with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+        outputs = model.vision_tower(pixel_values, return_dict=True, **kwargs)
+    if shapes:
+        tokens = pool_shapes(outputs.last_hidden_state, shapes)
+        counts = [*map(len, tokens)]
+        return outputs, list(model.multi_modal_projector(torch.cat(tokens)[None], sum(counts))[0].split(counts))
+    # Class token and registers stand before the patches.
+    patches = outputs.last_hidden_state[:, -(config.patches_per_side**2) :]
+    return outputs, model.multi_modal_projector(patches, budgets)
+
+
+def blank_image(config: OpenQwen2VLConfig, device: torch.device) -> tuple[torch.Tensor, list[list[int]] | None]:
+    """Pixels of one black image, of native resolution a single patch, and its shape there."""
+    vision = config.vision_config
+    if config.native_resolution:
+        size, shapes = (1, 3 * one_side(vision.patch_size) ** 2), [[1, 1, 1, 1]]
+    else:
+        size, shapes = (3, one_side(vision.image_size), one_side(vision.image_size)), None
+    return torch.zeros((1, *size), dtype=torch.uint8, device=device), shapes

@@ -18,7 +18,7 @@ import torch
 from jinja2 import TemplateError
 from PIL import Image
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
@@ -27,6 +27,7 @@ from transformers.utils import logging
 from .images import array_to_rgb, decode_image, decode_pixels, to_rgb
 from .rendering import check_conversation, limit_rendering
 from .text_formats import IMAGE_TOKEN, prepare_tokenizer
+from .tower_pixels import image_shape, is_native, on_pillow, tower_image_processor
 
 logger = logging.get_logger(__name__)
 
@@ -57,16 +58,17 @@ class OpenQwen2VLProcessor(ProcessorMixin):
     """Images and text to model inputs.
 
     Args:
-        image_processor (`SiglipImageProcessor` or `SiglipImageProcessorPil`):
-            Warp to the tower's square, with its filter, mean and deviation. It always runs on Pillow, whose resize the
-            original was trained with (torchvision's differs by one grey level here and there).
+        image_processor (`SiglipImageProcessor` or `Siglip2ImageProcessor`, or either `...Pil`):
+            Warp to the tower's square, or the image's own shape, with the tower's filter, mean and deviation. It
+            always runs on Pillow, whose resize the original was trained with (torchvision's differs by one grey level
+            here and there).
         tokenizer (`PreTrainedTokenizerBase`):
             A tokenizer after [`prepare_tokenizer`].
         chat_template (`str` or `dict[str, str]`, *optional*):
             Jinja template of a conversation, or several by name. The attribute `chat_template` is the one named
             `default`, `chat_templates` has all.
         image_seq_length (`int`, *optional*, defaults to 144):
-            Tokens per image where a call names none.
+            Tokens per image where a call names none; of native resolution the most.
         patches_per_side (`int`, *optional*):
             Side of the vision tower's patch grid, whose square is the most tokens that a call may name.
 
@@ -86,9 +88,7 @@ class OpenQwen2VLProcessor(ProcessorMixin):
         image_seq_length: int = 144,
         patches_per_side: int | None = None,
     ):
-        if not isinstance(image_processor, SiglipImageProcessorPil):
-            # The Auto classes prefer the torchvision backend, also for what the Pillow one saved.
-            image_processor = SiglipImageProcessorPil.from_dict(image_processor.to_dict())
+        image_processor = on_pillow(image_processor)
         self.patches_per_side = patches_per_side
         self.image_seq_length = self._model_image_seq_length = image_seq_length
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -142,7 +142,7 @@ class OpenQwen2VLProcessor(ProcessorMixin):
             ValueError: for a tokenizer that [`prepare_tokenizer`] refuses.
         """
         kwargs = {"trust_remote_code": False} | kwargs
-        image_processor, grid = square_image_processor(vision, **kwargs)
+        image_processor, grid = tower_image_processor(vision, **kwargs)
         tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(text, **kwargs))
         return cls.from_parts(image_processor, tokenizer, image_seq_length, patches_per_side=grid)
 
@@ -169,6 +169,8 @@ class OpenQwen2VLProcessor(ProcessorMixin):
         Processors that were saved without the grid's side know only that it must be a square number.
         """
         budget = self.image_seq_length if image_seq_length is None else image_seq_length
+        if is_native(self.image_processor) and budget >= 1:
+            return budget
         side = math.isqrt(max(budget, 0))
         if side * side != budget or not 1 <= side <= (self.patches_per_side or side):
             upper = f" between 1 and {self.patches_per_side**2}" if self.patches_per_side else ""
@@ -255,6 +257,12 @@ class OpenQwen2VLProcessor(ProcessorMixin):
     ) -> tuple[BatchFeature, list[str]]:
         image_seq_length = self._budget(image_seq_length)
         processed = self.image_processor(images, **kwargs)
+        if is_native(self.image_processor):
+            shapes = [self.image_shape(*one.size[::-1], image_seq_length) for one in make_flat_list_of_images(images)]
+            # The model sees by the shapes which patches are there.
+            del processed["pixel_attention_mask"], processed["spatial_shapes"]
+            processed["image_shapes"] = torch.tensor(shapes)
+            return processed, [self.image_token * (rows * columns) for *_, rows, columns in shapes]
         number = len(make_flat_list_of_images(images))
         if image_seq_length != self._model_image_seq_length:
             # One entry per image, as for every other output: servers cut a batch image by image.
@@ -267,9 +275,14 @@ class OpenQwen2VLProcessor(ProcessorMixin):
             return MultiModalData()
         options = self._merge_kwargs(self.valid_processor_kwargs, **kwargs)["images_kwargs"]
         image_seq_length = self._budget(options.get("image_seq_length"))
-        return MultiModalData(
-            num_image_tokens=[image_seq_length] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
-        )
+        tokens = [image_seq_length] * len(image_sizes)
+        if is_native(self.image_processor):
+            tokens = [math.prod(self.image_shape(*size, image_seq_length)[2:]) for size in image_sizes]
+        return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * len(image_sizes))
+
+    def image_shape(self, height: int, width: int, image_seq_length: int) -> list[int]:
+        """Patches, high and wide, and tokens, likewise, of an image of native resolution."""
+        return image_shape(self.image_processor, height, width, image_seq_length)
 
     def resize_images(self, images: list[Image.Image]) -> torch.Tensor:
         """uint8 `(images, 3, height, width)`: the transform but for the normalisation, which the model does."""
@@ -296,22 +309,6 @@ class OpenQwen2VLProcessor(ProcessorMixin):
         # (height, width, 3) -> (1, 3, height, width), which torch takes for its fast, channels-last kernel
         tensor = torch.from_numpy(pixels).permute(2, 0, 1)[None]
         return nn.functional.interpolate(tensor, (height, width), mode=mode, antialias=True).contiguous()
-
-
-def square_image_processor(vision: str, **kwargs: Any) -> tuple[SiglipImageProcessorPil, int]:
-    """SigLIP's image processor with size, mean, deviation and filter of a vision tower, and the side of its grid.
-
-    What others crop off (CLIP, DINOv2) is kept: an image is warped to the square. Its side is the config's, for which
-    the tower's positions are, also where its own processor makes images smaller (DINOv2: 518, and 224).
-    """
-    config = AutoConfig.from_pretrained(vision, **kwargs)
-    config = getattr(config, "vision_config", config)
-    side, patch = (
-        max(size) if isinstance(size, list | tuple) else size for size in (config.image_size, config.patch_size)
-    )
-    own = AutoImageProcessor.from_pretrained(vision, **kwargs)
-    values = {name: getattr(own, name) for name in ("resample", "image_mean", "image_std")}
-    return SiglipImageProcessorPil(size={"height": side, "width": side}, **values), side // patch
 
 
 def read_images(images: ImageInput) -> ImageInput:

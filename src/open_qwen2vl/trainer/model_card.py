@@ -267,10 +267,11 @@ def _architecture(config: dict[str, Any]) -> str:
     language = f"{text.get('num_hidden_layers')} blocks of width {text.get('hidden_size')}"
     if config["model_type"] != "open_qwen2vl":
         return f"A vision-language model of transformers' `{config['model_type']}`, its language model has {language}."
+    size = f"{vision['image_size']} px" if "image_size" in vision else "native resolution"
     return (
         "A vision-language model of the [Open-Qwen2VL](https://arxiv.org/abs/2504.00595) architecture: "
-        f"a vision tower ({vision['model_type']}) of width {vision['hidden_size']} at {vision['image_size']} px, a "
-        f"projector to {config['image_seq_length']} tokens an image, a language model ({text['model_type']}) of "
+        f"a vision tower ({vision['model_type']}) of width {vision['hidden_size']} at {size}, a projector "
+        f"to {config['image_seq_length']} tokens an image, a language model ({text['model_type']}) of "
         f"{language}."
     )
 
