@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +17,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader
 
 from open_qwen2vl import PackedDataset
+from open_qwen2vl.cli import main
 from open_qwen2vl.data import (
     FilterOptions,
     ReshardOptions,
@@ -25,9 +29,14 @@ from open_qwen2vl.data import (
     select_pairs,
 )
 from open_qwen2vl.data.packing.plan_files import read_plan
+from open_qwen2vl.model_folders import model_folder
 from open_qwen2vl.places import list_tree, place
+from open_qwen2vl.trainer.arguments import PackedTrainingArguments
+from open_qwen2vl.trainer.loading import read_packs
+from open_qwen2vl.trainer.run import asked_checkpoint
 from tests.data.conftest import make_sample, write
 
+ROOT = Path(__file__).parents[2]
 PLAN = {"image_seq_length": 4, "max_length": 128, "num_workers": 1}
 
 
@@ -143,20 +152,85 @@ def test_what_is_not_there_is_one_line(remote):
     assert find_sources([f"{remote}/pool/*1.tar"]) == [place(f"{remote}/pool/00001.tar")]
 
 
+def write_sources(folder: Path) -> None:
+    """Captions of pictures in a folder, a tar and a zip, named by json lines, csv and parquet."""
+    pictures = {f"p/{number}.png": make_sample(f"{number:04d}")[0][1] for number in range(6)}
+    for name, content in pictures.items():
+        (folder / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "images" / name).write_bytes(content)
+    write(folder / "images.tar", pictures.items())
+    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
+        for name, content in pictures.items():
+            archive.writestr(name, content)
+    rows = [{"image": name, "caption": f"a picture of {name}"} for name in [*pictures, "p/none.png"]]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rows.json").write_text(json.dumps(rows))
+    lines = ["image,caption", *(",".join(row.values()) for row in rows)]
+    (folder / "rows.csv").write_text("\n".join(lines) + "\n")
+    pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet", row_group_size=3)
+    own = [{"image": {"bytes": content, "path": None}, "caption": name} for name, content in pictures.items()]
+    pq.write_table(pa.Table.from_pylist(own), folder / "own.parquet", row_group_size=2)
+
+
+def test_every_container_is_read_where_it_lies(memory, tmp_path, processor):
+    write_sources(tmp_path)
+    for path in [path for path in tmp_path.rglob("*") if path.is_file()]:
+        (place(memory) / path.relative_to(tmp_path).as_posix()).write_bytes(path.read_bytes())
+    for number, (file, images) in enumerate(
+        [("rows.jsonl", "images"), ("rows.json", "images.tar"), ("rows.csv", "images.zip"),
+         ("rows.parquet", "images"), ("own.parquet", None)]
+    ):  # fmt: skip
+        found = []
+        for kind, root in (("here", tmp_path), ("there", place(memory))):
+            output = tmp_path / f"{kind}-{number}"
+            more = {"images": (str(root / images),)} if images else {}
+            report = plan_packs(find_sources([str(root / file)]), output, processor.tokenizer, **PLAN, **more)
+            found.append((report, items_of(output, processor)))
+        (report, here), (other, there) = found
+        assert report == other and report.skipped == ({"missing_image": 1} if images else {})
+        assert sum(len(item["pixel_values"]) for item in here) == 6 and all(map(same, here, there))
+
+
+def test_a_table_in_a_bucket_needs_to_be_told_where_its_pictures_are(memory, tmp_path, processor):
+    write_sources(tmp_path)
+    (place(memory) / "rows.parquet").write_bytes((tmp_path / "rows.parquet").read_bytes())
+    with pytest.raises(ValueError, match="no folder or archive of images was given .--images"):
+        plan_packs([place(f"{memory}/rows.parquet")], tmp_path / "packs", processor.tokenizer, **PLAN)
+
+
+def test_a_mixture_trains_on_a_plan_in_a_bucket(memory, pool, processor):
+    for tar in pool.iterdir():
+        (place(memory) / "pool" / tar.name).write_bytes(tar.read_bytes())
+    for folder in (str(pool.parent), memory):
+        plan_packs(find_sources([f"{folder}/pool"]), f"{folder}/packs", processor.tokenizer, **PLAN)
+    here, there = (read_packs(f"{folder}/packs", processor) for folder in (pool.parent, memory))
+    assert here.fingerprint == there.fingerprint and here.names == there.names == ["packs"]
+    assert all(same(here[number], there[number]) for number in range(len(here)))
+
+
+def test_what_a_bucket_cannot_do_is_refused(capsys):
+    args = PackedTrainingArguments("s3://bucket/run", use_cpu=True)
+    with pytest.raises(ValueError, match="output_dir: s3://bucket/run: a checkpoint is renamed into place"):
+        asked_checkpoint(args)
+    with pytest.raises(ValueError, match="s3://bucket/model: a model is a folder of this machine or a hub id"):
+        model_folder("s3://bucket/model")
+    assert main(["extract-frames", "s3://bucket/clips", "--output", "out"]) == 2
+    assert "s3://bucket/clips: this command reads and writes files of this machine only" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_commands_with_several_processes_read_and_write_a_bucket(bucket, pool, processor, tmp_path):
-    """Their workers are processes of their own, and those of a loader forks; keys of the bucket stand nowhere."""
+    """Those of docs/scale.md. Their workers are new processes, a loader's are forks; keys of it stand nowhere."""
     processor.save_pretrained(tmp_path / "processor")
     for tar in pool.iterdir():
         (place(bucket) / "pool" / tar.name).write_bytes(tar.read_bytes())
-    for arguments in (
-        ["score", f"{bucket}/pool", "--scorer", "basic", "--output", f"{bucket}/scores"],
-        ["filter", f"{bucket}/scores", "--keep", "basic.words >= 10", "--output", f"{bucket}/subset.npy"],
-        ["reshard", f"{bucket}/pool", "--subset", f"{bucket}/subset.npy", "--output", f"{bucket}/shards",
-         "--samples-per-shard", "6"],
-        ["pack", f"{bucket}/shards", "--output", f"{bucket}/packs", "--processor", str(tmp_path / "processor"),
-         "--shards-per-group", "1", "--max-length", "128"],
-    ):  # fmt: skip
+    page = (ROOT / "docs" / "scale.md").read_text()
+    commands = [shlex.split(line) for line in page.splitlines() if line.startswith("open-qwen2vl ")]
+    assert [command[1] for command in commands] == ["score", "filter", "reshard", "pack"]
+    replaced = {"s3://my-bucket": bucket, "runs/2b/model": str(tmp_path / "processor")}
+    for command in commands:
+        arguments = [re.sub("|".join(replaced), lambda found: replaced[found[0]], part) for part in command[1:]]
+        arguments += {"reshard": ["--samples-per-shard", "6"], "pack": ["--shards-per-group", "1"]}.get(command[1], [])
         for _ in range(2):  # again: nothing is to be done
             workers = [] if arguments[0] == "filter" else ["--num-workers", "2"]
             command = [sys.executable, "-m", "open_qwen2vl.cli", *arguments, *workers]

@@ -11,6 +11,7 @@ from open_qwen2vl.data.storage.uids import read_uids
 from open_qwen2vl.decontamination import sets
 from open_qwen2vl.decontamination.attacks import ATTACKS
 from open_qwen2vl.evaluation import harness
+from open_qwen2vl.places import place
 from tests.data.conftest import encode_image
 from tests.data.killed_step import OUTPUT, check_killed_step
 
@@ -127,3 +128,28 @@ def test_a_killed_run_ends_with_the_same_bytes(evaluation_folder, other_pictures
     command += ["--num-workers", "1", "--output", OUTPUT]
     preload = ["open_qwen2vl.decontamination.pool", "faiss"]
     check_killed_step(command, tmp_path / "runs", kills=kills, preload=preload)
+
+
+@pytest.mark.slow
+def test_pool_sets_and_scores_in_a_bucket(
+    memory, evaluation_folder, evaluation_pictures, other_pictures, table, write_pool, tmp_path, capsys
+):
+    pool = write_pool({"copy": (evaluation_pictures[8], "a cat"), "text": (other_pictures[0], f"{QUESTION}? Seven.")})
+    tars = [pool] if pool.is_file() else sorted(pool.glob("*.tar"))
+    for path, name in [*((tar, f"pool/{tar.name}") for tar in tars), (table, "quiz.parquet"),
+                       *((picture, f"bench/{picture.name}") for picture in evaluation_folder.iterdir())]:  # fmt: skip
+        (place(memory) / name).write_bytes(path.read_bytes())
+    assert run(pool, tmp_path / "scores", evaluation_folder, f"quiz={table}") == 0
+    shown = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("shards")]
+    for done in ("1", "0 (1 done before)"):
+        assert run(f"{memory}/pool", f"{memory}/scores", f"{memory}/bench", f"quiz={memory}/quiz.parquet") == 0
+        there = capsys.readouterr().out.splitlines()
+        assert f"shards     {done}" in there
+        if done == "1":
+            assert [line for line in there if not line.startswith("shards")] == shown
+    name = f"scores/contaminated/{tars[0].stem}.parquet"
+    here, there = pq.read_table(tmp_path / name), pq.read_table(pa.BufferReader((place(memory) / name).read_bytes()))
+    assert here.equals(there)
+    (place(memory) / "bench" / "00.png").unlink()
+    assert run(f"{memory}/pool", f"{memory}/scores", f"{memory}/bench", f"quiz={memory}/quiz.parquet") == 2
+    assert "made with" in capsys.readouterr().err

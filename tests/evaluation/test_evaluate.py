@@ -17,9 +17,11 @@ from open_qwen2vl.evaluation import harness
 from open_qwen2vl.evaluation.benchmarks import BENCHMARKS
 from open_qwen2vl.evaluation.evaluate import evaluate, evaluate_loaded, run_targets
 from open_qwen2vl.evaluation.intervals import wilson
+from open_qwen2vl.evaluation.report import write_report
 from open_qwen2vl.evaluation.report.folders import load_evaluations
 from open_qwen2vl.evaluation.report.scores import build_rows
 from open_qwen2vl.evaluation.results import comparison_table, thumbnail
+from open_qwen2vl.places import list_tree, place
 from tests.evaluation.easyvqa import rows, write_tasks
 
 IDENTITY = {"name": "table", "path": "table", "revision": None, "fingerprint": None}
@@ -267,3 +269,19 @@ def test_few_documents_of_a_group(table_model, datasets_cache, tmp_path):
     results = run_targets(table_model, [harness.find_target("both")], None, manager, IDENTITY, {"limit": 2})
     assert sorted(results["tasks"]) == ["easyvqa_gen", "easyvqa_mc"]
     assert all(entry["num_samples"] == 2 for entry in results["tasks"].values())
+
+
+@pytest.mark.slow
+def test_results_in_a_bucket(model_folder, easyvqa, tmp_path, memory):
+    options = {"limit": 3, "device": "cpu", "include_path": [easyvqa]}
+    here = evaluate(str(model_folder), ["easyvqa_gen"], tmp_path / "results", **options)
+    for _ in range(2):  # again: from the journal, which stays on this machine
+        there = evaluate(str(model_folder), ["easyvqa_gen"], f"{memory}/results", **options)
+        assert there["tasks"].keys() == here["tasks"].keys()
+        assert there["tasks"]["easyvqa_gen"]["metrics"] == here["tasks"]["easyvqa_gen"]["metrics"]
+    found = [name for name, _ in list_tree(f"{memory}/results")]
+    assert found == ["results.json", "samples/easyvqa_gen.parquet", "table.md"]
+    samples = (place(memory) / "results" / "samples" / "easyvqa_gen.parquet").read_bytes()
+    assert samples == (tmp_path / "results" / "samples" / "easyvqa_gen.parquet").read_bytes()
+    page = write_report([tmp_path / "results", f"{memory}/results"], f"{memory}/report.html")
+    assert b"easyvqa_gen" in page.read_bytes()

@@ -3,6 +3,7 @@
 from ..decontamination.options import DecontaminateOptions as OPTIONS
 
 SUMMARY = "find evaluation pictures and texts in a pool, as scores for filter (a rerun makes what is missing)"
+BUCKETS = True
 
 
 def run(options: OPTIONS) -> None:

@@ -3,6 +3,7 @@
 from ..evaluation.options import EvaluateOptions as OPTIONS
 
 SUMMARY = "score a model on benchmarks with lmms-eval"
+BUCKETS = True
 
 
 def run(options: OPTIONS) -> None:

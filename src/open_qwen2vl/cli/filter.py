@@ -19,6 +19,7 @@ EXPR joins clauses with and, or, not and parentheses:
 A clause about a score that a pair does not have is neither true nor false, and so is its `not`; a pair is kept where
 the whole of EXPR is true. --sql takes a SELECT instead. Example:  --keep "basic() and (top(clip, 0.3) or in(dfn.npy))"
 """
+BUCKETS = True
 
 
 def run(options: OPTIONS) -> None:

@@ -7,10 +7,14 @@ from types import ModuleType
 from typing import Any
 
 from ..options import Kind, flag, kinds, read_options, required
+from ..places import is_remote
 
 
 def add_command(commands: "argparse._SubParsersAction", command: ModuleType, config_file: bool = True) -> None:
-    """Add a module of this folder: its `OPTIONS` (a dataclass), `SUMMARY`, `run(options)` and perhaps `EPILOG`."""
+    """Add a module of this folder: its `OPTIONS` (a dataclass), `SUMMARY`, `run(options)` and perhaps `EPILOG`.
+
+    What is in buckets is refused by a module without a true `BUCKETS`.
+    """
     name = command.__name__.rpartition(".")[2].replace("_", "-")
     parser = commands.add_parser(
         name,
@@ -31,7 +35,16 @@ def add_command(commands: "argparse._SubParsersAction", command: ModuleType, con
         groups[title].add_argument(*names, **_arguments(field, types[field.name], config_file))
     if config_file:
         parser.add_argument("--config", metavar="FILE.yaml", help="file with these options; the command line wins")
-    parser.set_defaults(run=lambda args: command.run(_options(parser, command.OPTIONS, vars(args))))
+    parser.set_defaults(run=lambda args: _run(command, _options(parser, command.OPTIONS, vars(args))))
+
+
+def _run(command: ModuleType, options: Any) -> None:
+    if not getattr(command, "BUCKETS", False):
+        for name, value in vars(options).items():
+            for one in value if isinstance(value, tuple) else (value,):
+                if isinstance(one, str) and is_remote(one) and not one.startswith(("http://", "https://", "file://")):
+                    raise ValueError(f"{flag(name)} {one}: this command reads and writes files of this machine only")
+    command.run(options)
 
 
 def _arguments(field: Any, kind: Kind, config_file: bool) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 from ..data.packing.options import PackOptions as OPTIONS
 
 SUMMARY = "plan which captions, documents or conversations share a pack (reads texts and headers, no images)"
+BUCKETS = True
 
 
 def run(options: OPTIONS) -> None:

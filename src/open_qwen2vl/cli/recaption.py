@@ -3,6 +3,7 @@
 from ..data.recaptioning.options import RecaptionOptions as OPTIONS
 
 SUMMARY = "let a model write captions for a pool, one parquet file for each tar (a rerun makes what is missing)"
+BUCKETS = True
 
 
 def run(options: OPTIONS) -> None:

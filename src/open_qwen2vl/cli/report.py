@@ -3,6 +3,7 @@
 from ..evaluation.options import ReportOptions as OPTIONS
 
 SUMMARY = "write one HTML page on what evaluations gave: scores with intervals, categories, samples"
+BUCKETS = True
 
 
 def run(options: OPTIONS) -> None:

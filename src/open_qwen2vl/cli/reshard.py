@@ -3,6 +3,7 @@
 from ..data.resharding.options import ReshardOptions as OPTIONS
 
 SUMMARY = "copy the samples of a subset into new tars (member bytes untouched, an index beside each tar)"
+BUCKETS = True
 
 
 def run(options: OPTIONS) -> None:

@@ -3,6 +3,7 @@
 from ..data.scoring.options import ScoreOptions as OPTIONS
 
 SUMMARY = "score image-text pairs, one parquet file for each tar (a rerun makes what is missing)"
+BUCKETS = True
 
 
 def run(options: OPTIONS) -> None:
