@@ -19,7 +19,8 @@ def run(options: OPTIONS) -> None:
     processor = load_processor(options.processor, options.tokenizer)
     named = ("shards", "output", "processor", "tokenizer")
     others = {each.name: getattr(options, each.name) for each in fields(OPTIONS) if each.name not in named}
-    print(plan_packs(shards, options.output, processor, **others))
+    report = plan_packs(shards, options.output, processor, **others)
+    print("parts of this rank are made; the rank that is last writes plan.json" if report is None else report)
 
 
 def load_processor(processor: str | None, tokenizer: str | None) -> Any:

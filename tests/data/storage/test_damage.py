@@ -145,12 +145,12 @@ def test_the_index_of_archives_is_written_whole_and_checked(write_tar, tmp_path,
     index_archives(tmp_path, roots)
     assert [ImageFiles(tmp_path, roots).find(f"{n}.jpg").size for n in range(5)] == [1, 2, 3, 4, 5]
     names = sorted(path.name for path in tmp_path.glob("image-index*"))
-    assert names == ["image-index.key.npy", "image-index.location.npy"]
-    np.save(tmp_path / "image-index.key.npy", np.zeros(3, "<u8"))
+    assert names == ["image-index.0.key.npy", "image-index.0.location.npy"]
+    np.save(tmp_path / "image-index.0.key.npy", np.zeros(3, "<u8"))
     with pytest.raises(ValueError, match="index of images is damaged"):
         ImageFiles(tmp_path, roots).find("1.jpg")
-    (tmp_path / "image-index.key.npy").write_bytes(b"x")
-    with pytest.raises(ValueError, match="image-index.key.npy: not a whole"):
+    (tmp_path / "image-index.0.key.npy").write_bytes(b"x")
+    with pytest.raises(ValueError, match="image-index.0.key.npy: not a whole"):
         ImageFiles(tmp_path, roots).find("1.jpg")
 
 

@@ -108,3 +108,6 @@ class PackOptions:
     num_workers: int | None = option(
         None, help="processes (default: one per core, at most one per group)", metavar="N"
     )
+    engine: Literal["local", "ray"] = option(
+        "local", help="ray: workers on a Ray cluster whose machines share the files"
+    )

@@ -7,11 +7,10 @@
 
 Packs never mix groups, so that reading one stays local. What a file is: sources.py. A part is its own done-marker: it
 is renamed into place when it is whole and carries what it was made from. A rerun makes the missing parts only;
-`plan.json` is written last.
+`plan.json` is written last: of several ranks (`accelerate launch`) by the one that finds all parts there.
 """
 
 import functools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -30,7 +29,7 @@ from ..documents.forms import RULES, conversation_format
 from ..documents.shared_pictures import share_pictures
 from ..documents.sources import SourceKind, source_kind
 from ..documents.unread import warn_of_unread_fields
-from ..engine.engine import Outcome, show_progress, work_through
+from ..engine.engine import Outcome, process_rank, show_progress, work_through
 from ..storage.image_files import describe_images, index_archives, remove_index
 from .bins import pack_lengths
 from .options import PackOptions
@@ -53,6 +52,9 @@ from .plan_report import PlanReport
 # Options of a plan that a family may have (`DocumentProcessor.plan_options`).
 MEDIA_OPTIONS = ("image_seq_length", "min_pixels", "max_pixels", "fixed_resolution", "video_fps", "max_frames",
                  "max_video_tokens", "skip_broken_videos", "text_after_video", "tokens_per_second")  # fmt: skip
+
+
+_FINISHING_SECONDS = 600  # that a rank waits for another to write what stands beside the parts
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,13 @@ class _Task:
         return sum(shard["size"] for shard in settings["shards"])
 
 
-def plan_packs(shards: Sequence[str | Place], output: str | Place, processor: Any, **options: Any) -> PlanReport:
+def plan_packs(
+    shards: Sequence[str | Place], output: str | Place, processor: Any, **options: Any
+) -> PlanReport | None:
     """Plan the packs of captions, texts, interleaved documents or conversations.
 
-    The same input gives the same plan, with any number of workers.
+    The same input gives the same plan, with any number of workers, on Ray, or by several ranks, each of which makes
+    its share of the parts.
 
     Args:
         shards (`Sequence[str | Place]`): files of one kind of `sources.py`; [`find_sources`] lists those of a folder.
@@ -92,7 +97,8 @@ def plan_packs(shards: Sequence[str | Place], output: str | Place, processor: An
         options: fields of [`PackOptions`].
 
     Returns:
-        [`PlanReport`]: figures of the whole plan, parts of earlier runs included.
+        [`PlanReport`]: figures of the whole plan, parts of earlier runs included; `None` on a rank that has made its
+        parts while others are at work on theirs.
 
     Raises:
         ValueError: for an option out of range, no shards, a folder with parts of another plan or that another process
@@ -108,14 +114,15 @@ def plan_packs(shards: Sequence[str | Place], output: str | Place, processor: An
     media = {name: getattr(chosen, name) or None for name in MEDIA_OPTIONS}
     documents = document_processor(processor, chat_template=chosen.chat_template, **media)
     _check_room(kind, chosen, documents)
-    with only_writer(output):
+    rank, ranks = process_rank()
+    with only_writer(output, rank=rank, ranks=ranks):
         return _plan(kind, shards, chosen, documents)
 
 
 def _plan(
     kind: SourceKind, shards: Sequence[str | Place], chosen: PackOptions, documents: DocumentProcessor
-) -> PlanReport:
-    """Make the parts that are missing, then plan.json."""
+) -> PlanReport | None:
+    """Make the parts of this rank that are missing, then plan.json if all are there."""
     folder = place(chosen.output)
     settings = _settings(kind, chosen, documents, folder)
     described = describe_shards(shards, folder)
@@ -125,14 +132,21 @@ def _plan(
     ]
     if not tasks:
         raise ValueError(f"{shards[0]}: not a single record in it")
-    whole = [folder / name for name in (PLAN_NAME, SHARDS_NAME, PARTS_NAME, FIGURES_NAME)]
-    remove_temporaries([*whole, *(path for task in tasks for path in (task.part, task.skipped))])
-    missing = _missing_parts(folder, tasks)
+    rank, ranks = process_rank()
+    mine = tasks[rank::ranks]  # by position and not by what is missing, which changes while the other ranks work
+    remove_temporaries(path for task in mine for path in (task.part, task.skipped))
+    missing = _missing_parts(folder, tasks, mine)
     if missing and chosen.images:
         index_archives(folder, settings["images"])
-    _run(missing, documents, chosen.num_workers or os.cpu_count() or 1)
+    _run(missing, documents, chosen)
     remove_index(folder)
-    return _finish(folder, settings, described, tasks)
+    if ranks > 1 and not all(task.part.exists() for task in tasks):
+        return None
+    # Two ranks may find all parts there: the second then finds all files there, too.
+    remove_index(folder, of_all_ranks=True)
+    with only_writer(folder / PLAN_NAME, "finishing", is_file=True, patience=_FINISHING_SECONDS):
+        remove_temporaries(folder / name for name in (PLAN_NAME, SHARDS_NAME, PARTS_NAME, FIGURES_NAME))
+        return _finish(folder, settings, described, tasks)
 
 
 def _settings(kind: SourceKind, options: PackOptions, documents: DocumentProcessor, folder: Place) -> dict[str, Any]:
@@ -170,6 +184,8 @@ def _check_options(kind: SourceKind, options: PackOptions) -> None:
             raise ValueError(f"{name} must be above 0, got {value}")
         if isinstance(value, int) and value < 1 and value is not False:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if options.engine == "ray" and process_rank()[1] > 1:
+        raise ValueError("--engine ray starts its own workers: run it without accelerate launch")
     if options.images and not kind.images_elsewhere:
         raise ValueError("images are for conversations, documents and tables: those of captions are in their tars")
     if options.rules not in RULES:
@@ -216,8 +232,8 @@ def _groups(
             yield range(number, number + 1), {"range": [start, stop]}
 
 
-def _missing_parts(folder: Place, tasks: list[_Task]) -> list[_Task]:
-    """Tasks still to do; raises if the folder holds parts of another plan."""
+def _missing_parts(folder: Place, tasks: list[_Task], mine: list[_Task]) -> list[_Task]:
+    """Of some tasks those still to do; raises if one is of another plan, or the folder holds parts of one."""
     advice = f"delete {folder} or choose another output"
     there = {part for suffix in ("arrow", "parquet") for part in folder.glob(f"part-*.{suffix}")}
     strangers = sorted(there - {task.part for task in tasks})
@@ -227,7 +243,7 @@ def _missing_parts(folder: Place, tasks: list[_Task]) -> list[_Task]:
             f"{strangers[0]}: part of {'an older plan' if older else 'a plan with more groups'}; {advice}"
         )
     missing = []
-    for task in tasks:
+    for task in mine:
         if task.part not in there:
             missing.append(task)
             continue
@@ -246,9 +262,10 @@ def _what_differs(name: str, made: Any, now: Any) -> str:
     return difference(made, now) if isinstance(made, dict) else f"{name} {made}, now {now}"
 
 
-def _run(tasks: list[_Task], documents: DocumentProcessor, num_workers: int) -> None:
+def _run(tasks: list[_Task], documents: DocumentProcessor, options: PackOptions) -> None:
     """Make parts, in this process or in several, each of which gets a copy of the family's processor."""
-    outcomes = work_through(tasks, functools.partial(_part_maker, documents), num_workers=num_workers)
+    make_worker = functools.partial(_part_maker, documents)
+    outcomes = work_through(tasks, make_worker, engine=options.engine, num_workers=options.num_workers)
     sized = ((task.amount, outcome) for task, outcome in outcomes)
     for _ in show_progress(sized, sum(task.amount for task in tasks), "planning"):
         pass  # the figures stand in the parts

@@ -1,6 +1,6 @@
 """Images that records name by a path: in folders, uncompressed tars and zips.
 
-    names of all archives ── index_archives ──► image-index.{key,location}.npy, sorted by hash, memory-mapped
+    names of all archives ── index_archives ──► image-index.RANK.{key,location}.npy, sorted by hash, memory-mapped
     a name ── ImageFiles.find ──► location (root, offset, size), kept in the plan ── ImageFiles.read ──► bytes
 
 Folders are looked at first. A name is a path inside of a root, perhaps an absolute one: others, `..` and links that
@@ -67,7 +67,7 @@ def index_archives(folder: Place, images: Sequence[dict[str, Any]]) -> None:
     archives = {number: path for number, path in paths.items() if "size" in images[number] or is_remote(path)}
     if not archives:
         return
-    with tempfile.TemporaryDirectory(dir=None if is_remote(folder) else folder, prefix=f"{INDEX_NAME}.") as scratch:
+    with tempfile.TemporaryDirectory(dir=None if is_remote(folder) else folder, prefix=f"{_own_index()}.") as scratch:
         _write_index(folder, archives, Path(scratch) / "raw")
 
 
@@ -88,9 +88,9 @@ def _write_index(folder: Place, archives: dict[int, str], raw: Path) -> None:
                 file.write(entries[order[start : start + _SORTED_AT_ONCE]][fields].astype(dtype).tobytes())
 
 
-def remove_index(folder: Place) -> None:
+def remove_index(folder: Place, of_all_ranks: bool = False) -> None:
     """Remove what [`index_archives`] wrote, and what a killed run left of it."""
-    for path in folder.glob(f"{INDEX_NAME}.*"):
+    for path in folder.glob(f"{INDEX_NAME if of_all_ranks else _own_index()}.*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -227,7 +227,12 @@ def _hash(name: str) -> int:
 
 
 def _index_path(folder: Place, name: str) -> Place:
-    return folder / f"{INDEX_NAME}.{name}.npy"
+    return folder / f"{_own_index()}.{name}.npy"
+
+
+def _own_index() -> str:
+    """Each rank of `accelerate launch` has its own; its workers, who inherit the environment, read that."""
+    return f"{INDEX_NAME}.{os.environ.get('RANK', 0)}"
 
 
 def _members(path: str) -> Iterator[tuple[str, int, int]]:
