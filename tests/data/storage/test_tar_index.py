@@ -3,6 +3,7 @@ import json
 import os
 import struct
 import tempfile
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,7 @@ from open_qwen2vl.data.storage.tar_index import index_path, member_image_size, r
 from open_qwen2vl.data.storage.tars import index_shard, read_json, sample_uid
 from open_qwen2vl.data.storage.uids import UID_DTYPE, parse_uid, write_uids
 from open_qwen2vl.families import register_family
-from open_qwen2vl.places import open_file
+from open_qwen2vl.places import LocalFile, open_file
 from open_qwen2vl.processing.images import decode_image, read_image_size
 from open_qwen2vl.processing.sample_error import SampleError
 from tests.data.conftest import encode_image, write
@@ -114,7 +115,7 @@ def resharded(make_tar, sample, encode, tmp_path):
 
 
 def test_image_sizes_stand_in_the_index(resharded):
-    samples, _ = read_shard_index(resharded)
+    samples = read_shard_index(resharded).samples
     sizes = [sample.image_sizes for sample in samples]
     assert sizes[:7] == [{"png": (n + 1, 5)} for n in range(7)] and sizes[7] == {} and sizes[30] == {"png": (8, 8)}
 
@@ -133,9 +134,9 @@ def write_index_1(tar):
 
 
 def test_an_older_index_is_used_but_for_its_sizes(resharded):
-    samples, uids = read_shard_index(resharded)
+    samples, uids = read_shard_index(resharded)[:2]
     write_index_1(resharded)
-    old, old_uids = read_shard_index(resharded)
+    old, old_uids = read_shard_index(resharded)[:2]
     assert old_uids == uids and [one.members for one in old] == [one.members for one in samples]
     assert not any(one.image_sizes for one in old)
 
@@ -218,7 +219,9 @@ def test_the_index_of_another_tar_of_documents_is_not_used(tokenizer, tmp_path, 
 
 def test_pack_plans_the_same_by_index_and_by_headers(resharded, tmp_path, tokenizer, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr("open_qwen2vl.data.documents.records.index_shard", None)  # whoever walks the headers fails
+        patched.setattr(
+            "open_qwen2vl.data.documents.records.make_shard_index", None
+        )  # whoever walks the headers fails
         plan_packs([resharded], tmp_path / "by-index", tokenizer, **OPTIONS)
     index_path(resharded).unlink()
     plan_packs([resharded], tmp_path / "by-header", tokenizer, **OPTIONS)
@@ -257,4 +260,70 @@ def test_an_index_that_does_not_fit_is_not_used(resharded, make_tar, sample, tmp
     assert (read_shard_index(resharded) is None) == (damage != "other tar")
     plan_packs([resharded], tmp_path / "packs", tokenizer, **OPTIONS)
     assert "not used" in caplog.text
+    assert read_bytes(tmp_path / "packs") == read_bytes(tmp_path / "right")
+
+
+@pytest.fixture
+def tar_reads(monkeypatch):
+    """Bytes that are read of each tar."""
+    read, plain = Counter(), LocalFile.read_at
+
+    def counted(self, size, offset):
+        content = plain(self, size, offset)
+        read[os.path.basename(self.name)] += len(content)
+        return content
+
+    monkeypatch.setattr(LocalFile, "read_at", counted)
+    return read
+
+
+def test_a_plan_over_resharded_tars_reads_indexes_alone(resharded, tmp_path, tokenizer, tar_reads):
+    plan_packs([resharded], tmp_path / "packs", tokenizer, **OPTIONS)
+    assert not tar_reads and not (tmp_path / "packs_indexes").exists()
+    os.utime(resharded)
+    plan_packs([resharded], tmp_path / "again", tokenizer, **OPTIONS)
+    assert tar_reads["00000.tar"] > 31 * 512
+    assert [plan_rows(tmp_path / name, "part") for name in ("packs", "again")][0] == plan_rows(
+        tmp_path / "again", "part"
+    )
+
+
+def test_the_second_plan_over_foreign_tars_reads_indexes_alone(
+    make_tar, sample, encode, tmp_path, tokenizer, tar_reads
+):
+    """Bad samples, a cut tar and members that are no sample are the same by the index that the first plan wrote."""
+    tars, uid = [], f"{7:032x}"
+    for name in ("a", "b"):
+        members = [*sample(f"{name}1", "a cat", encode(Image.new("RGB", (9, 5))), uid), ("folder/", b""), ("x", b"?")]
+        members += [*sample("dog", "a dog"), ("dog.txt", b"again"), ("none.txt", b"no image"), ("bad.png", b"x")]
+        tars.append(make_tar(tmp_path / f"{name}.tar", [*members, ("bad.txt", b"caf\xe9"), *sample("last", "a fox")]))
+    os.truncate(tars[1], index_shard(tars[1]).samples[-1].members["txt"][0])
+    folders = [tmp_path / name for name in ("first", "second", "third")]
+    reports = [plan_packs(tars, folders[0], tokenizer, **OPTIONS)]
+    assert len(list((tmp_path / "first_indexes").iterdir())) == 2
+    reads = []
+    for folder in folders[1:]:
+        tar_reads.clear()
+        reports.append(plan_packs(tars, folder, tokenizer, indexes=str(tmp_path / "first_indexes"), **OPTIONS))
+        reads.append(sum(tar_reads.values()))
+        os.utime(tars[0])
+        (folder / "plan.json").rename(folder / "old")
+    assert reports[0] == reports[1] == reports[2] and reports[0].skipped.keys() >= {"truncated_tar", "missing_image"}
+    assert plan_rows(folders[0], "part") == plan_rows(folders[1], "part") == plan_rows(folders[2], "part")
+    assert reads[0] < reads[1]
+
+
+def test_texts_of_an_index_are_those_of_its_very_tar(resharded, tmp_path, tokenizer, caplog):
+    """A caption that is changed in its place, and an index of format version 2, which has no texts."""
+    data = resharded.read_bytes()
+    resharded.write_bytes(data.replace(b"cat 3 ", b"dog 3 "))
+    plan_packs([resharded], tmp_path / "packs", tokenizer, **OPTIONS)
+    assert "indexes of tars: 1 read without its texts" in caplog.text
+    index = index_path(resharded)
+    table = pa.parquet.read_table(index)
+    made = {"open_qwen2vl": json.dumps({"format_version": 2, "tar_bytes": os.path.getsize(resharded)})}
+    pa.parquet.write_table(table.drop_columns("text").replace_schema_metadata(made), index)
+    assert read_shard_index(resharded).texts is None
+    index.unlink()
+    plan_packs([resharded], tmp_path / "right", tokenizer, **OPTIONS)
     assert read_bytes(tmp_path / "packs") == read_bytes(tmp_path / "right")

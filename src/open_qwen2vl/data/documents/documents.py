@@ -9,6 +9,7 @@ is left out when it is read.
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import islice
@@ -57,25 +58,27 @@ class Group(NamedTuple):
     # All that its part depends on: the plan's options, `shards` as `describe_shard` tells them and, where a file has
     # several groups, `range`: the first byte or row of this one and that behind it.
     settings: dict[str, Any]
+    indexes: Place | None = None  # folder of the indexes of tars that have none beside them; None where none are made
 
 
 class GroupDocuments(NamedTuple):
-    """The documents of a group in the order of the files, what was left out, members that belong to no sample, and
-    videos that break off, of which the rest is used.
+    """The documents of a group in the order of the files, what was left out, members that belong to no sample, videos
+    that break off, of which the rest is used, and what became of the indexes of tars.
     """
 
     documents: list[Document]
     skipped: list[Skipped]
     ignored_members: int
     broken_videos: int
+    indexes: Counter[str]
 
 
 @collection_paused()
 def plan_group(group: Group, documents: DocumentProcessor) -> GroupDocuments:
     """Plan a group; each piece of a record is either a document or named with a reason."""
-    planned = GroupDocuments([], [], 0, 0)
+    planned = GroupDocuments([], [], 0, 0, Counter())
     for number, shard in zip(group.shards, group.settings["shards"], strict=True):
-        with _at_hand(shard_path(group.folder, shard)) as path:
+        with _at_hand(shard_path(group.folder, shard), group.indexes is not None) as path:
             planner = _Planner(group, number, shard, documents, path)
             planner.run()
         planned = GroupDocuments(
@@ -83,14 +86,15 @@ def plan_group(group: Group, documents: DocumentProcessor) -> GroupDocuments:
             planned.skipped + planner.skipped,
             planned.ignored_members + planner.records.ignored_members,
             planned.broken_videos + planner.broken_videos,
+            planned.indexes + Counter([planner.records.index] if planner.records.index else ()),
         )
     return planned
 
 
 @contextlib.contextmanager
-def _at_hand(path: str) -> Iterator[str]:
-    """A file, or of a remote tar without an index a copy: its headers and texts lie all over it."""
-    if path.endswith(TAR) and is_remote(path) and not index_path(place(path)).exists():
+def _at_hand(path: str, is_indexed: bool) -> Iterator[str]:
+    """A file, or a copy of a remote tar that no index is made of: its headers and texts lie all over it."""
+    if path.endswith(TAR) and is_remote(path) and not is_indexed and not index_path(place(path)).exists():
         with local_copy(path) as copy:
             yield str(copy)
     else:
@@ -117,7 +121,12 @@ class _Planner:
         self._file, self._name = shard["path"], os.path.basename(path)
         self._form, self._shares = make_form(settings, family), settings.get("share_images", False)
         self.records = ShardRecords(
-            path, settings["text_format"], self._form.columns, self._form.max_bytes, video_extensions(settings)
+            path,
+            settings["text_format"],
+            self._form.columns,
+            self._form.max_bytes,
+            video_extensions(settings),
+            group.indexes,
         )
         paths = [""] * number + [path]  # images find their own file by its number
         reader = RecordReader(paths, settings["text_format"], self._form.columns, self._form.max_bytes)

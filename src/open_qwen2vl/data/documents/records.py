@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from ...places import OpenFile, RemoteFile, open_file, read_ranges
+from ...places import OpenFile, Place, RemoteFile, open_file, place, read_ranges
 from ...processing.media_records import Video
 from ...processing.sample_error import SampleError
 from ..storage.csv_records import csv_header, csv_spans, read_csv_record
@@ -22,12 +22,13 @@ from ..storage.json_records import read_record, record_spans
 from ..storage.open_files import NOTHING, Newest, Span
 from ..storage.row_values import row_values
 from ..storage.tables import Columns, RowTable
-from ..storage.tar_index import read_shard_index
+from ..storage.tar_index import TarIndex, index_elsewhere, index_path, make_shard_index, read_shard_index
 from ..storage.tars import (
     IMAGE_EXTENSIONS,
     MAX_JSON_BYTES,
     VIDEO_EXTENSIONS,
     Sample,
+    ShardIndex,
     has_dotted_key,
     index_shard,
     read_json,
@@ -85,9 +86,12 @@ class ShardRecords:
         columns: Columns,
         max_bytes: int | None = None,
         videos: tuple[str, ...] = VIDEO_EXTENSIONS,
+        indexes: Place | None = None,
     ):
         self._path, self._text_format, self._columns, self._max_bytes = path, text_format, columns, max_bytes
         self._videos = videos  # extensions of videos of captions
+        self._indexes = indexes  # folder where indexes of tars of captions are that have none beside them
+        self.index: str | None = None  # what became of the index of a tar of captions
         self.samples: dict[str, Sample] | None = None  # of a tar of documents, by key
         self.skipped: list[tuple[str, SampleError]] = []  # what of a tar is no sample, by key; complete at the end
         self.ignored_members = 0  # members of a tar that belong to no sample
@@ -123,47 +127,75 @@ class ShardRecords:
 
     def _find_in_tar(self, needs_image: bool) -> Iterable[Found]:
         if self._text_format in ("caption", "text"):
-            indexed = read_shard_index(self._path)
-            # All before any is given out: that an index is another tar's may show at the last member.
-            found = list(self._find_captions(*indexed, needs_image)) if indexed else None
-            if found and any(isinstance(one.record, SampleError) and one.record.reason == "moved_member"
-                             for one in found):  # fmt: skip
-                logger.warning("%s: its index is that of another tar: not used", self._path)
-                found = None
-            return found if found is not None else self._find_captions(self._samples(), None, needs_image)
+            return self._find_indexed(needs_image)
         samples, uids = self._indexed_documents() or (self._samples(), None)
         self.samples = {sample.key: sample for sample in samples}
         return self._find_documents(samples, uids)
 
+    def _find_indexed(self, needs_image: bool) -> Iterable[Found]:
+        """Captions by the index beside the tar, else by that which was made of it, which is made now if need be."""
+        index = read_shard_index(self._path)
+        if index is not None:
+            self._take(index)
+            found = self._find_captions(index, needs_image)
+            if index.texts is not None:
+                self.index = "read"
+                return found
+            # All before any is given out: that an index is another tar's may show at the last member.
+            found = list(found)
+            if not any(isinstance(one.record, SampleError) and one.record.reason == "moved_member" for one in found):
+                self.index = "read without its texts, which are of another time than the tar"
+                return found
+            logger.warning("%s: its index is that of another tar: not used", self._path)
+        is_refused = index is not None or index_path(place(self._path)).exists()
+        if self._indexes is None:
+            self.index = "not used" if is_refused else "missing"
+            index = index_shard(self._path)
+            self._take(index)
+            return self._find_captions(TarIndex(index.samples, None, None), needs_image)
+        own = index_elsewhere(self._indexes, self._path)
+        index = read_shard_index(self._path, own)
+        self.index = "read" if index is not None and index.texts is not None else "made"
+        index = index if self.index == "read" else make_shard_index(self._path, own)
+        self.index += " in place of one that is not its" * is_refused
+        self._take(index)
+        return self._find_captions(index, needs_image)
+
     def _indexed_documents(self) -> tuple[list[Sample], list[str]] | None:
         """What an index names, if the headers of all records stand where it says."""
-        indexed = read_shard_index(self._path)
+        index = read_shard_index(self._path)
         with open_file(self._path, whole=True) as file:
             try:
-                for sample in indexed[0] if indexed else ():
+                for sample in index.samples if index else ():
                     if "json" in sample.members:
                         read_member(file, f"{sample.key}.json", *sample.members["json"], limit=0)
             except SampleError:
                 logger.warning("%s: its index is that of another tar: not used", self._path)
                 return None
-        return indexed
+        return index and index[:2]
 
     def _samples(self) -> list[Sample]:
         index = index_shard(self._path)
-        self.skipped = [(key, SampleError(reason, "")) for key, reason in index.skipped]
-        self.ignored_members = index.ignored_members
+        self._take(index)
         return index.samples
 
-    def _find_captions(self, samples: list[Sample], uids: list[str] | None, needs_image: bool) -> Iterator[Found]:
+    def _take(self, index: TarIndex | ShardIndex) -> None:
+        self.skipped = [(key, SampleError(reason, "")) for key, reason in index.skipped]
+        self.ignored_members = index.ignored_members
+
+    def _find_captions(self, index: TarIndex, needs_image: bool) -> Iterator[Found]:
         name = os.path.basename(self._path)
-        with open_file(self._path, whole=True) as file:
-            for number, sample in enumerate(samples):
+        with open_file(self._path, whole=index.texts is None) as file:
+            for number, sample in enumerate(index.samples):
+                text = index.texts[number] if index.texts else None
                 try:
-                    (*image, (_, offset, size)), caption = caption_members(file, sample, needs_image, self._videos)
+                    (*image, (_, offset, size)), caption = caption_members(
+                        file, sample, needs_image, self._videos, text
+                    )
                 except SampleError as error:
                     yield Found(RecordLocation(None, None), error, sample.key, sample.key)
                     continue
-                uid = uids[number] if uids else sample_uid(read_json(file, sample), name, sample.key)
+                uid = index.uids[number] if index.uids else sample_uid(read_json(file, sample), name, sample.key)
                 own = [OwnImage(*location, *sample.image_sizes.get(ext, ())) for ext, *location in image]
                 if image and image[0][0] in self._videos:
                     own = [Video(OwnImage(*image[0][1:]))]
@@ -256,10 +288,15 @@ class RecordReader:
 
 
 def caption_members(
-    file: OpenFile, sample: Sample, needs_image: bool = True, videos: tuple[str, ...] = VIDEO_EXTENSIONS
+    file: OpenFile,
+    sample: Sample,
+    needs_image: bool = True,
+    videos: tuple[str, ...] = VIDEO_EXTENSIONS,
+    text: bytes | None = None,
 ) -> tuple[list[tuple[str, int, int]], str]:
     """Extension, offset and size of a caption sample's video or image, if it has one, and of its text; and the text.
 
+    The `text` that an index has is not read again.
     Raises `missing_image`, `missing_caption`, `dotted_key`, `empty_image`, or as [`decode_caption`] and
     [`read_member`].
     """
@@ -273,7 +310,8 @@ def caption_members(
         raise SampleError("missing_caption", f"{sample.key} has no member txt")
     if image_ext and sample.members[image_ext][1] == 0:
         raise SampleError("empty_image", f"{sample.key}.{image_ext} has no bytes")
-    caption = decode_caption(read_member(file, f"{sample.key}.txt", *sample.members["txt"]))
+    text = read_member(file, f"{sample.key}.txt", *sample.members["txt"]) if text is None else text
+    caption = decode_caption(text)
     return [(ext, *sample.members[ext]) for ext in (image_ext, "txt") if ext], caption
 
 

@@ -20,12 +20,12 @@ from ..storage.csv_records import csv_header, cut_csv
 from ..storage.hub_files import SCHEME, find_files
 from ..storage.json_records import cut_records, read_record, record_spans
 from ..storage.tables import TEXT_COLUMNS, column_names, column_types, cut_rows, find_tables
+from ..storage.tar_index import LOOKED_AT, index_fields
 from ..storage.tars import find_shards, list_files, read_member, split_member_name
 from .forms import BRANCHES, TURNS, columns_of, is_turns
 from .records import CSV, JSON, MAX_DOCUMENT_BYTES, TABLES, TAR
 from .texts import CAPTION_FIELDS, IMAGE_FIELD, VIDEO_FIELD, caption_field, image_field, is_interleaved
 
-LOOKED_AT = 64  # members of a tar, or records of a file, among which one tells what the file is
 CONTAINERS = (TAR, JSON, CSV, TABLES)
 # The most telling first: a record of conversations or of documents may have a text beside them.
 TEXT_FORMATS = ("conversation", "interleaved", "caption", "text")
@@ -108,7 +108,9 @@ def _kind(path: str, caption_column: str | None, has_images: bool) -> SourceKind
     if container == TAR:
         if caption_column is not None:
             raise ValueError(f"{path}: --caption-column {caption_column} is for tables, json and csv files")
-        return SourceKind(TAR, "interleaved" if any(map(is_interleaved, _first_of_tar(path))) else "caption")
+        fields = index_fields(path)
+        first = _first_of_tar(path) if fields is None else fields
+        return SourceKind(TAR, "interleaved" if any(map(is_interleaved, first)) else "caption")
     if container == JSON:
         return _kind_of_json(path, caption_column, has_images)
     names, types = (csv_header(path), {}) if container == CSV else (column_names(path), column_types(path))

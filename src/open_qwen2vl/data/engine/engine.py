@@ -51,6 +51,7 @@ class Outcome(NamedTuple):
     samples: int  # samples seen, those left out included
     skipped: dict[str, int]  # how many were left out, by reason
     examples: list[tuple[str, ...]]  # file, key, reason and perhaps a detail of some of them, for the log
+    notes: Counter[str] = Counter()  # what else a step counts
 
     @classmethod
     def of(cls, samples: int, skipped: Sequence[tuple[str, ...]]) -> "Outcome":

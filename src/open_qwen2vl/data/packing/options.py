@@ -111,3 +111,9 @@ class PackOptions:
     engine: Literal["local", "ray"] = option(
         "local", help="ray: workers on a Ray cluster whose machines share the files"
     )
+    indexes: str | None = option(
+        None,
+        help="folder for indexes of tars of captions that have none beside them (reshard's have): the first plan "
+        "reads such a tar from its beginning to its end, later ones read its index alone (default: OUTPUT_indexes)",
+        metavar="DIR",
+    )

@@ -11,6 +11,8 @@ is renamed into place when it is whole and carries what it was made from. A reru
 """
 
 import functools
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,11 +28,13 @@ from ...processing.text_formats import tokenizer_fingerprint
 from ...processing.tool_forms import TOOL_FORMS
 from ..documents.documents import Group, Skipped, plan_group
 from ..documents.forms import RULES, conversation_format
+from ..documents.records import TAR
 from ..documents.shared_pictures import share_pictures
 from ..documents.sources import SourceKind, source_kind
 from ..documents.unread import warn_of_unread_fields
 from ..engine.engine import Outcome, process_rank, show_progress, work_through
 from ..storage.image_files import describe_images, index_archives, remove_index
+from ..storage.tar_index import index_elsewhere
 from .bins import pack_lengths
 from .options import PackOptions
 from .plan_files import (
@@ -48,6 +52,8 @@ from .plan_files import (
     write_skipped,
 )
 from .plan_report import PlanReport
+
+logger = logging.getLogger(__name__)
 
 # Options of a plan that a family may have (`DocumentProcessor.plan_options`).
 MEDIA_OPTIONS = ("image_seq_length", "min_pixels", "max_pixels", "fixed_resolution", "video_fps", "max_frames",
@@ -125,9 +131,9 @@ def _plan(
     """Make the parts of this rank that are missing, then plan.json if all are there."""
     folder = place(chosen.output)
     settings = _settings(kind, chosen, documents, folder)
-    described = describe_shards(shards, folder)
+    described, indexes = describe_shards(shards, folder), _indexes(kind, chosen)
     tasks = [
-        _Task(number, Group(folder, files, {**settings, "shards": [described[i] for i in files], **cut}))
+        _Task(number, Group(folder, files, {**settings, "shards": [described[i] for i in files], **cut}, indexes))
         for number, (files, cut) in enumerate(_groups(kind, shards, chosen))
     ]
     if not tasks:
@@ -135,6 +141,8 @@ def _plan(
     rank, ranks = process_rank()
     mine = tasks[rank::ranks]  # by position and not by what is missing, which changes while the other ranks work
     remove_temporaries(path for task in mine for path in (task.part, task.skipped))
+    if indexes is not None and indexes.exists():
+        remove_temporaries(index_elsewhere(indexes, shards[i]) for task in mine for i in task.group.shards)
     missing = _missing_parts(folder, tasks, mine)
     if missing and chosen.images:
         index_archives(folder, settings["images"])
@@ -147,6 +155,14 @@ def _plan(
     with only_writer(folder / PLAN_NAME, "finishing", is_file=True, patience=_FINISHING_SECONDS):
         remove_temporaries(folder / name for name in (PLAN_NAME, SHARDS_NAME, PARTS_NAME, FIGURES_NAME))
         return _finish(folder, settings, described, tasks)
+
+
+def _indexes(kind: SourceKind, options: PackOptions) -> Place | None:
+    """Where indexes are made of tars that have none: of captions alone, for a document may hold its images."""
+    if kind.suffixes != TAR or kind.text_format not in ("caption", "text"):
+        return None
+    folder = place(options.output)
+    return place(options.indexes) if options.indexes else folder.with_name(f"{folder.name}_indexes")
 
 
 def _settings(kind: SourceKind, options: PackOptions, documents: DocumentProcessor, folder: Place) -> dict[str, Any]:
@@ -267,8 +283,11 @@ def _run(tasks: list[_Task], documents: DocumentProcessor, options: PackOptions)
     make_worker = functools.partial(_part_maker, documents)
     outcomes = work_through(tasks, make_worker, engine=options.engine, num_workers=options.num_workers)
     sized = ((task.amount, outcome) for task, outcome in outcomes)
-    for _ in show_progress(sized, sum(task.amount for task in tasks), "planning"):
-        pass  # the figures stand in the parts
+    indexes: Counter[str] = Counter()  # all else stands in the parts
+    for outcome in show_progress(sized, sum(task.amount for task in tasks), "planning"):
+        indexes += outcome.notes
+    if indexes:
+        logger.warning("indexes of tars: %s", ", ".join(f"{n:,} {what}" for what, n in sorted(indexes.items())))
 
 
 def _part_maker(documents: DocumentProcessor) -> Callable[[_Task], Outcome]:
@@ -278,7 +297,7 @@ def _part_maker(documents: DocumentProcessor) -> Callable[[_Task], Outcome]:
 def _make_part(task: _Task, documents: DocumentProcessor) -> Outcome:
     """The whole work on one group."""
     settings = task.group.settings
-    planned, skipped, ignored, broken = plan_group(task.group, documents)
+    planned, skipped, ignored, broken, indexes = plan_group(task.group, documents)
     limit = settings["max_images"]
     if limit is not None:
         paths = dict(zip(task.group.shards, (shard["path"] for shard in settings["shards"]), strict=True))
@@ -298,7 +317,7 @@ def _make_part(task: _Task, documents: DocumentProcessor) -> Outcome:
     report = PlanReport.of_part(table, settings["max_length"], skipped, ignored, videos, broken, dict(unshared))
     write_skipped(task.skipped, skipped)
     write_part(task.part, table, {"settings": settings, "report": asdict(report)})
-    return Outcome.of(report.samples, skipped)
+    return Outcome.of(report.samples, skipped)._replace(notes=indexes)
 
 
 def _finish(folder: Place, settings: dict[str, Any], shards: list[dict[str, Any]], tasks: list[_Task]) -> PlanReport:

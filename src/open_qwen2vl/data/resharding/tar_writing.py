@@ -9,7 +9,7 @@ import os
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,8 @@ from ...files import renamed_when_whole, shard_path
 from ...places import LocalFile, OpenFile, Place, arrow_source, identity, is_remote, open_file
 from ..engine.engine import Outcome, ShardTask, collection_paused
 from ..storage.open_files import Newest
-from ..storage.tar_index import SCHEMA, member_image_size, write_shard_index
-from ..storage.tars import IMAGE_EXTENSIONS, padded_end
+from ..storage.tar_index import LOOKED_AT, field_names, index_table, is_image, member_image_size, write_shard_index
+from ..storage.tars import MAX_TEXT_BYTES, Sample, padded_end, read_json
 from ..storage.uids import format_uid, read_uids
 from .pool_index import Layout
 
@@ -48,7 +48,8 @@ class TarWriter:
         samples = self._read_rows(tars, rows)
         uids = [format_uid(high, low) for high, low in self._uids[samples["place"].to_numpy()].tolist()]
         placed = _Placed(samples, tars, uids)
-        with renamed_when_whole(task.output.with_name(f"{number:05d}.tar")) as temporary:
+        written = task.output.with_name(f"{number:05d}.tar")
+        with renamed_when_whole(written) as temporary:
             with LocalFile(temporary, "w+b") as file:
                 with ThreadPoolExecutor(_AT_ONCE) as pool:  # of remote tars many pieces are on their way at once
                     list(pool.map(lambda piece: self._copy_remote(*piece, file.fileno()), self._remote_pieces(placed)))
@@ -59,7 +60,8 @@ class TarWriter:
                     os.pwrite(file.fileno(), header, target)
                 os.ftruncate(file.fileno(), placed.end + END_OF_TAR)
                 table = _index_table(placed, uids, file)
-        write_shard_index(task.output, table, placed.end + END_OF_TAR)
+                fields = field_names(read_json(file, sample) for sample in placed.first_with_json())
+        write_shard_index(task.output, table, placed.end + END_OF_TAR, written, fields=fields)
         return Outcome(len(uids), {}, [])
 
     def _read_rows(self, tars: np.ndarray, rows: np.ndarray) -> pa.Table:
@@ -147,6 +149,13 @@ class _Placed:
             self.keys.append(key)
         self.copies.sort()  # by tar and byte in it: each input is read once, from its beginning to its end
 
+    def first_with_json(self) -> Iterator[Sample]:
+        """The json files among the first members."""
+        members = ((key, *member) for key, own in zip(self.keys, self.members, strict=True) for member in own)
+        for key, extension, offset, size in islice(members, LOOKED_AT):
+            if extension == "json":
+                yield Sample(key, {"json": (offset, size)})
+
     def _append(self, tar: int, spans: list[tuple[int, int]], members: list[tuple[str, int, int]]) -> None:
         placed = []
         for start, end in spans:
@@ -197,23 +206,17 @@ def _lists(column: pa.ChunkedArray) -> list[list]:
 
 
 def _index_table(placed: _Placed, uids: list[str], file: OpenFile) -> pa.Table:
-    members = [member for own in placed.members for member in own]
-    sizes = [
-        (member_image_size(file, offset, size) if _is_image(extension) else None) or (None, None)
-        for extension, offset, size in members
-    ]
-    kind = SCHEMA.field("members").type.value_type
-    columns = [*zip(*members, strict=True), *zip(*sizes, strict=True)]
-    places = pa.StructArray.from_arrays(
-        [pa.array(column, field.type) for column, field in zip(columns, kind, strict=True)], fields=list(kind)
-    )
-    starts = np.cumsum([0, *map(len, placed.members)]).astype(np.int32)
-    return pa.table([placed.keys, uids, pa.ListArray.from_arrays(starts, places)], SCHEMA.names).cast(SCHEMA)
-
-
-def _is_image(extension: str) -> bool:
-    """Of `KEY.jpg`, and of the images of a document, as `KEY.0.jpg`."""
-    return extension.rpartition(".")[2] in IMAGE_EXTENSIONS
+    samples, texts = [], []
+    for key, members in zip(placed.keys, placed.members, strict=True):
+        samples.append(Sample(key, {extension: (offset, size) for extension, offset, size in members}))
+        samples[-1].image_sizes = {
+            extension: found
+            for extension, offset, size in members
+            if is_image(extension) and (found := member_image_size(file, offset, size))
+        }
+        offset, size = samples[-1].members.get("txt", (0, MAX_TEXT_BYTES + 1))
+        texts.append(file.read_at(size, offset) if size <= MAX_TEXT_BYTES else None)
+    return index_table(samples, uids, texts)
 
 
 def _copy_in_kernel(source: OpenFile, target: int, length: int, offset: int, target_offset: int) -> int:

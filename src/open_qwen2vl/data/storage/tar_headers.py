@@ -11,7 +11,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ...places import LocalFile, OpenFile, Place, open_file
+from ...places import LocalFile, OpenFile
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
@@ -51,31 +51,30 @@ def padded_end(offset: int, size: int) -> int:
     return offset + -(-size // BLOCK) * BLOCK
 
 
-def scan_tar(path: str | Place) -> Iterator[TarMember]:
-    """Members in order; raises DamagedTar where the tar cannot be followed any further."""
-    with open_file(path, whole=True) as file:
-        length = file.size
-        offset, ended = 0, False
-        window, start = b"", 0  # a text, its json and the headers around them are one read
-        while offset < length:
-            if offset + BLOCK > start + len(window):
-                window, start = file.read_at(_WINDOW, offset), offset
-            header = window[offset - start : offset - start + BLOCK]
-            if header == _ZEROS:
-                # Not the last word: tars that were joined with `cat` go on behind their end marks.
-                offset, ended = _behind_zeros(file, offset, length), True
-                continue
-            if len(header) < BLOCK or not _has_valid_checksum(header):
-                if ended:
-                    return
-                raise DamagedTar("truncated_tar" if len(header) < BLOCK else "corrupt_tar")
-            member, following = _parse(file, header, offset)
-            if following > length:
-                raise DamagedTar("truncated_tar", member.name)
-            yield member
-            offset, ended = following, False
-        if not ended:
-            raise DamagedTar("truncated_tar")
+def scan_tar(file: OpenFile) -> Iterator[TarMember]:
+    """Members of an open tar in order; raises DamagedTar where it cannot be followed any further."""
+    length = file.size
+    offset, ended = 0, False
+    window, start = b"", 0  # a text, its json and the headers around them are one read
+    while offset < length:
+        if offset + BLOCK > start + len(window):
+            window, start = file.read_at(_WINDOW, offset), offset
+        header = window[offset - start : offset - start + BLOCK]
+        if header == _ZEROS:
+            # Not the last word: tars that were joined with `cat` go on behind their end marks.
+            offset, ended = _behind_zeros(file, offset, length), True
+            continue
+        if len(header) < BLOCK or not _has_valid_checksum(header):
+            if ended:
+                return
+            raise DamagedTar("truncated_tar" if len(header) < BLOCK else "corrupt_tar")
+        member, following = _parse(file, header, offset)
+        if following > length:
+            raise DamagedTar("truncated_tar", member.name)
+        yield member
+        offset, ended = following, False
+    if not ended:
+        raise DamagedTar("truncated_tar")
 
 
 def _behind_zeros(file: OpenFile, offset: int, length: int) -> int:

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...places import OpenFile, Place, files_at, identities, is_remote
+from ...places import OpenFile, Place, files_at, identities, is_remote, open_file
 from ...processing.sample_error import SampleError
 from .open_files import NOTHING, Span
-from .tar_headers import BLOCK, DamagedTar, padded_end, scan_tar, split_member_name
+from .tar_headers import BLOCK, DamagedTar, TarMember, padded_end, scan_tar, split_member_name
 
 TAR_DAMAGE = ("truncated_tar", "corrupt_tar")
 # Of a sample's members the first of these is its image.
@@ -111,10 +111,16 @@ def index_shard(path: str | Place) -> ShardIndex:
     and the others are a duplicate. A tar that ends too early or is damaged keeps all samples that are whole before the
     place; the loss stands in `skipped` once, whatever its extent.
     """
+    with open_file(path, whole=True) as file:
+        return index_members(scan_tar(file))
+
+
+def index_members(members: Iterator[TarMember]) -> ShardIndex:
+    """[`index_shard`] of members as [`scan_tar`] gives them."""
     index, known = ShardIndex(), {}
     run = Sample("")  # members of one key that follow each other; joined when the next key begins
     try:
-        for member in scan_tar(path):
+        for member in members:
             named = split_member_name(member.name)
             if named is None or member.name.endswith("/"):
                 index.ignored_members += 1
@@ -166,7 +172,8 @@ def _kinds(sample: Sample) -> set[str]:
 def list_files(path: str | Place) -> Iterator[tuple[str, int, int]]:
     """Name, offset and size of the files of any tar in order; a [`SampleError`] where it is damaged."""
     try:
-        yield from ((member.name, member.offset, member.size) for member in scan_tar(path) if member.is_file)
+        with open_file(path, whole=True) as file:
+            yield from ((member.name, member.offset, member.size) for member in scan_tar(file) if member.is_file)
     except DamagedTar as damage:
         raise SampleError(damage.reason, f"{path}: {damage.reason} after {damage.key or 'its last file'}") from None
 
