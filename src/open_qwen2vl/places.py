@@ -99,8 +99,6 @@ def absolute(path: "Place") -> Place:
 class LocalFile(io.FileIO):
     """A file of this machine, read at a byte by any number of threads."""
 
-    _advised: int | None = None  # where what the system was asked to read ahead ends, of a file that is read `whole`
-
     @functools.cached_property
     def size(self) -> int:
         """Bytes of it when that was first asked."""
@@ -109,9 +107,6 @@ class LocalFile(io.FileIO):
     def read_at(self, size: int, offset: int) -> bytes:
         """Bytes from a place, fewer at its end; an error names the file."""
         try:
-            if self._advised is not None and offset + size > self._advised:
-                os.posix_fadvise(self.fileno(), offset, _BLOCK, os.POSIX_FADV_WILLNEED)
-                self._advised = offset + _BLOCK
             return os.pread(self.fileno(), size, offset)
         except OSError as error:
             error.filename = self.name
@@ -217,11 +212,7 @@ def _named(url: str, error: Exception) -> Exception:
 
 def open_file(path: "str | Place", whole: bool = False) -> OpenFile:
     """Open a file to be read at any byte; `whole` tells that it will be read from its beginning to its end."""
-    if is_remote(path):
-        return RemoteFile(str(path), whole)
-    file = LocalFile(path, "rb")
-    file._advised = 0 if whole else None
-    return file
+    return RemoteFile(str(path), whole) if is_remote(path) else LocalFile(path, "rb")
 
 
 class _Stream(io.RawIOBase):
@@ -275,17 +266,6 @@ def identity(path: "str | Place") -> dict[str, Any]:
         return _identity(str(path), _info(str(path)))
     stat = os.stat(path)
     return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-
-
-def modified(path: "str | Place") -> float:
-    """When a file was written, in seconds; a `ValueError` where nothing tells."""
-    if not is_remote(path):
-        return os.stat(path).st_mtime
-    with remote_errors_named(path):
-        try:
-            return _filesystem(str(path)).modified(str(path)).timestamp()
-        except NotImplementedError as error:
-            raise ValueError(f"{path}: nothing tells when it was written") from error
 
 
 def identities(paths: "Sequence[str | Place]") -> list[dict[str, Any] | None]:

@@ -18,6 +18,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from datetime import datetime
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +27,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ...files import renamed_when_whole
-from ...places import OpenFile, Place, arrow_source, identity, is_remote, modified, open_file, place
+from ...places import (
+    LocalFile,
+    OpenFile,
+    Place,
+    arrow_source,
+    filesystem,
+    identity,
+    is_remote,
+    open_file,
+    place,
+    remote_errors_named,
+)
 from ...processing.images import MAX_PIXELS
 from ...processing.sample_error import SampleError
 from .image_sizes import upright_size
@@ -45,6 +57,7 @@ _SCHEMA_2 = pa.schema(
 SCHEMA = _SCHEMA_2.append(pa.field("text", pa.binary()))
 _SCHEMAS = {1: _SCHEMA_2.set(2, pa.field("members", pa.list_(pa.struct(_PLACES)))), 2: _SCHEMA_2, 3: SCHEMA}
 _HEADER = 512  # bytes of a member's header in a tar
+_READ_AHEAD = 8 << 20  # bytes that the system is asked for at a time, of a tar of this machine
 LOOKED_AT = 64  # members of a tar among which one tells what the tar is
 
 
@@ -144,7 +157,7 @@ class _Contents:
     """What an index needs of members beside their places, looked at as they come by."""
 
     def __init__(self, file: OpenFile):
-        self._file = file
+        self._file, self._ahead = file, 0
         self.records: list[Any] = []  # of the first `LOOKED_AT` members
         self._files = 0
         self.found: dict[int, Any] = {}  # by their offset: bytes of a text, {uid} of a json, size of an image
@@ -154,6 +167,9 @@ class _Contents:
         for member in members:
             key, extension = split_member_name(member.name) or ("", "")
             self._files += member.is_file
+            if isinstance(self._file, LocalFile) and member.offset > self._ahead:
+                self._ahead = member.offset + _READ_AHEAD
+                os.posix_fadvise(self._file.fileno(), member.offset, _READ_AHEAD, os.POSIX_FADV_WILLNEED)
             if member.is_file and (found := self._look(key, extension, member)) is not None:
                 self.found[member.offset] = found
             yield member
@@ -200,8 +216,13 @@ def _is_of_this_file(path: Place, tar: str | Place, now: dict[str, Any], made: d
     if "of" in made:
         return made["of"] == now
     if is_remote(tar) or is_remote(path):
-        return is_remote(tar) and is_remote(path) and modified(path) >= modified(tar)
+        return is_remote(tar) and is_remote(path) and _modified(path) >= _modified(tar)
     return os.stat(path).st_mtime_ns == now["mtime_ns"]
+
+
+def _modified(url: str | Place) -> datetime:
+    with remote_errors_named(url):
+        return filesystem(str(url)).modified(str(url))
 
 
 def _samples(table: pa.Table) -> list[Sample]:
