@@ -7,6 +7,8 @@ import random
 import pytest
 import yaml
 
+from tests.data.killed_step import OUTPUT, check_killed_step, read_folder
+from tests.mixing.conftest import RECIPE
 from tests.mixing.test_search import mix
 
 ADJECTIVES = "small large red green old quick quiet bright".split()
@@ -58,3 +60,22 @@ def test_the_proposal_beats_uniform_and_each_source_alone(grammar_file, tmp_path
     # What was foretold came, to within half of what the proxies differ by.
     (fit,) = report["fits"].values()
     assert abs(report["foretold"]["proposal"]["loss"] - best) < 0.5 * fit["spread"] and fit["rank"] > 0.8
+
+
+SEARCH = ("sklearn.gaussian_process", "sklearn.linear_model", "sklearn.model_selection", "sklearn.pipeline")
+
+
+@pytest.mark.slow
+def test_a_killed_search_ends_with_the_same_bytes(sources_file, tmp_path):
+    command = ["mix", str(sources_file), "--recipe", str(RECIPE), "--proxies", "5", "--steps", "1", "--output", OUTPUT]
+    check_killed_step(command, tmp_path, kills=20, preload=("open_qwen2vl.mixing.search", "scipy.stats", *SEARCH))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_workers_find_what_one_process_finds(sources_file, tmp_path, engine, monkeypatch):
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    options = ("--proxies", 5, "--steps", 1)
+    assert mix(sources_file, tmp_path / "one", *options) == 0
+    assert mix(sources_file, tmp_path / "two", *options, "--engine", engine, "--num-workers", 2) == 0
+    assert read_folder(tmp_path / "two") == read_folder(tmp_path / "one")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -17,7 +18,7 @@ from ..data.engine.engine import process_rank, work_through
 from ..data.packing.plan_files import read_plan
 from ..data.packing.sources import parse_sources
 from ..families import difference
-from ..files import write_json, write_text
+from ..files import remove_temporaries, write_json, write_text
 from ..options import flag, load_yaml
 from ..output_lock import only_writer
 from .fitting import fit_domain, propose
@@ -50,6 +51,7 @@ def search_mixture(options: MixOptions) -> MixReport:
     output, prior = Path(options.output).absolute(), options.concentration * len(sources) * own
     train = partial(_train, options, base, dict.fromkeys(names), domain_names, output)
     with only_writer(output, "searching"):
+        remove_temporaries(output / name for name in ("settings.json", "mixture.yaml", "report.json"))
         _check_settings(output / "settings.json", _settings(options, base, sources + domains))
         mixtures = draw_mixtures(prior, options.proxies, options.seed)
         seeds = training_seeds(options, base)[: options.seeds]
@@ -156,6 +158,10 @@ def _train(
         )
         for name, weights, seed in wanted
     ]
+    remove_temporaries(proxy.record for proxy in proxies)
+    for proxy in proxies:
+        if proxy.record.exists():  # killed between the record and the end
+            shutil.rmtree(proxy.record.with_suffix(""), ignore_errors=True)
     # Two names may stand for the same mixture.
     missing = list({proxy.record: proxy for proxy in proxies if not proxy.record.exists()}.values())
     with tqdm(total=len(proxies), initial=len(proxies) - len(missing), desc=description, unit="run") as bar:

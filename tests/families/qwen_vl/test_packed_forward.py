@@ -97,6 +97,9 @@ def test_packed_equals_alone(case, attention, checkpointing):
     torch.testing.assert_close(output.loss, case.loss, **TOLERANCE)
     torch.testing.assert_close(output.row_losses.sum() / case.labels, case.loss, **TOLERANCE)
     case.check_logits(output.logits)
+    weights = torch.tensor([0.5, 3.0])
+    weighted = model(**pack(case.rows()), loss_weights=weights).loss
+    torch.testing.assert_close(weighted, weights @ output.row_losses / case.labels, **TOLERANCE)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(
             parameter.grad, case.gradients[name], **TOLERANCE, msg=lambda m, n=name: f"{n}: {m}"
