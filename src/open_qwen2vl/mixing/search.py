@@ -1,5 +1,6 @@
 """The search as a whole: what is trained is read and drawn, trained where it is missing, fitted, and written down."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -229,10 +230,14 @@ def _check(
 
 def _settings(options: MixOptions, base: dict[str, Any], sources: Sequence[Any]) -> dict[str, Any]:
     """What the losses depend on; more proxies, other targets and other workers go with the same."""
-    plans = {source.name: read_plan(Path(source.path)) for source in sources}
+    # Its shards are in its `content`.
+    plans = {s.name: {k: v for k, v in read_plan(Path(s.path)).items() if k != "shards"} for s in sources}
+    hashes = {
+        f"plan of {name}": hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:16] for name, plan in plans.items()
+    }
     search = {flag(name): getattr(options, name) for name in ("seeds", "seed", "concentration")}
     options_of_base = {name: value for name, value in base.items() if name not in ("output_dir", "save_steps")}
-    return json.loads(json.dumps({**search, **options_of_base, "plans": plans}, default=str))
+    return json.loads(json.dumps({**search, **options_of_base, **hashes}))
 
 
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:
