@@ -25,19 +25,19 @@ TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
 def of_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
     assert query.shape[1] == key.shape[1] == value.shape[1]
-    return attend(query, key, value, cu_seq_q, cu_seq_k, {(-1, 0): True, (-1, -1): False}[window_size], scale)[0]
+    return attend(query, key, value, cu_seq_q, cu_seq_k, window_size[1] == 0, scale, window_size[0])[0]
 
 
-@pytest.mark.parametrize("scaling", [None, 16**-0.5, 0.3])
-def test_the_oldest_and_the_installed_signature_take_our_calls(monkeypatch, scaling):
+@pytest.mark.parametrize(("scaling", "window"), [(None, None), (16**-0.5, 4), (0.3, None)])
+def test_the_oldest_and_the_installed_signature_take_our_calls(monkeypatch, scaling, window):
     """2.11 knows no groups of heads; 2.12 and later do, under the same names. The third document is a branch."""
     assert inspect.signature(of_2_11).parameters.keys() <= inspect.signature(varlen_attn).parameters.keys()
     torch.manual_seed(0)
     queries, keys = (torch.tensor(ends, dtype=torch.int32) for ends in ([0, 3, 4, 11], [0, 3, 4, 13]))
     positions = torch.tensor([0, 1, 2, 3, 0, 1, 4, 5, 6, 7, 8, 9, 10])
     query, key, value = (torch.randn(11, heads, 16) for heads in (4, 2, 2))
-    expected = attention._bucketed_sdpa(query, key, value, queries, keys, positions, scaling)
-    call = (query, key[positions], value[positions], queries, keys, 7, 9, scaling)
+    expected = attention._bucketed_sdpa(query, key, value, queries, keys, positions, scaling, window)
+    call = (query, key[positions], value[positions], queries, keys, 7, 9, scaling, window)
     with varlen_on_cpu(monkeypatch):
         torch.testing.assert_close(attention._flash_varlen(*call), expected, **TOLERANCE)
     monkeypatch.setattr(attention, "varlen_attn", of_2_11)

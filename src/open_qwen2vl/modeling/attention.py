@@ -90,7 +90,7 @@ def runs_varlen(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
 
 
-def _flash_varlen(query, key, value, cu_queries, cu_keys, max_queries, max_keys, scaling, window) -> torch.Tensor:
+def _flash_varlen(query, key, value, cu_queries, cu_keys, max_queries, max_keys, scaling, window=None) -> torch.Tensor:
     # Causal is aligned at the end: the last query of a branch sees all of its keys.
     options = {"window_size": (window - 1 if window else -1, 0)}
     if key.shape[1] != query.shape[1]:
@@ -105,7 +105,7 @@ def _flash_varlen(query, key, value, cu_queries, cu_keys, max_queries, max_keys,
 
 # What it does depends on the lengths, which a compiler would have to bake in.
 @torch.compiler.disable
-def _bucketed_sdpa(query, key, value, cu_queries, cu_keys, key_positions, scaling, window) -> torch.Tensor:
+def _bucketed_sdpa(query, key, value, cu_queries, cu_keys, key_positions, scaling, window=None) -> torch.Tensor:
     """SDPA over documents of similar length, padded at their end: causal attention never looks at what comes later."""
     starts, lengths = cu_queries[:-1].long(), cu_queries.diff().long()
     prefixes = (cu_keys.diff() - cu_queries.diff()).tolist()
