@@ -30,6 +30,7 @@ from ..storage.image_sizes import upright_size
 from ..storage.shard_cache import ShardCache
 from ..storage.tar_index import index_path
 from ..storage.tars import sample_uid
+from ..storage.uids import contains_uids, parse_uids, read_uids
 from .forms import Piece, make_form, video_extensions
 from .items import Document, ReadDocument, Shareable, finish_document
 from .record_images import PlannedImage, RecordImages, image_name
@@ -63,7 +64,7 @@ class Group(NamedTuple):
 
 class GroupDocuments(NamedTuple):
     """The documents of a group in the order of the files, what was left out, members that belong to no sample, videos
-    that break off, of which the rest is used, and what became of the indexes of tars.
+    that break off, of which the rest is used, what became of the indexes of tars, and samples that are in no subset.
     """
 
     documents: list[Document]
@@ -71,12 +72,13 @@ class GroupDocuments(NamedTuple):
     ignored_members: int
     broken_videos: int
     indexes: Counter[str]
+    not_chosen: int
 
 
 @collection_paused()
 def plan_group(group: Group, documents: DocumentProcessor) -> GroupDocuments:
     """Plan a group; each piece of a record is either a document or named with a reason."""
-    planned = GroupDocuments([], [], 0, 0, Counter())
+    planned = GroupDocuments([], [], 0, 0, Counter(), 0)
     for number, shard in zip(group.shards, group.settings["shards"], strict=True):
         with _at_hand(shard_path(group.folder, shard), group.indexes is not None) as path:
             planner = _Planner(group, number, shard, documents, path)
@@ -87,6 +89,7 @@ def plan_group(group: Group, documents: DocumentProcessor) -> GroupDocuments:
             planned.ignored_members + planner.records.ignored_members,
             planned.broken_videos + planner.broken_videos,
             planned.indexes + Counter([planner.records.index] if planner.records.index else ()),
+            planned.not_chosen + planner.not_chosen,
         )
     return planned
 
@@ -137,7 +140,9 @@ class _Planner:
         )
         self.documents: list[Document] = []
         self.skipped: list[Skipped] = []
-        self.broken_videos = 0
+        self.broken_videos = self.not_chosen = 0
+        subset = settings.get("subset")
+        self._subset = None if subset is None else read_uids(shard_path(group.folder, subset))
 
     def run(self) -> None:
         """Go through the records."""
@@ -146,9 +151,21 @@ class _Planner:
                               with_images=self._family.needs_sizes or self._shares)
         )  # fmt: skip
         while chunk := list(islice(records, CHUNK)):
-            self._plan(chunk)
+            self._plan(self._chosen(chunk))
         # Known only behind the last record; they stand first.
         self.skipped[:0] = [Skipped(self._file, key, error.reason, str(error)) for key, error in self.records.skipped]
+
+    def _chosen(self, chunk: list[Found]) -> list[Found]:
+        """Those that the subset of uids names; all without one."""
+        if self._subset is None or not chunk:
+            return chunk
+        inside = contains_uids(self._subset, *parse_uids([self._uid(found) for found in chunk]))
+        self.not_chosen += len(chunk) - int(inside.sum())
+        return [found for found, is_inside in zip(chunk, inside, strict=True) if is_inside]
+
+    def _uid(self, found: Found) -> str:
+        record = found.record if self._form.keeps_uid else None
+        return found.uid or sample_uid(record, self._name, found.position)
 
     def _plan(self, chunk: list[Found]) -> None:
         parsed = []
@@ -208,8 +225,7 @@ class _Planner:
 
     def _add(self, one: _Content, pieces: list[Piece]) -> None:
         found, before = one.found, 0
-        record = found.record if self._form.keeps_uid else None
-        uid = found.uid or sample_uid(record, self._name, found.position)
+        uid = self._uid(found)
         for piece in pieces:
             first, count = piece.first, piece.count
             after = len(one.images) if first is None else before + one.content[first : first + count].count(None)

@@ -43,10 +43,11 @@ class Selection(NamedTuple):
     cuts: dict[Top, Cut]  # of the `top` clauses
     seed: int  # which of the ties stay
     deduplicate: str | None  # `"exact"`, `"near"` or `"semantic"`
+    draws: bool = False  # whether some of what is left are drawn, by `--like`
 
     @property
     def kept(self) -> int:
-        """`decided.step` of the pairs that stay; that of duplicates is one more."""
+        """`decided.step` of the pairs that stay; that of duplicates is one more, that of what is not drawn two."""
         return len(steps(self.term))
 
     def statement(self) -> "Statement":
@@ -63,7 +64,11 @@ class Selection(NamedTuple):
         cases.append(f"WHEN step = {self.kept} THEN {statement.explanation(self.term, True)}")
         if self.deduplicate is not None:
             keeper = "replace(keeper::VARCHAR, '-', '')"
-            cases.append(f"ELSE {statement.parameter(DUPLICATE_REASONS[self.deduplicate])} || {keeper}")
+            duplicate = f"{statement.parameter(DUPLICATE_REASONS[self.deduplicate])} || {keeper}"
+            cases.append(f"WHEN step = {self.kept + 1} THEN {duplicate}")
+        if self.draws:
+            without = "WHEN type < 0 THEN 'not drawn: no embedding'"
+            cases.append(f"WHEN step = {self.kept + 2} THEN CASE {without} ELSE 'not drawn: task type ' || type END")
         return f"(CASE {' '.join(cases)} END)", statement.parameters
 
 

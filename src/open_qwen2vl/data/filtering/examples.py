@@ -11,7 +11,7 @@ from ...files import shard_path
 from ...places import Place, open_file, place
 from ...processing.images import decode_image
 from ...processing.sample_error import SampleError
-from ..scoring.score_files import read_score_metadata
+from ..scoring.score_files import RECORDS_OF, read_score_metadata
 from ..storage.tars import IMAGE_EXTENSIONS, Sample, index_shard, read_member
 from .decisions import Selection
 from .histograms import SAMPLED_ROWS
@@ -44,9 +44,9 @@ class Example(NamedTuple):
 
 def find_examples(selection: Selection, tars: Sequence[Place] | None) -> list[Example]:
     """Pick pairs to look at, the same ones in every run, and read them from their tars."""
-    dropped = max(1, EXAMPLES // (selection.kept + (selection.deduplicate is not None)))
+    dropped = max(1, EXAMPLES // (selection.kept + (selection.deduplicate is not None) + selection.draws))
     rows = []
-    for step in range(selection.kept + 2):
+    for step in range(selection.kept + 3):
         rows += _pick(selection, step, EXAMPLES if step == selection.kept else dropped)
     row_ids = {row[column] for row in rows for column in ("row_id", "keeper_row_id")} - {None}
     samples = {row_id: _sample_of(selection, row_id) for row_id in row_ids}
@@ -119,9 +119,11 @@ def read_contents(
     for score_file, wanted in keys.items():
         tar = tar_of(score_file) if by_name is None else by_name.get(score_file.stem)
         found = {} if tar is None else {sample.key: sample for sample in index_shard(tar).samples}
+        is_conversation = read_score_metadata(score_file).get("recipe", {}).get(RECORDS_OF)
+        missing = "a conversation" if is_conversation else "not in the pool"
         for key in wanted:
             sample = found.get(key)
-            contents[score_file, key] = Content(problem="not in the pool") if sample is None else _read(tar, sample)
+            contents[score_file, key] = Content(problem=missing) if sample is None else _read(tar, sample)
     return contents
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ...options import option
+from ...options import flag, option
 from ...places import Place, place
 
 MAX_DISTANCE = 8  # bits in which the hashes of near duplicates may differ
@@ -60,8 +60,22 @@ class FilterOptions:
         0.95, help="cosine from which embeddings are semantic duplicates; with --joint the mean of two", metavar="X"
     )
     joint: bool = option(False, help="semantic duplicates are alike in image and text, not in the image alone")
+    like: tuple[str, ...] = option(
+        (),
+        help="scores, with embeddings, of a reference set: of what is left --sample are drawn whose task types, "
+        "clusters of pictures and questions, have its proportions",
+        metavar="SCORES",
+        form="repeated",
+    )
+    sample: int | None = option(None, help="how many are drawn for --like", metavar="N")
+    task_types: int = option(50, help="clusters of --like, at most a quarter of the reference", metavar="N")
 
     def __post_init__(self):
+        if bool(self.like) != (self.sample is not None):
+            raise ValueError("--like and --sample go together")
+        for name in ("sample", "task_types"):
+            if (getattr(self, name) or 1) < 1 or getattr(self, name) == 0:
+                raise ValueError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
         if (self.keep is None) == (self.sql is None):
             raise ValueError("give --keep EXPR or --sql SELECT" + (", not both" if self.sql is not None else ""))
         if not 0 < self.min_similarity <= 1:

@@ -7,6 +7,7 @@ from .balance import Tail, measure_tails
 from .coverage import MANY_PASSES, Coverage
 from .decisions import Selection, steps
 from .expression import Clause, Top, clauses, show
+from .matching import Matching
 from .tables import fetch_row
 
 SHORT_WORDS = 5  # captions with fewer are often taken for another language
@@ -43,6 +44,8 @@ class SelectionReport:
         coverage ([`Coverage`], *optional*): of the captions; `None` where they are not at hand.
         train_samples (`int`, *optional*): pairs that the training will read.
         tails (`list[Tail]`): concepts of each `balance` clause, before and after.
+        matching ([`Matching`], *optional*): task types before and after, with `--like`.
+        not_drawn (`int`): pairs that it did not draw.
     """
 
     expression: str
@@ -60,6 +63,8 @@ class SelectionReport:
     coverage: Coverage | None = None
     train_samples: int | None = None
     tails: list[Tail] = field(default_factory=list)
+    matching: Matching | None = None
+    not_drawn: int = 0
 
     @property
     def passes(self) -> float | None:
@@ -72,6 +77,8 @@ class SelectionReport:
         if self.duplicates is not None:
             unknown = f" ({self.without_hash:,} pairs without an image hash or embedding)" if self.without_hash else ""
             lines.append(("duplicates", f"{self.duplicates:,}{unknown}"))
+        if self.matching is not None:
+            lines.append(("not drawn", f"{self.not_drawn:,}{_without(self.matching)}"))
         for name, reasons in self.no_score.items():
             lines += [("no score", f"{count:,} of {name}: {reason}") for reason, count in reasons.items()]
         lines += [("not scored", f"{count:,} uids of {path}") for path, count in self.unscored.items() if count]
@@ -81,6 +88,7 @@ class SelectionReport:
             lines.append(("skipped", f"{self.bad_uids:,} rows of score files: bad_uid"))
         lines.append(("kept", f"{self.kept:,} ({self.kept / max(1, self.pairs):.1%})"))
         lines += [("balance", _tail_line(tail)) for tail in self.tails]
+        lines += [("task types", matching_line(self.matching))] if self.matching is not None else []
         lines += self.training_lines()
         return "\n".join(f"{name:<12}{value}" for name, value in lines)
 
@@ -99,6 +107,19 @@ class SelectionReport:
             much = f"; above about {MANY_PASSES} they teach little, and a larger selection often trains better"
             lines.append(("passes", f"{self.passes:.1f} over each kept pair{much * (self.passes > MANY_PASSES)}"))
         return lines
+
+
+def matching_line(matching: Matching) -> str:
+    """How near the task types are to the reference's, and what is wanting."""
+    before, after = matching.distance(before=True), matching.distance(before=False)
+    short = [one for one in matching.types if one.after < one.wanted]
+    wanting = sum(one.wanted - one.after for one in short)
+    missing = f"; {wanting:,} are wanting in {len(short):,} types" if short else ""
+    return f"{len(matching.types):,}, {before:.1%} away from the reference's shares before, {after:.1%} after{missing}"
+
+
+def _without(matching: Matching) -> str:
+    return f" ({matching.without:,} of them without an embedding)" if matching.without else ""
 
 
 def _tail_line(tail: Tail) -> str:
@@ -143,6 +164,7 @@ def measure(selection: Selection, unscored: dict[str, int], without_hash: int) -
         bad_uids=selection.scores.bad_uids,
         short_foreign=_short_foreign(selection),
         tails=measure_tails(selection),
+        not_drawn=by_step.get(selection.kept + 2, 0),
     )
 
 

@@ -13,7 +13,8 @@ from ...pages import escape
 from .balance import Tail
 from .examples import Content, Example
 from .histograms import Histogram
-from .report import ClauseCounts, SelectionReport
+from .matching import Matching
+from .report import ClauseCounts, SelectionReport, matching_line
 
 _WIDTH, _HEIGHT, _MARGIN = 480, 150, 22  # of a histogram; the margin holds the numbers below it
 _CAPTION_CHARACTERS = 300
@@ -27,6 +28,8 @@ th { color: var(--muted); font-size: .85rem; }
 th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: middle; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.bar { width: 40%; } td.bar i { display: block; height: 12px; border-radius: 3px; background: var(--kept); }
+td.share { white-space: nowrap; width: 15%; font-variant-numeric: tabular-nums; font-size: .8rem; }
+td.share i { display: block; height: 8px; border-radius: 3px; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(480px, 100%), 1fr)); gap: 1.4rem; }
 svg { width: 100%; height: auto; display: block; } svg text { font: 11px system-ui, sans-serif; fill: var(--muted); }
 figure { border-top-width: 4px; }
@@ -60,6 +63,7 @@ def report_page(report: SelectionReport, histograms: Sequence[Histogram], exampl
         f"<h2>Each clause alone</h2><table>{clause_head}{''.join(map(_clause, report.clauses))}</table>",
         *(f'<p class="note">{escape(note)}</p>' for note in _notes(report)),
         *map(_tail, report.tails),
+        _types(report.matching),
         _plots(histograms),
         _examples(report, examples),
     )
@@ -78,7 +82,8 @@ def _figures(report: SelectionReport) -> list[tuple[str, str]]:
 def _funnel(report: SelectionReport) -> str:
     """A row for each step with what is left behind it."""
     left, rows = report.pairs, [("all pairs", report.pairs, "")]
-    steps = report.steps if report.duplicates is None else [*report.steps, ("no duplicate", report.duplicates)]
+    steps = report.steps + ([] if report.duplicates is None else [("no duplicate", report.duplicates)])
+    steps += [("drawn by task type", report.not_drawn)] if report.matching is not None else []
     for text, dropped in steps:
         left -= dropped
         rows.append((f"<code>{escape(text)}</code>", left, f"{dropped:,}"))
@@ -182,6 +187,33 @@ def _tail(tail: Tail) -> str:
     )
 
 
+def _types(matching: Matching | None) -> str:
+    """The task types, the commonest of the reference first: shares of the reference, before and after."""
+    if matching is None:
+        return ""
+    totals = [sum(getattr(one, name) for one in matching.types) for name in ("reference", "before", "after")]
+    highest = max(
+        count / max(1, total)
+        for one in matching.types
+        for count, total in zip((one.reference, one.before, one.after), totals, strict=True)
+    )
+
+    def cell(count: int, total: int, kind: str) -> str:
+        share = count / max(1, total)
+        bar = f'<i style="width:{100 * share / max(highest, 1e-9):.1f}%;background:var(--{kind})"></i>'
+        return f'<td class="share">{bar}{share:.1%} ({count:,})</td>'
+
+    rows = "".join(
+        f"<tr><td>{number}</td><td>{escape(one.example)}</td>{cell(one.reference, totals[0], 'mark')}"
+        f"{cell(one.before, totals[1], 'dropped')}{cell(one.after, totals[2], 'kept')}"
+        f'<td class="n">{max(0, one.wanted - one.after) or ""}</td></tr>'
+        for number, one in enumerate(matching.types)
+    )
+    head = "<tr><th></th><th>typical</th><th>reference</th><th>before</th><th>after</th><th>wanting</th></tr>"
+    note = escape(f"Task types: {matching_line(matching)}.")
+    return f'<h2>Task types</h2><p class="note">{note}</p><table>{head}{rows}</table>'
+
+
 def _bar(x: float, y: float, width: float, height: float, kind: str) -> str:
     if not height:
         return ""
@@ -196,6 +228,8 @@ def _examples(report: SelectionReport, examples: Sequence[Example]) -> str:
     parts |= {n: (f"Dropped by {text}: {count:,} pairs", count) for n, (text, count) in enumerate(report.steps)}
     if report.duplicates is not None:
         parts[kept + 1] = (f"Dropped as duplicates: {report.duplicates:,} pairs", report.duplicates)
+    if report.matching is not None:
+        parts[kept + 2] = (f"Not drawn: {report.not_drawn:,} pairs", report.not_drawn)
     sections = []
     for step, (title, count) in parts.items():
         shown = [example for example in examples if example.step == step]

@@ -5,7 +5,8 @@
               subset.npy  ◄── one pass over decided, sorted by uid ──► report: decisions.parquet, index.html
 
 All tables lie in `OUTPUT.work`, which is removed at the end. `decided.step` is the number of the first step that a
-pair fails; one behind the last step means kept, two behind it a duplicate. The output is renamed into place last.
+pair fails; one behind the last step means kept, two behind it a duplicate, three not drawn (matching.py). The output
+is renamed into place last.
 """
 
 import contextlib
@@ -34,6 +35,7 @@ from .duplicates import find_duplicates
 from .examples import find_examples
 from .expression import Balance, Listed, Term, clauses, parse_expression
 from .histograms import histograms
+from .matching import Matching, draw_like
 from .options import FilterOptions
 from .report import SelectionReport, measure
 from .report_page import report_page
@@ -111,8 +113,10 @@ def _select(
         _advance(bar, "deciding")
         cuts = find_cuts(connection, term, columns)
         selection = Selection(connection, term, found, columns, cuts, options.seed, options.deduplicate)
-        without_hash = _decide(selection, options, work)
+        selection = selection._replace(draws=bool(options.like))
+        without_hash, matching = _decide(selection, options, work)
         figures = measure(selection, unscored, without_hash)
+        figures.matching = matching
         if options.sql is not None:  # which of the scores it used is not known
             figures.expression, figures.not_uids, figures.no_score = options.sql, not_uids, {}
         _advance(bar, "writing decisions")
@@ -174,38 +178,45 @@ def _columns(term: Term, scores: Scores) -> Columns:
     return Columns(names, files, balances)
 
 
-def _decide(selection: Selection, options: FilterOptions, work: Path) -> int:
-    """Make the table `decided`: `pairs` with `step`, `keeper` and details.
+def _decide(selection: Selection, options: FilterOptions, work: Path) -> tuple[int, Matching | None]:
+    """Make the table `decided`: `pairs` with `step`, `keeper`, `type` and details.
 
-    Returns how many candidates have no image hash, or no embedding.
+    Returns how many candidates have no image hash, or no embedding, and what `--like` came to.
     """
     connection, without_hash, kept = selection.connection, 0, selection.kept
     statement = selection.statement()
-    if selection.deduplicate is None:
-        connection.execute("CREATE TABLE duplicates (uid UUID, keeper UUID)")
-    else:
+    if selection.deduplicate or selection.draws:
         chosen = f"{statement.condition(selection.term)} IS TRUE"
         connection.execute(f"CREATE TABLE candidates AS SELECT uid FROM pairs WHERE {chosen}", statement.parameters)
-        if selection.deduplicate == "semantic":
-            memory = int(parse_size(options.memory_limit) * _VECTOR_SHARE)
-            like = (options.min_similarity, options.joint, memory, options.threads)
-            without_hash = find_semantic_duplicates(connection, selection.scores.places, work, *like)
-        else:
-            hashed = selection.scores.hash_files
-            without_hash = find_duplicates(connection, hashed, selection.deduplicate, options.near_distance)
+    if selection.deduplicate is None:
+        connection.execute("CREATE TABLE duplicates (uid UUID, keeper UUID)")
+    elif selection.deduplicate == "semantic":
+        memory = int(parse_size(options.memory_limit) * _VECTOR_SHARE)
+        like = (options.min_similarity, options.joint, memory, options.threads)
+        without_hash = find_semantic_duplicates(connection, selection.scores.places, work, *like)
+    else:
+        hashed = selection.scores.hash_files
+        without_hash = find_duplicates(connection, hashed, selection.deduplicate, options.near_distance)
+    matching = None
+    if selection.draws:
+        drawing = (options.sample, options.task_types, options.seed, work, options.threads)
+        matching = draw_like(connection, selection.scores.places, options.like, *drawing)
+    else:
+        connection.execute("CREATE TABLE undrawn (uid UUID, type INTEGER)")
     statement = selection.statement()
-    step = f"CASE WHEN keeper IS NOT NULL THEN {kept + 1} ELSE {statement.first_failing(selection.term)} END"
+    later = f"WHEN keeper IS NOT NULL THEN {kept + 1} WHEN type IS NOT NULL THEN {kept + 2}"
+    step = f"CASE {later} ELSE {statement.first_failing(selection.term)} END"
     details = [f"d{number}" for number in selection.columns.details]
-    columns = ", ".join(["row_id", *selection.columns.names(), *details, "keeper"])
+    columns = ", ".join(["row_id", *selection.columns.names(), *details, "keeper", "type"])
     connection.execute(
         f"""
         CREATE TABLE decided AS SELECT uid, {columns}, ({step})::USMALLINT AS step
-        FROM pairs LEFT JOIN duplicates USING (uid) LEFT JOIN details USING (uid)
+        FROM pairs LEFT JOIN duplicates USING (uid) LEFT JOIN undrawn USING (uid) LEFT JOIN details USING (uid)
         """,
         statement.parameters,
     )
     connection.execute("DROP TABLE pairs")
-    return without_hash
+    return without_hash, matching
 
 
 def _write_decisions(selection: Selection, path: Place, kept: int) -> np.ndarray:

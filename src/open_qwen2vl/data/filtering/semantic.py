@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from ...places import Place
 from ..scoring.embeddings import check_embeddings, embeddings_file, embeddings_of, keeps_embeddings, read_embeddings
+from ..scoring.score_files import RECORDS_OF, read_score_metadata
 from ..storage.uids import UID_DTYPE, find_uids, parse_uids
 
 if TYPE_CHECKING:
@@ -42,9 +43,13 @@ def find_semantic_duplicates(
 
     `memory` are the bytes for vectors that are held at a time. Returns the number of candidates without an embedding.
     """
-    files = _embedding_files(score_files)
-    uids = _candidates(connection)
-    vectors, there = _gather(files, uids, work / "vectors.f16", joint)
+    files = embedding_files(score_files)
+    if not joint and any(read_score_metadata(file).get("recipe", {}).get(RECORDS_OF) for file in score_files):
+        raise ValueError(
+            "--deduplicate semantic of conversations needs --joint: several of them may be about one picture"
+        )
+    uids = candidate_uids(connection)
+    vectors, there = gather_vectors(files, uids, work / "vectors.f16", joint)
     ranks = np.flatnonzero(there)
     keepers = semantic_keepers(vectors, ranks, similarity, memory, threads)
     gone = np.flatnonzero(keepers >= 0)
@@ -65,20 +70,20 @@ def semantic_keepers(
     `vectors` are of unit length but for their 16 bits, `(rows, numbers)`; a similarity above 0.9999 counts as that;
     `ranks`, int64 `(n,)`, are the compared ones, in their order.
     """
-    faiss, similarity = _faiss(threads), min(similarity, _MOST_SIMILARITY)
+    faiss, similarity = load_faiss(threads), min(similarity, _MOST_SIMILARITY)
     keepers = np.full(len(ranks), -1)
     clusters = _clusters(faiss, vectors, ranks, memory)
     for members in _members(clusters[:, 0], np.arange(len(ranks))):
         index, staying = faiss.IndexFlatIP(vectors.shape[1]), np.empty(0, np.int64)
         for first in range(0, len(members), _BLOCK):
             block = members[first : first + _BLOCK]
-            stays = _compare(index, staying, block, _units(vectors[ranks[block]]), similarity, keepers)
+            stays = _compare(index, staying, block, unit_vectors(vectors[ranks[block]]), similarity, keepers)
             staying = np.concatenate([staying, stays])
     _compare_neighbours(faiss, vectors, ranks, clusters, similarity, keepers)
     return keepers
 
 
-def _units(vectors: np.ndarray) -> np.ndarray:
+def unit_vectors(vectors: np.ndarray) -> np.ndarray:
     """Float32 of unit length again, which rounding to 16 bits took away."""
     rows = np.float32(vectors)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
@@ -105,10 +110,10 @@ def _compare_neighbours(
             if members is None:
                 continue
             index = faiss.IndexFlatIP(vectors.shape[1])
-            index.add(_units(vectors[ranks[members]]))
+            index.add(unit_vectors(vectors[ranks[members]]))
             for first in range(0, len(visitors), _BLOCK):
                 block = visitors[first : first + _BLOCK]
-                cosines, nearest = index.search(_units(vectors[ranks[block]]), 1)
+                cosines, nearest = index.search(unit_vectors(vectors[ranks[block]]), 1)
                 like = cosines[:, 0] >= similarity
                 pairs.append(np.sort(np.stack([block[like], members[nearest[like, 0]]], axis=1)))
     for earlier, later in np.unique(np.concatenate(pairs)[:, ::-1], axis=0)[:, ::-1].tolist():
@@ -159,11 +164,11 @@ def _clusters(faiss: Any, vectors: np.ndarray, ranks: np.ndarray, memory: int) -
     return labels
 
 
-def _embedding_files(score_files: Sequence[Place]) -> list[Place]:
+def embedding_files(score_files: Sequence[Place], option: str = "--deduplicate semantic") -> list[Place]:
     """The files beside score files, all of one model; a `ValueError` where there are none."""
     scored = [file for file in score_files if keeps_embeddings(file)]
     if not scored:
-        raise ValueError("--deduplicate semantic needs embeddings: run open-qwen2vl score with --keep-embeddings")
+        raise ValueError(f"{option} needs embeddings: run open-qwen2vl score with --keep-embeddings")
     for file in scored:
         check_embeddings(file)
     files = [embeddings_file(file) for file in scored]
@@ -177,18 +182,18 @@ def _embedding_files(score_files: Sequence[Place]) -> list[Place]:
     return files
 
 
-def _candidates(connection: "duckdb.DuckDBPyConnection") -> np.ndarray:
-    """The candidates' uids, sorted: `UID_DTYPE` `(n,)`."""
+def candidate_uids(connection: "duckdb.DuckDBPyConnection", table: str = "candidates") -> np.ndarray:
+    """The uids of a table, sorted: `UID_DTYPE` `(n,)`."""
     rows = connection.sql(
         f"SELECT (uid::UHUGEINT >> 64)::UBIGINT AS high, (uid::UHUGEINT & {2**64 - 1})::UBIGINT AS low "
-        "FROM (SELECT uid FROM candidates ORDER BY uid)"
+        f"FROM (SELECT uid FROM {table} ORDER BY uid)"
     ).to_arrow_table()
     uids = np.empty(len(rows), UID_DTYPE)
     uids["f0"], uids["f1"] = rows["high"].to_numpy(), rows["low"].to_numpy()
     return uids
 
 
-def _gather(files: Sequence[Place], uids: np.ndarray, path: Path, joint: bool) -> tuple[np.ndarray, np.ndarray]:
+def gather_vectors(files: Sequence[Place], uids: np.ndarray, path: Path, joint: bool) -> tuple[np.ndarray, np.ndarray]:
     """Vectors of candidates as float16 `(candidates, numbers)`, mapped, and which of them are there, bool."""
     size = embeddings_of(files[0])[1] * (1 + joint)
     vectors = np.memmap(path, np.float16, "w+", shape=(max(1, len(uids)), size))
@@ -203,11 +208,12 @@ def _gather(files: Sequence[Place], uids: np.ndarray, path: Path, joint: bool) -
     return vectors, there
 
 
-def _faiss(threads: int | None) -> Any:
+def load_faiss(threads: int | None, option: str = "--deduplicate semantic") -> Any:
+    """The library; a `ValueError` where it is not installed."""
     try:
         import faiss
     except ImportError as error:
-        raise ValueError('--deduplicate semantic needs faiss: pip install "open-qwen2vl[curate]"') from error
+        raise ValueError(f'{option} needs faiss: pip install "open-qwen2vl[curate]"') from error
     if threads is not None:
         faiss.omp_set_num_threads(threads)
     return faiss

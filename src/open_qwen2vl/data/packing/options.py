@@ -82,6 +82,9 @@ class PackOptions:
         help="conversations on the same picture (path, bytes, or image_id) become one document that holds it once; "
         "they do not see each other",
     )
+    subset: str | None = option(
+        None, help="uids of the samples or records that are packed, as filter writes them", metavar="FILE.npy"
+    )
     max_length: int = option(4096, help="positions of a pack", metavar="N")
     shards_per_group: int = option(8, help="tars whose samples may share packs", metavar="N")
     records_per_group: int = option(

@@ -21,7 +21,7 @@ import numpy as np
 
 from ...families import difference, document_processor
 from ...families.interface import DocumentProcessor, Media
-from ...files import describe_shards, remove_temporaries, shard_path
+from ...files import content_hash, describe_shard, describe_shards, remove_temporaries, shard_path
 from ...output_lock import only_writer
 from ...places import Place, place
 from ...processing.text_formats import tokenizer_fingerprint
@@ -176,6 +176,9 @@ def _settings(kind: SourceKind, options: PackOptions, documents: DocumentProcess
         "max_images": options.max_images,
         "images": describe_images(options.images, folder),
     }
+    if options.subset is not None:
+        uids = {"path": describe_shard(options.subset, folder)["path"], "sha256": content_hash(options.subset)}
+        settings["subset"] = uids
     if kind.text_format == "conversation":
         settings["chat_template"] = conversation_format(documents).fingerprint
         if options.chat_template is not None:
@@ -272,7 +275,7 @@ def _missing_parts(folder: Place, tasks: list[_Task], mine: list[_Task]) -> list
 
 
 def _what_differs(name: str, made: Any, now: Any) -> str:
-    what = {"shards": "files", "images": "image folders or archives"}.get(name)
+    what = {"shards": "files", "images": "image folders or archives", "subset": "uids of --subset"}.get(name)
     if what:
         return f"other or changed {what}"
     return difference(made, now) if isinstance(made, dict) else f"{name} {made}, now {now}"
@@ -297,7 +300,7 @@ def _part_maker(documents: DocumentProcessor) -> Callable[[_Task], Outcome]:
 def _make_part(task: _Task, documents: DocumentProcessor) -> Outcome:
     """The whole work on one group."""
     settings = task.group.settings
-    planned, skipped, ignored, broken, indexes = plan_group(task.group, documents)
+    planned, skipped, ignored, broken, indexes, not_chosen = plan_group(task.group, documents)
     limit = settings["max_images"]
     if limit is not None:
         paths = dict(zip(task.group.shards, (shard["path"] for shard in settings["shards"]), strict=True))
@@ -314,7 +317,9 @@ def _make_part(task: _Task, documents: DocumentProcessor) -> Outcome:
     planned = [document for own in shared for document in own]
     table = packs_table(planned, np.repeat(packs, [len(own) for own in shared]))
     videos = sum(image.frames > 0 for document in planned for image in document.own_images)
-    report = PlanReport.of_part(table, settings["max_length"], skipped, ignored, videos, broken, dict(unshared))
+    report = PlanReport.of_part(
+        table, settings["max_length"], skipped, ignored, videos, broken, dict(unshared), not_chosen
+    )
     write_skipped(task.skipped, skipped)
     write_part(task.part, table, {"settings": settings, "report": asdict(report)})
     return Outcome.of(report.samples, skipped)._replace(notes=indexes)
@@ -323,6 +328,8 @@ def _make_part(task: _Task, documents: DocumentProcessor) -> Outcome:
 def _finish(folder: Place, settings: dict[str, Any], shards: list[dict[str, Any]], tasks: list[_Task]) -> PlanReport:
     """Sum up the parts and write plan.json."""
     total = PlanReport.of_parts([PlanReport(**read_part_metadata(task.part)["report"]) for task in tasks])
+    if not total.samples and total.not_chosen:
+        raise ValueError(f"--subset: it has none of the {total.not_chosen:,} samples of these files")
     if not total.samples:
         raise ValueError(f"{shard_path(folder, shards[0])}: not a single record in it")
     if not total.packs:

@@ -34,6 +34,7 @@ class PlanReport:
         shared_tokens (`int`): positions that these save.
         unshared (`dict[str, int]`): conversations that have their picture with others and share it with none, by
             reason.
+        not_chosen (`int`): samples, or records, that `--subset` does not name; counted nowhere else.
     """
 
     samples: int
@@ -54,6 +55,7 @@ class PlanReport:
     shared: int = 0
     shared_tokens: int = 0
     unshared: dict[str, int] = field(default_factory=dict)
+    not_chosen: int = 0
 
     @classmethod
     def of_part(
@@ -65,6 +67,7 @@ class PlanReport:
         videos: int = 0,
         broken_videos: int = 0,
         unshared: dict[str, int] | None = None,
+        not_chosen: int = 0,
     ) -> "PlanReport":
         """Figures of a part, from its rows and the [`Skipped`] of what is left out."""
         documents = np.asarray(packs["documents"].combine_chunks().value_lengths())
@@ -90,13 +93,14 @@ class PlanReport:
             shared=int(np.count_nonzero(shared)),
             shared_tokens=int(shared.sum()),
             unshared=unshared or {},
+            not_chosen=not_chosen,
         )
 
     @classmethod
     def of_parts(cls, parts: Sequence["PlanReport"]) -> "PlanReport":
         """Figures of a whole plan; its parts all have the same `max_length`."""
         summed = ("samples", "documents", "packs", "tokens", "images", "patches", "labels", "ignored_members")
-        summed = (*summed, "videos", "broken_videos", "squared_lengths", "shared", "shared_tokens")
+        summed = (*summed, "videos", "broken_videos", "squared_lengths", "shared", "shared_tokens", "not_chosen")
         joined = ("documents_per_pack", "images_per_pack")
         skipped, unshared = (
             sum((Counter(getattr(part, name)) for part in parts), Counter()) for name in ("skipped", "unshared")
@@ -134,6 +138,8 @@ class PlanReport:
         if self.videos:
             broken = f" ({self.broken_videos:,} break off: what is there is shown)" if self.broken_videos else ""
             lines["videos"] = f"{self.videos:,} of these{broken}"
+        if self.not_chosen:
+            lines["not chosen"] = f"{self.not_chosen:,} samples that --subset does not name"
         if self.ignored_members:
             lines["ignored"] = f"{self.ignored_members:,} members that are no file of a sample (folders, links, ...)"
         return "\n".join(f"{name:<11}{value}" for name, value in lines.items())

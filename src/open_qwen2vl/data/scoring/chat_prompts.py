@@ -18,6 +18,8 @@ from transformers import BatchFeature
 from ...options import load_yaml
 from .score_tokens import ScoreTokens
 
+PAIR, CONVERSATION = "{caption}", "{conversation}"
+_SHIPPED = {PAIR: "prompts.yaml", CONVERSATION: "conversation_prompts.yaml"}
 _TEXT = "\ue000"  # private use: stands for a user's text to see where the chat template puts it
 
 
@@ -88,10 +90,13 @@ class ChatPrompts:
         ]
 
 
-def read_prompts(path: str | None, metrics: Sequence[str]) -> dict[str, str]:
-    """The texts of metrics (or `("all",)`) of a YAML file, or of prompts.yaml; a `ValueError` names file and key."""
-    file = Path(path) if path is not None else files(__package__) / "prompts.yaml"
-    where = f"--prompts {path}" if path is not None else "prompts.yaml"
+def read_prompts(path: str | None, metrics: Sequence[str], about: str = PAIR) -> dict[str, str]:
+    """The texts of metrics (or `("all",)`) of a YAML file, or of ours; a `ValueError` names file and key.
+
+    `about` is what stands in each for what is asked about: `PAIR` or `CONVERSATION`.
+    """
+    file = Path(path) if path is not None else files(__package__) / _SHIPPED[about]
+    where = f"--prompts {path}" if path is not None else _SHIPPED[about]
     content = load_yaml(f"{where}: not a YAML file", file)
     texts = content.get("metrics") if isinstance(content, dict) else None
     if not isinstance(texts, dict) or not texts:
@@ -99,8 +104,8 @@ def read_prompts(path: str | None, metrics: Sequence[str]) -> dict[str, str]:
     for name, text in texts.items():
         if not re.fullmatch(r"[A-Za-z0-9_-]+", str(name)) or name == "all":
             raise ValueError(f"{where}: metrics.{name}: a metric's name has letters, digits, _ and - and is not 'all'")
-        if not isinstance(text, str) or "{caption}" not in text:
-            raise ValueError(f"{where}: metrics.{name}: must be a text with {{caption}} in it")
+        if not isinstance(text, str) or about not in text:
+            raise ValueError(f"{where}: metrics.{name}: must be a text with {about} in it")
     chosen = list(texts) if list(metrics) == ["all"] else list(dict.fromkeys(metrics))
     unknown = [name for name in chosen if name not in texts]
     if unknown or not chosen:

@@ -9,8 +9,11 @@ import torch.nn.functional as F
 
 from ...processing.images import MAX_PIXELS
 from ...processing.sample_error import SampleError
+from .conversations import RawConversation
 from .pairs import RawPair, decode_pair
 from .scoring import Scorer, find_device
+
+_SHOWN = 200  # characters of a question
 
 
 class ClipScorer(Scorer):
@@ -47,11 +50,9 @@ class ClipScorer(Scorer):
         image = decode_pair(pair).image
         if self._image_size**2 * max(image.size) / min(image.size) > MAX_PIXELS:
             raise SampleError("image_too_large", f"{image.width}x{image.height} pixels are too narrow to be resized")
-        with self._tokenizer_lock:  # fast tokenizers refuse two threads at a time
-            (tokens,) = self._tokenizer([pair.caption])
-        return self._preprocess(image).to(self._dtype), tokens
+        return self._preprocess(image).to(self._dtype), self._tokens(pair.caption)
 
-    def collate(self, items: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def collate(self, items: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
         """Stack pixels and token ids, in pinned memory for a GPU."""
         stacked = tuple(torch.stack(column) for column in zip(*items, strict=True))
         return tuple(column.pin_memory() for column in stacked) if self._device.type == "cuda" else stacked
@@ -60,16 +61,55 @@ class ClipScorer(Scorer):
     def score(self, batch: tuple[torch.Tensor, torch.Tensor]) -> np.ndarray:
         """Cosine similarities, float64 `(items, 1)`; with embeddings those of image and text behind them."""
         pixels, tokens = (column.to(self._device, non_blocking=True) for column in batch)
-        image = F.normalize(self._model.encode_image(pixels).float(), dim=-1)
-        text = F.normalize(self._model.encode_text(tokens).float(), dim=-1)
+        image, text = self._vectors(pixels, tokens)
+        return self._found(image, text, text)
+
+    def _vectors(self, pixels: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of unit length, in float32."""
+        encoded = self._model.encode_image(pixels), self._model.encode_text(tokens)
+        return tuple(F.normalize(vectors.float(), dim=-1) for vectors in encoded)
+
+    def _found(self, image: torch.Tensor, text: torch.Tensor, kept_text: torch.Tensor) -> np.ndarray:
         cosines = (image * text).sum(dim=-1, keepdim=True)
-        found = torch.cat([cosines, image, text], dim=-1) if self.embeddings else cosines
+        found = torch.cat([cosines, image, kept_text], dim=-1) if self.embeddings else cosines
         return found.double().cpu().numpy()
+
+    def _tokens(self, text: str) -> torch.Tensor:
+        with self._tokenizer_lock:  # fast tokenizers refuse two threads at a time
+            return self._tokenizer([text])[0]
 
     @torch.inference_mode()
     def _embedding_size(self) -> int:
         (tokens,) = self._tokenizer(["a"])
         return self._model.encode_text(tokens[None].to(self._device)).shape[-1]
+
+
+class ConversationClipScorer(ClipScorer):
+    """Image and text of a conversation: questions and answers, as much as the model's text tower takes.
+
+    The text embeddings that are kept are those of the questions, by which conversations are told apart and grouped.
+    """
+
+    def prepare(self, conversation: RawConversation) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str]:
+        """Pixels and token ids as of a pair, those of the questions, and these; or a [`SampleError`]."""
+        said = " ".join(text for role, text in conversation.turns if role in ("user", "assistant"))
+        asked = " ".join(conversation.questions.split())
+        return *super().prepare(conversation.as_pair(said)), self._tokens(asked), asked
+
+    def collate(self, items: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, str]]) -> tuple[torch.Tensor, ...]:
+        """As of pairs."""
+        return super().collate([item[:3] for item in items])
+
+    def detail(self, item: tuple[torch.Tensor, torch.Tensor, torch.Tensor, str]) -> str:
+        """The questions."""
+        return item[3][:_SHOWN]
+
+    @torch.inference_mode()
+    def score(self, batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> np.ndarray:
+        """As of pairs."""
+        pixels, said, asked = (column.to(self._device, non_blocking=True) for column in batch)
+        image, text = self._vectors(pixels, said)
+        return self._found(image, text, F.normalize(self._model.encode_text(asked).float(), dim=-1))
 
 
 def load_clip(

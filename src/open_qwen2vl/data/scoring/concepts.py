@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .conversations import RawConversation
 from .pairs import RawPair
 from .score_files import SEPARATOR
 from .scoring import Scorer
@@ -40,9 +41,10 @@ class ConceptScorer(Scorer):
         self._automaton = ahocorasick_rs.AhoCorasick(list(forms))
         self.recipe: dict[str, Any] = {"concepts": len(self.concepts)}
 
-    def prepare(self, pair: RawPair) -> list[str]:
-        """The concepts of a caption, each once, in the list's order."""
-        text = " ".join(_folded(pair.caption).split())
+    def prepare(self, pair: RawPair | RawConversation) -> list[str]:
+        """The concepts of a caption, or of all that is said, each once, in the list's order."""
+        said = pair.caption if isinstance(pair, RawPair) else pair.transcript
+        text = " ".join(_folded(said).split())
         found = {
             self._numbers[form]
             for form, start, stop in self._automaton.find_matches_as_indexes(text, overlapping=True)

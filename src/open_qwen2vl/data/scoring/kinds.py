@@ -1,22 +1,30 @@
 """The step that runs a scorer over a pool."""
 
+import contextlib
 import functools
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...files import describe_shard
 from ...options import flag
 from ...output_lock import only_writer
-from ...places import Place, files_at, place
+from ...places import Place, files_at, is_remote, place
+from ..documents.records import JSON, TABLES
+from ..documents.sources import find_sources
 from ..engine.engine import Outcome, ShardTask, StepReport, has_output, process_rank, run_tasks
+from ..storage.image_files import describe_images, index_archives, remove_index
 from ..storage.tars import find_shards, find_tars
+from .basic import BasicScorer
+from .chat_prompts import CONVERSATION
+from .conversations import ConversationBasicScorer, ConversationReader, conversation_tasks
 from .embeddings import check_embeddings
 from .options import WITH_MODEL, ScoreOptions
-from .score_files import read_score_metadata
-from .scoring import TarScorer
+from .pairs import read_tar
+from .score_files import RECORDS_OF, read_score_metadata
+from .scoring import TarScorer, describe_source
 
 logger = logging.getLogger(__name__)
 
@@ -40,16 +48,27 @@ def score_pool(options: ScoreOptions) -> StepReport:
     """
     scorer, name, given = options.scorer, options.scores_name, options.of_scorer()
     folder = place(options.output) / name
-    sources = _find_tables(options.pool) if scorer == "metadata" else find_tars(options.pool)
+    sources = _find_tables(options.pool) if scorer == "metadata" else find_pool(options.pool)
     recipe = score_recipe(scorer, name, given, folder)
-    tasks = shard_tasks(sources, folder)
+    roots, read = [], read_tar
+    if sources[0].suffix in (*JSON, *TABLES) and scorer != "metadata":
+        recipe[RECORDS_OF] = "conversations"
+        recipe["options"]["images"] = roots = describe_images(options.images, folder)
+        read = ConversationReader(folder, roots)
+        tasks = conversation_tasks(sources, folder, bool(options.images))
+    elif options.images:
+        raise ValueError("--images is for conversations: the images of captions are in their tars")
+    else:
+        tasks = shard_tasks(sources, folder)
     check_finished(tasks, recipe)
     workers, gpus, threads = options.num_workers, 0.0, 0
     if scorer in WITH_MODEL:
         workers, gpus, threads = model_workers(options)
-    make_worker = _make_worker(scorer, given, name, recipe, threads)
+    make_worker = _make_worker(scorer, given, name, recipe, threads, read)
     rank, ranks = process_rank()
-    with only_writer(folder, rank=rank, ranks=ranks):
+    if any("size" in root for root in roots) and (ranks > 1 or is_remote(folder)):
+        raise ValueError("--images: archives are read by one command, with its --output on this machine: unpack them")
+    with only_writer(folder, rank=rank, ranks=ranks), _indexed(folder, roots):
         return run_tasks(
             tasks,
             make_worker,
@@ -59,6 +78,19 @@ def score_pool(options: ScoreOptions) -> StepReport:
             description=f"scoring {name}",
             is_done=_has_embeddings if options.keep_embeddings else has_output,
         )
+
+
+@contextlib.contextmanager
+def _indexed(folder: Place, roots: list[dict[str, Any]]) -> Iterator[None]:
+    """An index of the archives among the roots, while it is needed."""
+    if not any("size" in root for root in roots):
+        yield
+        return
+    index_archives(folder, roots)
+    try:
+        yield
+    finally:
+        remove_index(folder)
 
 
 def _has_embeddings(task: ShardTask) -> bool:
@@ -83,9 +115,10 @@ def model_workers(options: Any) -> tuple[int | None, float, int]:
 
 
 def _make_worker(
-    scorer: str, options: dict[str, Any], name: str, recipe: dict[str, Any], num_threads: int
+    scorer: str, options: dict[str, Any], name: str, recipe: dict[str, Any], num_threads: int, read: Callable[..., Any]
 ) -> Callable[[], Callable[[ShardTask], Outcome]]:
     """What makes a worker of the engine; libraries are imported when it is called."""
+    conversations = RECORDS_OF in recipe
     if scorer == "metadata":
         from .metadata import TableScorer
 
@@ -93,19 +126,31 @@ def _make_worker(
     if scorer == "image-hash":
         from .image_hash import TarHasher
 
-        return functools.partial(TarHasher, name, recipe)
+        return functools.partial(TarHasher, name, recipe, read)
     if scorer == "clip":
-        from .clip import ClipScorer as kind
+        from .clip import ClipScorer, ConversationClipScorer
+
+        kind: Any = ConversationClipScorer if conversations else ClipScorer
     elif scorer == "concepts":
         from .concepts import ConceptScorer as kind
     elif scorer == "basic":
-        from .basic import BasicScorer as kind
+        kind = ConversationBasicScorer if conversations else BasicScorer
     else:
         from .mlm_filter import MlmFilterScorer as kind
 
-        options = dict(options)
-        options["metrics"] = options.pop("metric", ["all"])
-    return functools.partial(TarScorer, functools.partial(kind, **options), name, recipe, num_threads)
+        options = {**options, "metrics": options.get("metric", ["all"])}
+        options.pop("metric", None)
+        if conversations:
+            options["about"] = CONVERSATION
+    return functools.partial(TarScorer, functools.partial(kind, **options), name, recipe, num_threads, read)
+
+
+def find_pool(paths: Sequence[Any]) -> list[Any]:
+    """The tars of pairs, or the files of conversations, that the given paths stand for."""
+    found = find_sources(paths)
+    if all(path.suffix in (*JSON, *TABLES) for path in found):
+        return found
+    return find_tars(paths)
 
 
 def _find_tables(paths: Sequence[str | Place]) -> list[Place]:
@@ -163,7 +208,7 @@ def check_finished(tasks: Sequence[ShardTask], recipe: dict[str, Any]) -> None:
             continue
         made = read_score_metadata(task.output).get("recipe", {})
         changed = []
-        if made.get("source") != describe_shard(task.source, task.output.parent):
+        if made.get("source") != describe_source(task):
             changed.append(f"another or a changed {task.source}")
         if made.get("scorer") != recipe["scorer"]:
             changed.append(f"--scorer {made.get('scorer')}, now {recipe['scorer']}")

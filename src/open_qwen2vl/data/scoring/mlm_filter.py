@@ -20,8 +20,9 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
 
 from ...processing.sample_error import SampleError
-from .chat_prompts import ChatPrompts, read_prompts
+from .chat_prompts import PAIR, ChatPrompts, read_prompts
 from .continuation import Prompts, append_text, branch_logits, extend, prefill
+from .conversations import RawConversation
 from .pairs import MAX_CAPTION, Pair, RawPair, check_sides, decode_pair
 from .score_tokens import expected_score, parse_score
 from .scoring import Scorer, find_device
@@ -39,7 +40,7 @@ class MlmFilterBatch(NamedTuple):
 
 
 class MlmFilterScorer(Scorer):
-    """Asks a model for a number from 0 to 100 for each metric.
+    """Asks a model for a number from 0 to 100 for each metric, `about` a pair or a conversation.
 
     bfloat16 on a GPU, float32 on the CPU.
     """
@@ -52,10 +53,11 @@ class MlmFilterScorer(Scorer):
         decode: str = "expectation",
         batch_size: int = 16,
         device: str | None = None,
+        about: str = PAIR,
     ):
         if decode not in DECODING:
             raise ValueError(f"--decode {decode}: must be one of {', '.join(DECODING)}")
-        self._prompts = read_prompts(prompts, metrics)
+        self._prompts, self._about = read_prompts(prompts, metrics, about), about
         self._device = find_device(device)
         dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
         self._model, processor = load_chat_model(model, dtype, self._device)
@@ -74,8 +76,12 @@ class MlmFilterScorer(Scorer):
         self.missing_reason = "unparsable_score" if self._greedy else "nan_score"
         self.shares_prefix = len(self._prompts) > 1 and self._can_share_prefix()
 
-    def prepare(self, pair: RawPair) -> Pair:
-        """The pair with its image decoded; a [`SampleError`] also for a long caption or a narrow image."""
+    def prepare(self, pair: RawPair | RawConversation) -> Pair:
+        """The pair with its image decoded; a [`SampleError`] also for a long caption or a narrow image.
+
+        The caption of a conversation is what is said in it, turn by turn.
+        """
+        pair = pair if isinstance(pair, RawPair) else pair.as_pair(pair.transcript)
         if len(pair.caption) > MAX_CAPTION:
             raise SampleError("too_long", f"{len(pair.caption)} characters are above {MAX_CAPTION}")
         decoded = decode_pair(pair)
@@ -87,7 +93,7 @@ class MlmFilterScorer(Scorer):
         with self._tokenizer_lock:
             head = self._format.head([pair.image for pair in items])
             texts = [
-                [prompt.replace("{caption}", pair.caption) for pair in items] for prompt in self._prompts.values()
+                [prompt.replace(self._about, pair.caption) for pair in items] for prompt in self._prompts.values()
             ]
             return MlmFilterBatch(head, [self._format.tails(own) for own in texts])
 

@@ -41,8 +41,8 @@ class ScoreOptions:
     """
 
     pool: tuple[str, ...] = option(
-        help="WebDataset tars of captions, or folders of them; with --scorer metadata: parquet files of DataComp's "
-        "form, or folders of them",
+        help="WebDataset tars of captions, or folders of them; conversations as pack takes them (.json, .jsonl, "
+        ".parquet); with --scorer metadata: parquet files of DataComp's form, or folders of them",
         positional=True,
         metavar="POOL",
     )
@@ -51,6 +51,13 @@ class ScoreOptions:
         help="clip: cosine similarity by a model of open_clip; mlm-filter: what an image-text-to-text model answers; "
         "metadata: columns of the pool's tables; basic: words, characters, smaller_side, aspect_ratio and english; "
         "image-hash: what the filter finds duplicates by; concepts: things that the caption names, for balance()"
+    )
+    images: tuple[str, ...] = option(
+        (),
+        help="of conversations, where images are that are named by a path: a folder, an uncompressed .tar or a .zip; "
+        "may be repeated (default for tables: their own folder)",
+        metavar="DIR_OR_ARCHIVE",
+        form="repeated",
     )
     name: str | None = option(None, help="what the filter calls the scores (default: the scorer)", metavar="NAME")
     model: str | None = option(
@@ -74,7 +81,8 @@ class ScoreOptions:
     metric: tuple[str, ...] | None = option(
         None,
         help="mlm-filter: image_text_matching, object_detail_fulfillment, caption_text_quality, "
-        "semantic_understanding or all; may be repeated (default: all)",
+        "semantic_understanding or all; of conversations answer_correctness, answer_helpfulness, visual_dependence, "
+        "instruction_complexity or all; may be repeated (default: all)",
         metavar="NAME",
         form="repeated",
         group=_ONE,

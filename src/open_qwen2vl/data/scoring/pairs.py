@@ -1,8 +1,9 @@
 """From a tar to its pairs of image and caption: members are read and prepared by threads, ahead of who scores them."""
 
+import contextlib
 import functools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +13,10 @@ from PIL import Image
 from ...places import OpenFile, open_file
 from ...processing.images import decode_image
 from ...processing.sample_error import SampleError
+from ...transfers import local_copy
 from ..documents.records import caption_members
-from ..storage.tars import IMAGE_EXTENSIONS, Sample, has_bad_uid, read_json, read_member, sample_uid
+from ..engine.engine import ShardTask
+from ..storage.tars import IMAGE_EXTENSIONS, Sample, has_bad_uid, index_shard, read_json, read_member, sample_uid
 
 MAX_ASPECT_RATIO = 200  # Qwen2-VL's own limit; others would resize such an image to a very large one
 MAX_CAPTION = 8192  # characters: one endless caption would take the memory of its whole batch
@@ -47,6 +50,16 @@ class PreparedSample(NamedTuple):
     reason: str | None  # why it cannot be used
 
 
+@contextlib.contextmanager
+def read_tar(
+    task: ShardTask, prepare: Callable[[Any], Any], num_threads: int = 0, ahead: int = 0
+) -> Iterator[tuple[Iterator[PreparedSample], list[tuple[str, str]]]]:
+    """All samples of a tar as of [`read_pairs`], and key and reason of what of it is no sample."""
+    with local_copy(task.source) as tar:  # all of it is read
+        index = index_shard(tar)
+        yield read_pairs(tar, index.samples, prepare, num_threads, ahead), index.skipped
+
+
 def decode_pair(pair: RawPair) -> Pair:
     """Decode a pair's image, or raise a [`SampleError`]."""
     return Pair(pair.key, pair.uid, decode_image(pair.image), pair.caption)
@@ -71,22 +84,27 @@ def read_pairs(
     `num_threads` read and prepare, 0 the caller's alone; so many samples are `ahead` of the one that is returned.
     Where no caption is needed, that of a sample without a usable one is empty.
     """
-    read = functools.partial(_prepare, tar_name=tar.name, prepare=prepare, needs_caption=needs_caption)
     with open_file(tar, whole=True) as file:
-        if not num_threads:
-            yield from (read(file, sample) for sample in samples)
-            return
-        with ThreadPoolExecutor(num_threads) as pool:
-            waiting: deque = deque()
-            try:
-                for sample in samples:
-                    waiting.append(pool.submit(read, file, sample))
-                    if len(waiting) > ahead:
-                        yield waiting.popleft().result()
-                while waiting:
+        read = functools.partial(_prepare, file, tar_name=tar.name, prepare=prepare, needs_caption=needs_caption)
+        yield from map_ahead(read, samples, num_threads, ahead)
+
+
+def map_ahead(function: Callable[[Any], Any], items: Iterable[Any], num_threads: int, ahead: int) -> Iterator[Any]:
+    """What a function makes of each item, in order, by threads that are so many items ahead; 0: the caller's alone."""
+    if not num_threads:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(num_threads) as pool:
+        waiting: deque = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > ahead:
                     yield waiting.popleft().result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)  # after an error nobody wants the rest
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after an error nobody wants the rest
 
 
 def _prepare(

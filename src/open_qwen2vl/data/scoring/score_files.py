@@ -42,6 +42,7 @@ HASH_SCHEMA = pa.schema(
 
 DETAIL = pa.field("detail", pa.string())  # of some scores: what a value comes from, shown with it in reasons
 EMBEDDINGS = "embeddings"  # the folder of what is kept of them, beside the score files
+RECORDS_OF = "records"  # in the recipe of scores of conversations
 SEPARATOR = ", "  # between the concepts of a caption, in that column
 
 

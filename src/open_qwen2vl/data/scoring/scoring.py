@@ -8,9 +8,9 @@ file. What a scorer is stands in `Scorer`; which there are, in kinds.py.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,11 +18,9 @@ import pyarrow as pa
 import torch
 
 from ...files import describe_shard, remove_temporaries
-from ...transfers import local_copy
 from ..engine.engine import Outcome, ShardTask
-from ..storage.tars import Sample, index_shard
 from .embeddings import embeddings_file, write_embeddings
-from .pairs import Pair, PreparedSample, RawPair, decode_pair, read_pairs
+from .pairs import Pair, PreparedSample, RawPair, decode_pair, read_tar
 from .score_files import DETAIL, score_table, write_scores
 
 __all__ = ["Pair", "Scorer", "TarScorer", "find_device", "value_names"]
@@ -53,32 +51,32 @@ class Scorer(Protocol):
 
 
 class TarScorer:
-    """Scores one tar after the other, for one worker of the engine."""
+    """Scores one tar after the other, or one part of a file of conversations, for one worker of the engine.
 
-    def __init__(self, make_scorer: Callable[[], Scorer], name: str, recipe: dict[str, Any], num_threads: int):
+    `read` gives the samples of a task, prepared by so many threads, and what of it is no sample: [`read_tar`], or of
+    conversations a [`ConversationReader`].
+    """
+
+    def __init__(
+        self,
+        make_scorer: Callable[[], Scorer],
+        name: str,
+        recipe: dict[str, Any],
+        num_threads: int,
+        read: Callable[..., AbstractContextManager] = read_tar,
+    ):
         self._scorer = make_scorer()
         self._labels = value_names(name, self._scorer.parts)
         self._recipe = recipe
-        self._num_threads = num_threads
+        self._num_threads, self._read = num_threads, read
 
     def __call__(self, task: ShardTask) -> Outcome:
         """Score a tar."""
-        recipe = {**self._recipe, "source": describe_shard(task.source, task.output.parent)}
-        with local_copy(task.source) as tar:  # all of it is read
-            return self._score(task, tar, recipe)
-
-    def _score(self, task: ShardTask, tar: Path, recipe: dict[str, Any]) -> Outcome:
-        index, scorer = index_shard(tar), self._scorer
+        recipe, scorer = {**self._recipe, "source": describe_source(task)}, self._scorer
+        ahead = 2 * scorer.batch_size + self._num_threads
+        with self._read(task, scorer.prepare, self._num_threads, ahead) as (found, damage):
+            samples, scored = self._score(found)
         parts = len(self._labels)
-        scored = np.full((len(index.samples), parts + 2 * scorer.embeddings), np.nan)
-        samples: list[PreparedSample] = []
-        with ThreadPoolExecutor(1) as runner:
-            waiting: tuple = ()
-            for rows, batch in self._batches(tar, index.samples, samples):
-                following = rows, runner.submit(scorer.score, batch)
-                _keep(scored, *waiting)
-                waiting = following
-            _keep(scored, *waiting)
         keys, uids, details, reasons = zip(*samples, strict=True) if samples else ((),) * 4
         values = scored[:, :parts]
         if scorer.embeddings:
@@ -86,12 +84,28 @@ class TarScorer:
         table = score_table(self._labels, scorer.model, keys, uids, values, reasons, scorer.missing_reason)
         if scorer.detail is not None:
             table = table.append_column(DETAIL, pa.array(details, pa.string()))
-        skipped = list(index.skipped)
+        skipped = list(damage)
         for sample, whole in zip(samples, np.isfinite(values).all(axis=1), strict=True):
             if not whole:
                 skipped.append((sample.key, sample.reason or scorer.missing_reason))
-        total = len(samples) + len(index.skipped)
+        total = len(samples) + len(damage)
         return write_tar_scores(task, table, total, skipped, recipe, scorer.recipe)
+
+    def _score(self, found: Iterable[PreparedSample]) -> tuple[list[PreparedSample], np.ndarray]:
+        """The samples, their details in place of their items, and what is scored of each; NaN where nothing is."""
+        samples: list[PreparedSample] = []
+        batches: list[tuple[list[int], np.ndarray]] = []
+        with ThreadPoolExecutor(1) as runner:
+            waiting: tuple = ()
+            for rows, batch in self._batches(found, samples):
+                following = rows, runner.submit(self._scorer.score, batch)
+                batches += [(waiting[0], waiting[1].result())] if waiting else []
+                waiting = following
+            batches += [(waiting[0], waiting[1].result())] if waiting else []
+        scored = np.full((len(samples), len(self._labels) + 2 * self._scorer.embeddings), np.nan)
+        for rows, own in batches:
+            scored[rows] = own
+        return samples, scored
 
     def _write_embeddings(
         self, task: ShardTask, uids: Sequence[str], scored: np.ndarray, recipe: dict[str, Any]
@@ -105,13 +119,10 @@ class TarScorer:
         made = {"recipe": recipe, "made_with": self._scorer.recipe}
         write_embeddings(path, named, image, text, self._scorer.model, made)
 
-    def _batches(
-        self, tar: Path, samples: Sequence[Sample], seen: list[PreparedSample]
-    ) -> Iterator[tuple[list[int], Any]]:
+    def _batches(self, found: Iterable[PreparedSample], seen: list[PreparedSample]) -> Iterator[tuple[list[int], Any]]:
         """Rows and content of each batch; every sample is added to `seen`, with its detail in place of its item."""
         rows, items, detail = [], [], self._scorer.detail
-        ahead = 2 * self._scorer.batch_size + self._num_threads
-        for sample in read_pairs(tar, samples, self._scorer.prepare, self._num_threads, ahead):
+        for sample in found:
             if sample.reason is None:
                 rows.append(len(seen))
                 items.append(sample.item)
@@ -123,9 +134,10 @@ class TarScorer:
             yield rows, self._scorer.collate(items)
 
 
-def _keep(values: np.ndarray, rows: Sequence[int] = (), future: Any = None) -> None:
-    if len(rows):
-        values[rows] = future.result()
+def describe_source(task: ShardTask) -> dict[str, Any]:
+    """What a score file remembers of its source: the file, and the range of records where there is one."""
+    described = describe_shard(task.source, task.output.parent)
+    return {**described, "range": list(task.range)} if getattr(task, "range", None) else described
 
 
 def write_tar_scores(
