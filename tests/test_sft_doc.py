@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from open_qwen2vl import PackedSFTConfig, cli
+from tests.data.scoring.conftest import save_tiny_clip
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = (ROOT / "docs" / "sft.md").read_text(encoding="utf8")
@@ -34,7 +35,10 @@ def place(tmp_path, tiny_model, processor, monkeypatch):
         picture.save(tmp_path / path)
     turns = [{"from": "human", "value": "<image>\nwhat is shown?"}, {"from": "gpt", "value": "a cat on a mat"}]
     records = [{"id": str(number), "image": "cat.png", "conversations": turns} for number in range(6)]
-    (tmp_path / "conversations.json").write_text(json.dumps(records))
+    for name in ("conversations", "reference"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+    (tmp_path / "clip").mkdir()
+    save_tiny_clip(tmp_path / "clip")
     prompt, answer = {"role": "user", "content": "\nwhat is shown?"}, {"role": "assistant", "content": "a cat"}
     lines = [{"messages": [prompt, answer], "images": ["cat.png"]}] * 4
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -57,7 +61,12 @@ def run_command(command: str, monkeypatch, capsys) -> None:
         monkeypatch.setattr(sys, "argv", [script, *arguments, *TINY.split()])
         runpy.run_path(script, run_name="__main__")
         return
-    if words[1] == "pack":
+    if words[1] in ("score", "filter"):
+        if "--pretrained" in words:
+            start = words.index("--model")
+            words[start + 1 : start + 4] = ["local-dir:clip", "--device", "cpu"]
+        words += ["--num-workers", "1"] if words[1] == "score" else ["--threads", "1"]
+    elif words[1] == "pack":
         words[words.index("729")] = "16"
         words += ["--max-length", "96", "--num-workers", "1"]
     else:

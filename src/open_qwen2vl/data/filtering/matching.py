@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 TYPES = 50  # by default
 MOST_REFERENCES = 1 << 20  # vectors of the reference that are held
 _LEAST = 4  # vectors a type, on average
-_ITERATIONS = 20
+_TRAINED_ON, _ITERATIONS, _TRIES = 1024, 20, 5  # vectors a type; of k-means, which may end badly
 _BLOCK = 1 << 14
 _NO_TYPE = -1  # of candidates without an embedding
 _SHOWN = 160  # characters of an example
@@ -115,8 +115,8 @@ def _types(faiss: Any, reference: np.ndarray, types: int) -> tuple[Any, np.ndarr
     """An index of the types' middles, the reference's number of each (the commonest first), and the nearest row."""
     count = max(1, min(types, len(reference) // _LEAST))
     kmeans = faiss.Kmeans(
-        reference.shape[1], count, niter=_ITERATIONS, seed=0, spherical=True, min_points_per_centroid=1,
-        max_points_per_centroid=1 << 12,
+        reference.shape[1], count, niter=_ITERATIONS, nredo=_TRIES, seed=0, spherical=True, min_points_per_centroid=1,
+        max_points_per_centroid=_TRAINED_ON,
     )  # fmt: skip
     kmeans.train(reference)
     labels = kmeans.index.search(reference, 1)[1][:, 0]
