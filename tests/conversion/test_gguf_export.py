@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen2ForCausalLM
 
-from open_qwen2vl import OpenQwen2VLForConditionalGeneration, OpenQwen2VLProcessor
+from open_qwen2vl import OpenQwen2VLConfig, OpenQwen2VLForConditionalGeneration, OpenQwen2VLProcessor
 from open_qwen2vl.cli import main
 from open_qwen2vl.conversion.gguf_export import export_gguf, square_image
 from open_qwen2vl.conversion.gguf_parts import check_model, text_tensors
@@ -220,6 +220,14 @@ def test_what_llama_cpp_computes_otherwise_is_refused_by_name(parts, part, name,
         setattr(getattr(config, part), name, value)
     with pytest.raises(ValueError, match=rf"{part}\.{name}.*cannot be exported"):
         check_model(config, parts[1], None)
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "clip_vision_model", "dinov3_vit", "siglip2_vision_model"])
+def test_other_backbones_are_refused_before_their_budgets(kind):
+    part = "text_config" if kind.endswith("text") else "vision_config"
+    config = OpenQwen2VLConfig(**{part: {"model_type": kind}}, image_seq_length=4)
+    with pytest.raises(ValueError, match=f"{part}.model_type='{kind}' cannot be exported"):
+        check_model(config, None, None)
 
 
 def test_weights_beyond_the_type_leave_no_folder(parts, folder, tmp_path):

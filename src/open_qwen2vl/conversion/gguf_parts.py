@@ -24,6 +24,20 @@ _PROJECTOR = {"linear_1": "mm.0", "linear_2": "mm.2"}
 def check_model(config: OpenQwen2VLConfig, processor: OpenQwen2VLProcessor, image_seq_length: int | None) -> None:
     """Refuse, each in one line, what llama.cpp would run as something else."""
     text, vision = config.text_config, config.vision_config
+    rope = text.rope_parameters.get("rope_type", "default")
+    windows = any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or ())
+    wanted = {
+        "text_config.model_type": (text.model_type, ("qwen2",)),
+        "text_config.hidden_act": (getattr(text, "hidden_act", None), ("silu",)),
+        "text_config.rope_parameters.rope_type": (rope, ("default",)),
+        "text_config.layer_types": ("sliding_attention" if windows else "full_attention", ("full_attention",)),
+        "vision_config.model_type": (vision.model_type, ("siglip_vision_model",)),
+        "vision_config.hidden_act": (getattr(vision, "hidden_act", None), ("gelu_pytorch_tanh", "gelu")),
+        "projector_hidden_act": (config.projector_hidden_act, ("gelu",)),
+    }
+    for name, (value, known) in wanted.items():
+        if value not in known:
+            raise ValueError(f"{name}={value!r} cannot be exported: only {' or '.join(known)}")
     grid = config.patches_per_side**2
     if (budget := image_seq_length or config.image_seq_length) != grid:
         raise ValueError(
@@ -31,20 +45,6 @@ def check_model(config: OpenQwen2VLConfig, processor: OpenQwen2VLProcessor, imag
             f"are the same: see what the model answers so (`open-qwen2vl chat MODEL --image-seq-length {grid}`), or "
             f"fine-tune it so, and export with `--image-seq-length {grid}`"
         )
-    rope = text.rope_parameters.get("rope_type", "default")
-    windows = any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or ())
-    wanted = {
-        "text_config.model_type": (text.model_type, ("qwen2",)),
-        "text_config.hidden_act": (text.hidden_act, ("silu",)),
-        "text_config.rope_parameters.rope_type": (rope, ("default",)),
-        "text_config.layer_types": ("sliding_attention" if windows else "full_attention", ("full_attention",)),
-        "vision_config.model_type": (vision.model_type, ("siglip_vision_model",)),
-        "vision_config.hidden_act": (vision.hidden_act, ("gelu_pytorch_tanh", "gelu")),
-        "projector_hidden_act": (config.projector_hidden_act, ("gelu",)),
-    }
-    for name, (value, known) in wanted.items():
-        if value not in known:
-            raise ValueError(f"{name}={value!r} cannot be exported: only {' or '.join(known)}")
     _check_tokenizer(processor.tokenizer, text.vocab_size)
 
 
