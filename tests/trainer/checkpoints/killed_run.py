@@ -1,7 +1,8 @@
 """A training that `test_kills.py` kills.
 
 Usage: killed_run.py CONFIG.json OUTPUT_DIR, with `packs` (a list of {path, weight}), `model` (a folder) and
-`arguments` in the config. It trains or resumes in OUTPUT_DIR. Every pack read is noted in OUTPUT_DIR/reads.txt.
+`arguments` in the config, perhaps with a `cache` (a folder) of shards in a bucket. It trains or resumes in OUTPUT_DIR.
+Every pack read is noted in OUTPUT_DIR/reads.txt.
 With `held`, the name of a checkpoint, that one gets no name: OUTPUT_DIR/held tells when it is written.
 """
 
@@ -15,6 +16,8 @@ import torch
 
 from open_qwen2vl import PackedTrainer, PackedTrainingArguments
 from open_qwen2vl.data import PackMixture, parse_sources
+from open_qwen2vl.data.documents.documents import RANGES, Remote
+from open_qwen2vl.data.storage.shard_cache import ShardCache
 from open_qwen2vl.trainer import run_recipe
 from open_qwen2vl.trainer.checkpoints import saving
 from open_qwen2vl.trainer.model_loading import load_pretrained
@@ -34,7 +37,8 @@ class NotedMixture(PackMixture):
 def build_trainer(config: dict, args: PackedTrainingArguments) -> PackedTrainer:
     torch.manual_seed(0)
     model, processor = load_pretrained(config["model"], "float32", "packed_varlen")
-    packs = NotedMixture(parse_sources(config["packs"]), processor)
+    remote = Remote(cache=ShardCache(config["cache"], 10**6)) if "cache" in config else RANGES
+    packs = NotedMixture(parse_sources(config["packs"]), processor, remote=remote)
     packs.notes = Path(args.output_dir) / "reads.txt"
     packs.notes.parent.mkdir(parents=True, exist_ok=True)
     return PackedTrainer(model=model, args=args, train_dataset=packs, processing_class=processor)
