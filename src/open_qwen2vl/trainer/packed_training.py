@@ -41,6 +41,7 @@ from .model_card import write_trainer_card
 from .muon import muon_and_adamw
 from .options import MUON
 from .packed_evaluation import Evaluated, loss_sum
+from .stall_watch import StallWatch
 from .task_evaluation import TaskEvaluation, evaluate_tasks, latest_scores
 
 
@@ -86,6 +87,7 @@ class PackedTraining:
 
     def _add_own_callbacks(self) -> None:
         self.add_callback(StepEnd(self._end_step))
+        self.add_callback(StallWatch(lambda: self.throughput.is_paused))
         if self.args.profile:
             self.add_callback(ProfileCallback())
         if self.pop_callback(ProgressCallback) is not None:
@@ -118,9 +120,8 @@ class PackedTraining:
         return self._order
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
-        if not isinstance(eval_dataset, PackMixture):
-            return super()._get_eval_sampler(eval_dataset)
-        return loading.evaluation_order(eval_dataset, self.args)
+        own = isinstance(eval_dataset, PackMixture)
+        return loading.evaluation_order(eval_dataset, self.args) if own else super()._get_eval_sampler(eval_dataset)
 
     def _run_epoch(self, *args, **kwargs) -> None:
         # Trainer looks only after a step whether it was the last: a finished run, started again, would take one more.

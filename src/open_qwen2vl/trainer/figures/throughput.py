@@ -61,7 +61,7 @@ class ThroughputCallback(TrainerCallback, ExportableState):
         self.sources: list[dict[str, int]] = []  # `labels`, `tokens` and `packs` of each, likewise
         self.dropped: dict[str, int] = {}  # lost documents by reason; one met in every epoch counts each time
         self.window = _new_window()  # what the next log is made of
-        self._resumed_at = time.perf_counter()
+        self._resumed_at, self.is_paused = time.perf_counter(), False
 
     def state(self) -> dict[str, Any]:
         """What the checkpoint's `trainer_state.json` holds of this callback."""
@@ -126,10 +126,11 @@ class ThroughputCallback(TrainerCallback, ExportableState):
     def paused(self):
         """Time in here is not training: evaluation, checkpoints."""
         self._add_time()
+        self.is_paused = True
         try:
             yield
         finally:
-            self._resumed_at = time.perf_counter()
+            self.is_paused, self._resumed_at = False, time.perf_counter()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         """Take up the totals of the checkpoint that training resumes from."""
