@@ -4,7 +4,8 @@
     a step that takes longer than STALLED x ddp_timeout ─► all ranks compared ─► one line, exit code 1
 
 A rank that waits for others is in an operation of all of them, or in a backward pass, which ends with one; a rank that
-is elsewhere, or says nothing any more, is what they wait for. The backends' own timeout would end all of them too, but by the name of an operation.
+is elsewhere, or says nothing any more, is what they wait for. The backends' own timeout would end all of them too, but
+by the name of an operation.
 """
 
 import json
