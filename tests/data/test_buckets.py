@@ -214,7 +214,7 @@ def test_what_a_bucket_cannot_do_is_refused(capsys):
         asked_checkpoint(args)
     with pytest.raises(ValueError, match="s3://bucket/model: a model is a folder of this machine or a hub id"):
         model_folder("s3://bucket/model")
-    assert main(["extract-frames", "s3://bucket/clips", "--output", "out"]) == 2
+    assert main(["extract-frames", "s3://bucket/clips", "--output", "out", "--processor", "none"]) == 2
     assert "s3://bucket/clips: this command reads and writes files of this machine only" in capsys.readouterr().err
 
 
