@@ -31,7 +31,7 @@ from open_qwen2vl.data.documents.items import Document
 from open_qwen2vl.data.documents.record_images import PlannedImage
 from open_qwen2vl.data.documents.records import OWN, RecordLocation
 from open_qwen2vl.data.packing.bins import pack_lengths
-from open_qwen2vl.data.packing.mixture import PackMixture, parse_sources
+from open_qwen2vl.data.packing.mixture import PackMixture
 from open_qwen2vl.data.packing.pack_order import PackOrder
 from open_qwen2vl.data.packing.packed_dataset import PackedDataset, check_files
 from open_qwen2vl.data.packing.plan_files import (
@@ -43,6 +43,7 @@ from open_qwen2vl.data.packing.plan_files import (
     write_part,
     write_plan,
 )
+from open_qwen2vl.data.packing.sources import parse_sources
 from open_qwen2vl.families import document_processor
 from open_qwen2vl.files import describe_shard
 from open_qwen2vl.processing.text_formats import tokenizer_fingerprint
