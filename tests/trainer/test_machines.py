@@ -118,6 +118,22 @@ def test_two_machines_one_and_two_again(config, tmp_path):
         assert results[name] == others[name]
 
 
+@pytest.mark.slow
+def test_a_launcher_that_is_told_to_stop_leaves_a_checkpoint(config, tmp_path):
+    """It signals the whole group of the training; loader workers go on until the step is done."""
+    log, run = tmp_path / "log", tmp_path / "run"
+    (launcher,) = start_machines(1, log, str(config), "--output_dir", str(run), "--max_steps", "400")
+    try:
+        while not (run / "checkpoint-3").exists():
+            assert launcher.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.01)
+        launcher.terminate()
+        launcher.wait(timeout=600)
+    finally:
+        power_off([launcher])
+    assert "pretrain.py: stopped on request; the same command resumes" in log.read_text(), log.read_text()[-3000:]
+
+
 def training_under(program: psutil.Popen) -> psutil.Process | None:
     """One of the trainings that a program has started through Ray, where one is there."""
     for process in program.children(recursive=True):

@@ -3,6 +3,8 @@
 import inspect
 import os
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import TrainingArguments
 
 from ..data.documents.documents import RANGES, Remote
@@ -73,6 +75,35 @@ def prefetch_factor(args: TrainingArguments, train_dataset: Dataset | None) -> i
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         wanted = min(wanted, int(shutil.disk_usage(_SHARED_MEMORY).free / 2 / ranks / workers / batch))
     return max(2, wanted)
+
+
+def prepare_loader(loader: DataLoader) -> None:
+    """Before an epoch: batches stay on the host, where accelerate would copy them in the stream that computes."""
+    loader.device = None
+    shield_workers(loader)
+
+
+def shield_workers(loader: DataLoader) -> None:
+    """Have a loader's workers out of the way of signals to the training."""
+    loader = getattr(loader, "base_dataloader", loader)  # accelerate's own, which starts them
+    if not isinstance(loader.worker_init_fn, _WorkerStart):
+        loader.worker_init_fn = _WorkerStart(loader.worker_init_fn)
+
+
+@dataclass
+class _WorkerStart:
+    """Starts a loader's worker in a process group of its own.
+
+    A launcher sends SIGTERM to the whole group of a training. A worker that died of it would end the training in an
+    error, before its checkpoint. Workers end with their training, which they watch.
+    """
+
+    start: Callable[[int], None] | None
+
+    def __call__(self, worker: int) -> None:
+        os.setpgid(0, 0)
+        if self.start is not None:
+            self.start(worker)
 
 
 def pack_collator(args: TrainingArguments, train_dataset: Dataset | None) -> PackingCollator:

@@ -131,8 +131,7 @@ class PackedTraining:
         if self._order is not None:
             # Where several ranks resume within an epoch, neither Trainer nor accelerate reaches the sampler.
             self._order.set_epoch(kwargs["epoch"])
-        # Batches stay on the host until their turn, where accelerate would copy them in the stream that computes.
-        kwargs["train_dataloader"].device = None
+        loading.prepare_loader(kwargs["train_dataloader"])
         super()._run_epoch(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -262,6 +261,7 @@ class PackedTraining:
 
     def evaluation_loop(self, dataloader: DataLoader, *args, metric_key_prefix: str = "eval", **kwargs) -> Any:
         """Evaluate; the loss is a mean over labels, where `Trainer`'s is a mean of the batches' means."""
+        loading.shield_workers(dataloader)
         dataset = dataloader.dataset
         self._evaluated = Evaluated(dataset.names if isinstance(dataset, PackMixture) else [])
         with self.throughput.paused():
