@@ -216,7 +216,7 @@ def main() -> None:
     weights = ", ".join(
         f"{name} third {w['weight']:.3f} ({w['low']:.3f} to {w['high']:.3f})" for name, w in found.items()
     )
-    packs = {name: read_plan(Path(path))["totals"]["packs"] for name, path in prepared["plans"].items()}
+    packs = {name: read_plan(path)["totals"]["packs"] for name, path in prepared["plans"].items()}
     lines += ["", f"Searched weights of the pool's thirds by CLIP's score: {weights}."]
     counts = ", ".join(f"{name} {count}" for name, count in packs.items())
     lines += [

@@ -20,7 +20,6 @@ import logging
 import os
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 # Before the imports that take ten seconds.
 if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
@@ -121,7 +120,7 @@ def build_trainer(
         raise ValueError("eval_packs and eval_strategy (steps or epoch) go together")
     sources = parse_sources(data_args.train_packs)
     logger.info("reading the plan of %s", ", ".join(source.path for source in sources))
-    plans = {source.path: read_plan(Path(source.path)) for source in sources}
+    plans = {source.path: read_plan(source.path) for source in sources}
     budget = tokens_per_image(model_args.image_seq_length, plans)
     set_seed(args.seed)
     model, processor = load_model(model_args, budget)

@@ -218,7 +218,7 @@ def build_trainer(model_args: ModelArguments, data_args: DataArguments, args: Pa
     if data_args.train_packs:
         sources = parse_sources(data_args.train_packs)
         logger.info("reading the plan of %s", ", ".join(source.path for source in sources))
-        plans = {source.path: read_plan(Path(source.path)) for source in sources}
+        plans = {source.path: read_plan(source.path) for source in sources}
         budget = tokens_per_image(budget, plans)
     set_seed(args.seed)
     model, processor, adapter = load_model(model_args, args)

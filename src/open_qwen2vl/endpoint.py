@@ -10,6 +10,7 @@ import io
 import os
 import threading
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 RETRIES = 5  # of a request that failed on its way, was turned away (429) or met a fault of the server (5xx)
 TIMEOUT = 600.0  # seconds until an answer
@@ -48,9 +49,16 @@ class Endpoint:
             import openai
         except ImportError as error:
             raise ValueError('--endpoint needs openai: pip install "open-qwen2vl[curate]"') from error
-        if not url.startswith(("http://", "https://")):
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https"):
             raise ValueError(f"--endpoint {url}: must begin with http:// or https://")
-        self._key = os.environ.get("OPENAI_API_KEY") or "none"  # a server of one's own asks for none
+        if "@" in parts.netloc or "=" in parts.query:
+            shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+            raise ValueError(
+                f"--endpoint {shown}: the URL holds a user or a key, which would stand in results and logs: set "
+                "OPENAI_API_KEY"
+            )
+        self._key = os.environ.get("OPENAI_API_KEY") or "no-key-is-set"  # a server of one's own asks for none
         self._client = openai.OpenAI(base_url=url, api_key=self._key, max_retries=retries, timeout=timeout)
         self._errors, self._url = openai, url
         self._lock = threading.Lock()
@@ -60,7 +68,12 @@ class Endpoint:
     def _only_model(self) -> str:
         try:
             names = [model.id for model in self._client.models.list().data]
-        except (self._errors.OpenAIError, ValueError, AttributeError, TypeError) as error:
+        except self._errors.APIConnectionError as error:
+            raise EndpointError(f"--endpoint {self._url}: {self._shown(error.__cause__ or error)}") from error
+        except (AttributeError, TypeError) as error:
+            reason = "its answer is no list of models in OpenAI's form"
+            raise EndpointError(f"--endpoint {self._url}: {reason}; --endpoint-model names one") from error
+        except (self._errors.OpenAIError, ValueError) as error:
             reason = f"it does not list its models ({self._shown(error)})"
             raise EndpointError(f"--endpoint {self._url}: {reason}; --endpoint-model names one") from error
         if len(names) != 1:
@@ -89,7 +102,9 @@ class Endpoint:
         except (openai.OpenAIError, ValueError, AttributeError, TypeError, IndexError) as error:
             if isinstance(error, EndpointError):
                 raise
-            raise self._no_answer("bad_answer", f"no chat completion: {self._shown(error)}") from error
+            is_another = isinstance(error, AttributeError | IndexError)  # what they say is about our own code
+            detail = "its answer is not of OpenAI's form" if is_another else self._shown(error)
+            raise self._no_answer("bad_answer", f"no chat completion: {detail}") from error
 
     def _read(self, completion: Any) -> Answer:
         choice = completion.choices[0]

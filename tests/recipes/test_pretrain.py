@@ -19,6 +19,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from open_qwen2vl import PackedTrainingArguments, cli
+from open_qwen2vl.places import place
 from open_qwen2vl.trainer import parse_arguments
 from open_qwen2vl.trainer.run import asked_checkpoint
 from tests.fork_server import fork_program, forked_programs, has_ended
@@ -80,6 +81,28 @@ def run_here(monkeypatch, *argv) -> None:
 def losses(checkpoint: Path) -> list[tuple[int, float]]:
     history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
     return [(log["step"], log.get("loss", log.get("eval_loss"))) for log in history]
+
+
+def test_packs_in_a_bucket_train(config, memory, backbones, monkeypatch, tmp_path):
+    """The recipe on tars and a plan behind URLs; in one process, for other processes do not see this kind."""
+    for number in range(2):
+        (place(memory) / f"{number}.tar").write_bytes((config.parent / f"{number}.tar").read_bytes())
+    plan = ["--image-seq-length", "4", "--max-length", "64", "--num-workers", "1", "--output", f"{memory}/packs"]
+    assert cli.main(["pack", memory, "--tokenizer", backbones["text"], *plan]) == 0
+    options = yaml.safe_load(config.read_text()) | {"train_packs": f"{memory}/packs", "max_steps": 2}
+    options |= {
+        "eval_strategy": "no",
+        "eval_packs": None,
+        "dataloader_num_workers": 0,
+        "cache_dir": str(tmp_path / "c"),
+    }
+    recipe = tmp_path / "bucket.yaml"
+    recipe.write_text(yaml.safe_dump({name: value for name, value in options.items() if value is not None}))
+    run_here(monkeypatch, recipe, "--output_dir", tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "train_results.json").read_text())["steps"] == 2
+    assert len(list((tmp_path / "c").glob("*.shard"))) == 2
+    with pytest.raises(SystemExit):
+        run_here(monkeypatch, recipe, "--output_dir", tmp_path / "other", "--train_packs", f"{memory}/none")
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,7 @@ class Work:
 def planned_work(train_packs: str | list[dict[str, Any]], epochs: float = 1.0) -> list[Work]:
     """Read what the plans of a recipe's packs add up to in each of so many epochs."""
     sources = parse_sources(train_packs)
-    plans = [read_plan(Path(source.path)) for source in sources]
+    plans = [read_plan(source.path) for source in sources]
     for source, plan in zip(sources, plans, strict=True):
         if not plan["totals"]["packs"]:
             raise ValueError(f"{source.path} holds no packs")

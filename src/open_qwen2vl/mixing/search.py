@@ -231,7 +231,7 @@ def _check(
 def _settings(options: MixOptions, base: dict[str, Any], sources: Sequence[Any]) -> dict[str, Any]:
     """What the losses depend on; more proxies, other targets and other workers go with the same."""
     # Its shards are in its `content`.
-    plans = {s.name: {k: v for k, v in read_plan(Path(s.path)).items() if k != "shards"} for s in sources}
+    plans = {s.name: {k: v for k, v in read_plan(s.path).items() if k != "shards"} for s in sources}
     hashes = {
         f"plan of {name}": hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:16] for name, plan in plans.items()
     }

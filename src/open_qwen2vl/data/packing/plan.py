@@ -290,7 +290,8 @@ def _run(tasks: list[_Task], documents: DocumentProcessor, options: PackOptions)
     for outcome in show_progress(sized, sum(task.amount for task in tasks), "planning"):
         indexes += outcome.notes
     if indexes:
-        logger.warning("indexes of tars: %s", ", ".join(f"{n:,} {what}" for what, n in sorted(indexes.items())))
+        level = logging.INFO if set(indexes) <= {"made", "read"} else logging.WARNING
+        logger.log(level, "indexes of tars: %s", ", ".join(f"{n:,} {what}" for what, n in sorted(indexes.items())))
 
 
 def _part_maker(documents: DocumentProcessor) -> Callable[[_Task], Outcome]:

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ...files import renamed_when_whole, write_text
-from ...places import Place, arrow_source, is_remote
+from ...places import Place, arrow_source, is_remote, place
 from ...transfers import local_copy
 from ..documents.documents import Skipped
 from ..documents.items import Document
@@ -211,11 +211,12 @@ def read_figure(folder: Place, plan: dict[str, Any], name: str) -> np.ndarray:
     return figures[FIGURES.index(name)]
 
 
-def read_plan(folder: Place) -> dict[str, Any]:
+def read_plan(folder: str | Place) -> dict[str, Any]:
     """The content of `plan.json`, with the files of the plan as `shards`.
 
     A `ValueError` if it is not there or of a version that this code does not know.
     """
+    folder = place(folder)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise ValueError(f"{folder} {what}; a folder that `open-qwen2vl pack DATA --output FOLDER` wrote is needed")

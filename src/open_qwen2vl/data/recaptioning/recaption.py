@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ...endpoint import EndpointError
 from ...files import describe_shard
 from ...output_lock import only_writer
 from ...places import Place, is_remote, place
@@ -28,6 +29,8 @@ from .checks import check_caption
 from .journal import JOURNALS, Journal, Written, journal_of
 from .options import RecaptionOptions
 from .report import write_report
+
+NO_ANSWERS = 10  # samples of a tar, so many or more, without an answer to any: the endpoint is at fault
 
 _BATCH, _CONCURRENCY = 16, 16
 
@@ -102,12 +105,20 @@ class TarCaptioner:
                 journal.add(written)
         finally:
             journal.close()
+        self._check_answers(task, journal)
         table, skipped = self._table(journal.written)
         total = len(journal.written) + len(index.skipped)
         made_with = self._captioner.made_with
         outcome = write_tar_scores(task, table, total, list(index.skipped) + skipped, recipe, made_with)
         journal_of(task.output).unlink()
         return outcome
+
+    def _check_answers(self, task: ShardTask, journal: Journal) -> None:
+        """Leave a tar undone of whose samples an endpoint answered none: that is its fault, and may be mended."""
+        written = journal.written
+        if len(written) >= NO_ANSWERS and all(one.reason in ("bad_answer", "refused_request") for one in written):
+            journal_of(task.output).unlink()
+            raise EndpointError(f"--endpoint: no answer to any of the {len(written)} samples of {task.source}")
 
     def _table(self, written: list[Written]) -> tuple[pa.Table, list[tuple[str, str]]]:
         rows = [self._checked(one) for one in written]
