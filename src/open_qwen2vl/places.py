@@ -10,7 +10,6 @@ secret is refused, so that none can come into a plan, a log or a report. What a 
 believed: a plan is compared with what is there now.
 """
 
-import asyncio
 import contextlib
 import errno
 import functools
@@ -24,8 +23,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import urlsplit
-
-from .range_reads import PATIENCE, fetch_all
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -160,6 +157,8 @@ class RemoteFile:
 
     def request(self, start: int, end: int) -> Awaitable[bytes]:
         """Ask once for the bytes of a range, in the thread that fsspec reads in."""
+        import asyncio
+
         if self._fs.async_impl:
             return self._fs._cat_file(self._path, start=start, end=end)
         if not hasattr(self._opened, "_fetch_range"):
@@ -184,12 +183,16 @@ class RemoteFile:
 OpenFile: TypeAlias = LocalFile | RemoteFile
 
 
-def read_ranges(wanted: Sequence[tuple[RemoteFile, int, int]], patience: float = PATIENCE) -> list[bytes | Exception]:
+def read_ranges(
+    wanted: Sequence[tuple[RemoteFile, int, int]], patience: float | None = None
+) -> list[bytes | Exception]:
     """The bytes of ranges of remote files, first byte and that behind the last, or why there are none; all at once."""
     import fsspec.asyn
 
+    from .range_reads import PATIENCE, fetch_all  # with asyncio, which no `--help` needs
+
     fetches = [(functools.partial(file.request, start, end), end - start) for file, start, end in wanted]
-    found = fsspec.asyn.sync(fsspec.asyn.get_loop(), fetch_all, fetches, patience)
+    found = fsspec.asyn.sync(fsspec.asyn.get_loop(), fetch_all, fetches, patience or PATIENCE)
     return [
         _named(file.name, content) if isinstance(content, Exception) else content
         for (file, _, _), content in zip(wanted, found, strict=True)

@@ -1,6 +1,5 @@
 """Captions by a model behind an endpoint, so many requests at a time."""
 
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from ...endpoint import AnswerError, Endpoint, image_part
-from ...processing.images import decode_image
+from ...processing.images import decode_image, opened_image
 from ...processing.sample_error import SampleError
 from ..scoring.pairs import RawPair, check_sides, read_pairs
 from ..storage.tars import Sample
@@ -46,6 +45,6 @@ def _sendable(data: bytes) -> bytes | Image.Image:
     """An image that any server can read upright: the file as it is, or decoded."""
     image = decode_image(data)
     check_sides(image)
-    with Image.open(io.BytesIO(data)) as file:  # its header; it was decoded just now
+    with opened_image(data) as file:  # its header
         is_plain = file.format in ("JPEG", "PNG", "WEBP") and file.getexif().get(_ORIENTATION, 1) == 1
     return data if is_plain else image

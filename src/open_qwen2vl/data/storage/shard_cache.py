@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ...files import os_errors_named, remove_temporaries, sync
+from ...files import remove_temporaries, renamed_when_whole
 from ...places import LocalFile, RemoteFile, read_ranges
 
 logger = logging.getLogger(__name__)
@@ -85,19 +85,13 @@ class ShardCache:
         return self.folder / (hashlib.sha256(name.encode()).hexdigest()[:32] + _SUFFIX)
 
     def _fetch(self, url: str, identity: dict[str, Any], path: Path) -> None:
-        with self._locked(f"lock-{int(path.stem, 16) % LOCKS:02d}"), os_errors_named(path):
+        with self._locked(f"lock-{int(path.stem, 16) % LOCKS:02d}"):
             if path.exists():  # another process has fetched it meanwhile
                 return
             remove_temporaries([path])
-            temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-            try:
-                with open(temporary, "wb") as file:
-                    self._make_room(url, file.fileno(), identity["size"])
-                    _copy(url, identity, file.fileno())
-                sync(temporary)
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            with renamed_when_whole(path) as temporary, open(temporary, "wb") as file:
+                self._make_room(url, file.fileno(), identity["size"])
+                _copy(url, identity, file.fileno())
 
     def _make_room(self, url: str, file: int, size: int) -> None:
         """Take room for a new file, by its length, which counts from now on; older shards go for it."""
