@@ -34,7 +34,7 @@ def records(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", [None, "default", "chatml"])
+@pytest.mark.parametrize("name", [None, pytest.param("default", marks=pytest.mark.slow), "chatml"])
 def test_a_converted_checkpoint_is_packed_and_trained(converted, records, tmp_path, name):
     command = ["pack", str(records / "chats.jsonl"), "--images", str(records), "--tokenizer", str(converted)]
     command += ["--output", str(tmp_path / "packs"), "--image-seq-length", "16", "--max-length", "256"]
