@@ -107,7 +107,8 @@ def describe(root: Path, subset: Path | None) -> str:
     import pyarrow.parquet as pq
 
     matching = set(json.loads((root / "data/truth.json").read_text())["matching"])
-    table = pq.read_table(root / "scores/clip", columns=["key", "uid"]).to_pylist()
+    files = sorted((root / "scores/clip").glob("*.parquet"))  # not those of the embeddings below it
+    table = [row for file in files for row in pq.read_table(file, columns=["key", "uid"]).to_pylist()]
     kept = {f"{int(high):016x}{int(low):016x}" for high, low in read_uids(subset)} if subset else set()
     keys = [row["key"] for row in table if subset is None or row["uid"] in kept]
     return f"{len(keys)} | {np.mean([key in matching for key in keys]):.0%}"
