@@ -27,7 +27,7 @@ class Faults:
     cut: float = 0.0  # share whose body ends halfway
     corrupt: float = 0.0  # share with one byte of the body changed
     hang: float = 0.0  # share that gets no answer
-    corrupt_first: int = 0  # so many from now on with one byte changed
+    coming: list[str] = field(default_factory=list)  # what becomes of the next requests, before any is drawn
     dead: bool = False  # nothing is answered: each connection is closed
     seed: int = 0
     counts: Counter = field(default_factory=Counter)  # requests by what became of them, and `bytes` sent on
@@ -36,9 +36,8 @@ class Faults:
         """What becomes of the next request."""
         if self.dead:
             return "dead"
-        if self.corrupt_first:
-            self.corrupt_first -= 1
-            return "corrupt"
+        if self.coming:
+            return self.coming.pop(0)
         value = generator.random()
         for name in ("throttle", "cut", "corrupt", "hang"):
             value -= getattr(self, name)

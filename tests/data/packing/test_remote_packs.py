@@ -57,6 +57,7 @@ def test_nothing_is_lost_to_faults_that_pass(packs, processor, proxy, quick):
     for fault, share in {"throttle": 0.4, "cut": 0.4, "hang": 0.2}.items():
         remote = PackedDataset(packs / "remote", processor)
         setattr(proxy.faults, fault, share)
+        proxy.faults.coming = [fault]  # one at least
         assert_equal(remote, local)
         assert proxy.faults.counts[fault] > 0
         setattr(proxy.faults, fault, 0.0)
@@ -68,7 +69,7 @@ def test_what_came_damaged_is_asked_for_again(packs, processor, proxy, monkeypat
     monkeypatch.setattr(proxy, "corrupt_at", 130)  # the size in the header of the first member
     proxy.faults.corrupt = 1.0
     assert sum(remote[0]["dropped"].values()) > 0
-    proxy.faults.corrupt, proxy.faults.corrupt_first = 0.0, 1
+    proxy.faults.corrupt, proxy.faults.coming = 0.0, ["corrupt"]
     item = remote[0]
     assert proxy.faults.counts["corrupt"] > 1 and not item["dropped"]
     assert torch.equal(item["input_ids"], local[0]["input_ids"])
