@@ -10,6 +10,7 @@ from open_qwen2vl.data.documents.documents import RANGES, Remote
 from open_qwen2vl.data.packing.pack_order import PackOrder
 from open_qwen2vl.data.storage.shard_cache import ShardCache
 from open_qwen2vl.trainer.checkpoints.folders import newest_complete_checkpoint
+from open_qwen2vl.trainer.loading import read_packs
 from tests.tars import write_caption_tar
 
 SHARDS = 4
@@ -81,6 +82,12 @@ def test_a_dead_store_ends_in_a_checkpoint_and_the_rest_follows(make_trainer, pl
     again.train(resume_from_checkpoint=True)
     assert not again.interrupted and again.state.global_step == 6
     assert losses(again)[:3] == losses(trainer)[:3]
+
+
+def test_a_cache_for_files_of_this_machine_is_not_used_and_said(plan, arguments, processor, tmp_path, caplog):
+    plan("local", tmp_path)
+    read_packs(str(tmp_path / "local"), processor, arguments(cache_dir=str(tmp_path / "cache")))
+    assert "cache_dir is not used: the files of local are on this machine" in caplog.text
 
 
 @pytest.mark.parametrize("window", [1, 3, 100])

@@ -1,6 +1,7 @@
 """What the trainers read: order and collator of the packs, names of their sources, steps without a label."""
 
 import inspect
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -29,6 +30,8 @@ from .arguments import PackedArguments
 
 # Of a patch of 16 x 16 pixels, the largest of the known families; what else a pack holds is small beside its pixels.
 _PATCH_BYTES = 3 * 16**2
+logger = logging.getLogger(__name__)
+
 CACHE_GB = 100.0  # of a cache whose size is not given
 _SHARED_MEMORY = Path("/dev/shm")
 
@@ -53,7 +56,10 @@ def read_packs(packs: str | list[dict[str, Any]], processor: Any, args: PackedAr
     broadcast_object_list(outcome)
     if outcome[0] is not None:
         raise ValueError(outcome[0])
-    return PackMixture(sources, processor, files_checked=True, remote=RANGES if args is None else _remote(args))
+    mixture = PackMixture(sources, processor, files_checked=True, remote=RANGES if args is None else _remote(args))
+    if args is not None and args.cache_dir and not any(dataset.is_remote for dataset in mixture.datasets):
+        logger.warning("cache_dir is not used: the files of %s are on this machine", ", ".join(mixture.names))
+    return mixture
 
 
 def _remote(args: PackedArguments) -> Remote:

@@ -78,7 +78,7 @@ class PackedDataset(Dataset):
             check_files(self.folder, self.plan)
         self._ends = read_part_ends(self.folder, self.plan)
         self._files: _OpenFiles | None = None
-        self._is_remote = is_remote(shard_path(self.folder, self.plan["shards"][0]))
+        self.is_remote = is_remote(shard_path(self.folder, self.plan["shards"][0]))
 
     @property
     def part_ends(self) -> np.ndarray:
@@ -87,7 +87,7 @@ class PackedDataset(Dataset):
 
     def fetch_ahead(self, parts: Iterable[int]) -> None:
         """Have the shards of parts fetched into the cache, if there is one, in the background."""
-        if self._remote.cache is None or not self._is_remote:
+        if self._remote.cache is None or not self.is_remote:
             return
         for part in parts:
             shards = read_part_metadata(self.folder / part_name(part))["settings"]["shards"]
@@ -123,7 +123,7 @@ class PackedDataset(Dataset):
         places: dict[str, str] = {}
         documents: list[ReadDocument] = []
         rows_of_pack = self._documents(index)
-        if self._is_remote:
+        if self.is_remote:
             self._open_files().reader.read_ahead(rows_of_pack)
         for rows in rows_by_picture(rows_of_pack):
             try:
@@ -141,7 +141,7 @@ class PackedDataset(Dataset):
         try:
             return reader.read(rows)
         except SampleError as error:
-            if not self._is_remote or error.reason in (UNREACHABLE, UNREADABLE):
+            if not self.is_remote or error.reason in (UNREACHABLE, UNREADABLE):
                 raise
         # Without TLS nothing checks what comes over a network: what is damaged may be whole the next time.
         reader.read_ahead(rows, again=True)
