@@ -36,7 +36,6 @@ class ReadCounts:
     retries: int = 0
     hedges: int = 0  # asked for a second time because of a slow answer
     failures: int = 0
-    bytes: int = 0
     slowest: float = 0.0  # seconds of the slowest range, retries included
 
 
@@ -68,7 +67,7 @@ async def _fetch(fetch: Fetch, size: int, patience: float, limit: asyncio.Semaph
                 content = await asyncio.wait_for(_hedged(fetch), min(ATTEMPT, patience))
             if len(content) != size:
                 raise OSError(f"{len(content)} bytes came, {size} were asked for")
-            _count(requests=1, bytes=size, seconds=time.monotonic() - start)
+            _count(requests=1, seconds=time.monotonic() - start)
             return content
         except FINAL as error:
             _count(requests=1, failures=1)
