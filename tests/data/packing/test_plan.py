@@ -337,8 +337,9 @@ def test_killed_planner_leaves_only_whole_parts_and_no_process(write_tar, sample
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL and not (folder / "plan.json").exists()
     assert len(workers) >= 2 and psutil.wait_procs(workers, timeout=20)[1] == []
-    finished = {path.name: path.read_bytes() for path in folder.glob("*.parquet")}
-    assert len(finished) >= 6 and finished.items() <= read_bytes(whole).items()
+    finished = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".arrow", ".parquet")}
+    assert len([name for name in finished if name.startswith("part-")]) >= 3
+    assert finished.items() <= read_bytes(whole).items()
     plan(shards, folder, tokenizer, max_length=256)
     assert read_bytes(folder) == read_bytes(whole)
 
