@@ -66,8 +66,9 @@ def read_conversation(record: Any) -> Conversation:
         [`Conversation`].
 
     Raises:
-        SampleError: `not_an_object`, `no_conversation`, `ambiguous_conversation` (`messages` that are not its
-            `conversations`, or two system prompts), `bad_turn` (a turn without text or speaker), `bad_text`,
+        SampleError: `not_an_object`, `no_conversation`, `bad_branches` (in place of turns, and never split),
+            `ambiguous_conversation` (`messages` that are not its `conversations`, or two system prompts), `bad_turn`
+            (a turn without text or speaker), `bad_text`,
             `unknown_role`, `unknown_content`, `unread_text` (reasoning), `bad_tools`, `bad_tool_calls`,
             `bad_tool_results` (of calls that were not made), `unsupported_media`,
             `unsupported_weight` (neither 0 nor 1), `bad_encoding` (half a surrogate pair), `roles_out_of_order`,
@@ -130,6 +131,8 @@ def join_texts(parts: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _turns(record: Mapping) -> list[Any]:
     found = {name: record[name] for name in TURNS if record.get(name) is not None}
+    if not any(found.values()) and record.get(BRANCHES) is not None:
+        raise SampleError("bad_branches", f"{BRANCHES} {_what_is_wrong(record[BRANCHES])}")
     if not found:
         raise SampleError("no_conversation", f"the record has neither {' nor '.join(TURNS)}")
     for name, turns in found.items():
@@ -141,6 +144,13 @@ def _turns(record: Mapping) -> list[Any]:
     if len(filled) > 1 and len({repr(list(map(_read_turn, turns))) for turns in filled}) > 1:
         raise SampleError("ambiguous_conversation", f"{' and '.join(found)} are not the same")
     return list(filled[0])
+
+
+def _what_is_wrong(branches: Any) -> str:
+    """With branches that are left when [`split_branches`] has seen the record, or that it was not asked for."""
+    if not isinstance(branches, list | tuple):
+        return f"is a {type(branches).__name__}, no list of lists of turns"
+    return "are read into packs alone" if branches else "without a turn"
 
 
 def _read_turn(turn: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 
 import datasets
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -160,8 +161,10 @@ def test_what_is_no_branch_and_no_id_is_named(folder, processor):
         "roles_out_of_order": {"image": "0.png", "branches": [turns()[::-1], turns("one more")]},
         "too_few_placeholders": {"image": "0.png", "branches": [turns(mark="")]},
     }
-    report, dataset = plan(folder, [good, *bad.values()], processor)
-    assert report.skipped == dict.fromkeys(sorted(bad), 1) and report.documents == 2
+    no_lists = [{"image": "0.png", "branches": value} for value in ("what?", {"a": turns()}, [])]
+    report, dataset = plan(folder, [good, *bad.values(), *no_lists], processor)
+    assert report.skipped == {**dict.fromkeys(sorted(bad), 1), "bad_branches": 4} and report.documents == 2
+    assert "branches is a str, no list" in str(pq.read_table(folder / "packs" / "skipped-00000.parquet").to_pylist())
     assert {len(keys) for keys in documents_of(dataset)} == {2}
     with pytest.raises(ValueError, match="made with share_images True, now None"):
         plan_packs([folder / "packs.json"], folder / "packs", processor.tokenizer, images=(folder,), **OPTIONS)
