@@ -56,6 +56,21 @@ def test_a_kind_without_its_library_is_one_line(memory):
         place("nosuch://bucket/a.tar")
 
 
+def test_an_error_of_a_store_s_library_names_the_url(monkeypatch):
+    import fsspec
+
+    fsspec.filesystem("s3").clear_instance_cache()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "notaurl")  # of which botocore has a ValueError of its own
+    for ask in (lambda url: open_file(url).read_at(1, 0), identity, lambda url: only_writer(url).__enter__()):
+        with pytest.raises(OSError, match="ValueError: Invalid endpoint: notaurl.*s3://bucket/x"):
+            ask("s3://bucket/x")
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    fsspec.filesystem("s3").clear_instance_cache()
+    with pytest.raises(OSError, match="ParamValidationError: .*s3://Bad!/x"):
+        only_writer("s3://Bad!/x").__enter__()
+    fsspec.filesystem("s3").clear_instance_cache()
+
+
 def check_reading(folder: str) -> None:
     """All ways to read, in any remote folder."""
     content = bytes(range(256)) * 100

@@ -16,8 +16,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import urlsplit
 
-from .places import Place, is_remote
+from .places import Place, filesystem, is_remote, remote_errors_named
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +44,10 @@ def only_writer(
     """Hold the lock of an output; `FolderInUse`, which names its process, if another holds it for `patience` seconds.
 
     The lock of a folder lies in it, that of a file beside it. Of several ranks each holds a part, so that they work
-    side by side, but not beside another run.
+    side by side, but not beside another run. A bucket is asked whether it is there.
     """
+    if is_remote(output):
+        _check_store(str(output))
     path = _lock_path(output, is_file)
     if blocking := next((folder for folder in (path.parent, *path.parent.parents) if folder.is_file()), None):
         raise ValueError(f"{output}: {blocking} is a file, not a folder")
@@ -68,6 +71,19 @@ def only_writer(
         with contextlib.suppress(OSError):
             for folder in made:
                 folder.rmdir()  # nothing was written
+
+
+def _check_store(url: str) -> None:
+    """Ask a store once, before any work: an `OSError` with the URL where it fails, a `ValueError` without a bucket."""
+    store, parts = filesystem(url), urlsplit(url)
+    with remote_errors_named(url, library_alone=True):
+        try:
+            store.find(f"{url}/{LOCK_NAME}")  # a folder that is yet to be made is no error
+            return
+        except FileNotFoundError:
+            there = store.exists(f"{parts.scheme}://{parts.netloc}")
+    if not there:
+        raise ValueError(f"{url}: there is no such bucket or repository")
 
 
 def _lock_path(output: str | Place, is_file: bool) -> Path:

@@ -117,8 +117,9 @@ class RemoteFile:
     """
 
     def __init__(self, url: str, whole: bool = False):
-        self.name = url
-        self._fs, self._whole = filesystem(url), whole
+        self.name, self._whole = url, whole
+        with remote_errors_named(url, library_alone=True):
+            self._fs = filesystem(url)
         self._path = self._fs._strip_protocol(url)
         self._blocks: dict[int, bytes] = {}  # the last two, by their numbers: threads read a little out of order
         self._lock = threading.Lock()
@@ -207,7 +208,7 @@ def _bytes_of(content: bytes | Exception) -> bytes:
 
 def _named(url: str, error: Exception) -> Exception:
     try:
-        with remote_errors_named(url):
+        with remote_errors_named(url, library_alone=True):
             raise error
     except Exception as named:
         return named
@@ -316,7 +317,7 @@ def _identity(url: str, info: dict[str, Any]) -> dict[str, Any]:
 
 
 def _info(url: str) -> dict[str, Any]:
-    with remote_errors_named(url):
+    with remote_errors_named(url, library_alone=True):
         info = filesystem(url).info(url)
     if info["type"] != "file":
         raise IsADirectoryError(errno.EISDIR, "a folder, not a file", url)
@@ -331,8 +332,8 @@ def filesystem(url: str) -> "AbstractFileSystem":
 
 
 @contextlib.contextmanager
-def remote_errors_named(url: "str | Place") -> Iterator[None]:
-    """Make of what a library of buckets raises in the block an `OSError` that names the URL."""
+def remote_errors_named(url: "str | Place", library_alone: bool = False) -> Iterator[None]:
+    """Make of what a library raises in the block an `OSError` with the URL; of a `ValueError` if it is alone there."""
     try:
         yield
     except FileNotFoundError as error:
@@ -342,7 +343,7 @@ def remote_errors_named(url: "str | Place") -> Iterator[None]:
             kind = type(error) if isinstance(error, PermissionError | TimeoutError) else OSError
             raise kind(error.errno or errno.EIO, " ".join(str(error).split()), str(url)) from error
         raise
-    except (ImportError, MemoryError, ValueError):
-        raise
     except Exception as error:  # each library has its own kinds, without a common one
+        if isinstance(error, ImportError | MemoryError) or isinstance(error, ValueError) and not library_alone:
+            raise
         raise OSError(errno.EIO, f"{type(error).__name__}: {' '.join(str(error).split())}", str(url)) from error

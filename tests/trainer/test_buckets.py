@@ -6,9 +6,10 @@ from transformers import TrainerCallback
 
 from open_qwen2vl import range_reads
 from open_qwen2vl.data import PackMixture, parse_sources, plan_packs
-from open_qwen2vl.data.documents.documents import RANGES, Remote
+from open_qwen2vl.data.documents.documents import RANGES, UNREACHABLE, Remote
 from open_qwen2vl.data.packing.pack_order import PackOrder
 from open_qwen2vl.data.storage.shard_cache import ShardCache
+from open_qwen2vl.output_lock import only_writer
 from open_qwen2vl.trainer.checkpoints.folders import newest_complete_checkpoint
 from open_qwen2vl.trainer.loading import read_packs
 from tests.tars import write_caption_tar
@@ -82,6 +83,22 @@ def test_a_dead_store_ends_in_a_checkpoint_and_the_rest_follows(make_trainer, pl
     again.train(resume_from_checkpoint=True)
     assert not again.interrupted and again.state.global_step == 6
     assert losses(again)[:3] == losses(trainer)[:3]
+
+
+def test_a_library_s_own_error_is_that_of_a_dead_store(plan, uploaded, monkeypatch, caplog):
+    packs = plan("remote", uploaded)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "notaurl")  # found wrong by botocore when it first reads, by a ValueError
+    fsspec.filesystem("s3").clear_instance_cache()
+    assert packs.datasets[0][0]["dropped"].keys() == {UNREACHABLE}
+    assert f"ValueError: Invalid endpoint: notaurl: '{uploaded}/" in caplog.text
+
+
+def test_a_bucket_that_is_not_there_is_named(bucket):
+    for url in (bucket, f"{bucket}/new/folder"):
+        with only_writer(url):
+            pass
+    with pytest.raises(ValueError, match="s3://nobucket/x: there is no such bucket"):
+        only_writer("s3://nobucket/x").__enter__()
 
 
 def test_a_cache_for_files_of_this_machine_is_not_used_and_said(plan, arguments, processor, tmp_path, caplog):
