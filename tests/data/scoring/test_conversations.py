@@ -104,6 +104,7 @@ def test_pack_takes_what_the_filter_keeps(chats, backbones, capsys):
     ]
     assert main(elsewhere) == 2
     assert "--subset: it has none of the 7 samples" in capsys.readouterr().err
+    assert not (chats / "p").exists()
 
 
 def test_the_same_picture_and_question(chats):

@@ -313,6 +313,13 @@ def test_the_second_plan_over_foreign_tars_reads_indexes_alone(
     assert reads[0] < reads[1]
 
 
+def test_indexes_are_a_folder(caption_tars, tmp_path, tokenizer):
+    for folder in (caption_tars[0], caption_tars[0] / "below"):
+        with pytest.raises(ValueError, match=f"--indexes {folder}: {caption_tars[0]} is a file, not a folder"):
+            plan_packs(caption_tars, tmp_path / "packs", tokenizer, indexes=str(folder), **OPTIONS)
+    assert not (tmp_path / "packs").exists()
+
+
 def test_texts_of_an_index_are_those_of_its_very_tar(resharded, tmp_path, tokenizer, caplog):
     """A caption that is changed in its place, and an index of format version 2, which has no texts."""
     data = resharded.read_bytes()

@@ -23,7 +23,7 @@ from ...families import difference, document_processor
 from ...families.interface import DocumentProcessor, Media
 from ...files import content_hash, describe_shard, describe_shards, remove_temporaries, shard_path
 from ...output_lock import only_writer
-from ...places import Place, place
+from ...places import Place, is_remote, place
 from ...processing.text_formats import tokenizer_fingerprint
 from ...processing.tool_forms import TOOL_FORMS
 from ..documents.documents import Group, Skipped, plan_group
@@ -162,7 +162,12 @@ def _indexes(kind: SourceKind, options: PackOptions) -> Place | None:
     if kind.suffixes != TAR or kind.text_format not in ("caption", "text"):
         return None
     folder = place(options.output)
-    return place(options.indexes) if options.indexes else folder.with_name(f"{folder.name}_indexes")
+    if not options.indexes:
+        return folder.with_name(f"{folder.name}_indexes")
+    indexes = place(options.indexes)
+    if not is_remote(indexes) and (file := next((one for one in (indexes, *indexes.parents) if one.is_file()), None)):
+        raise ValueError(f"--indexes {indexes}: {file} is a file, not a folder")
+    return indexes
 
 
 def _settings(kind: SourceKind, options: PackOptions, documents: DocumentProcessor, folder: Place) -> dict[str, Any]:
@@ -330,6 +335,9 @@ def _finish(folder: Place, settings: dict[str, Any], shards: list[dict[str, Any]
     """Sum up the parts and write plan.json."""
     total = PlanReport.of_parts([PlanReport(**read_part_metadata(task.part)["report"]) for task in tasks])
     if not total.samples and total.not_chosen:
+        for task in tasks:  # or the right subset would be refused as another one
+            task.part.unlink(missing_ok=True)
+            task.skipped.unlink(missing_ok=True)
         raise ValueError(f"--subset: it has none of the {total.not_chosen:,} samples of these files")
     if not total.samples:
         raise ValueError(f"{shard_path(folder, shards[0])}: not a single record in it")
