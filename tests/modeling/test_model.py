@@ -1,5 +1,7 @@
 """The model: token budgets, what exists and what trains, batches without images, generation, saving and loading."""
 
+from functools import partial
+
 import pytest
 import torch
 from PIL import Image
@@ -196,6 +198,16 @@ def test_dtype_and_attention_reach_every_part(backbones):
 def test_a_backbone_of_another_kind_is_refused(backbones):
     with pytest.raises(ValueError, match="'qwen2' cannot be the vision tower"):
         OpenQwen2VLForConditionalGeneration.from_vision_text_pretrained(backbones["text"], backbones["text"])
+
+
+def test_an_option_that_is_mistyped_is_named(backbones):
+    build = partial(OpenQwen2VLForConditionalGeneration.from_vision_text_pretrained, **backbones)
+    for name, meant in (("dtpye", "dtype"), ("image_seq_len", "image_seq_length")):
+        with pytest.raises(TypeError, match=f"knows no option {name!r} .did you mean {meant!r}"):
+            build(**{name: "x"})
+    for given in ("bf16", "nn"):
+        with pytest.raises(ValueError, match=f"dtype is {given!r}, no type of torch"):
+            build(dtype=given)
 
 
 @pytest.mark.parametrize("budget", [[9, 9], [[9], [[9]]], torch.tensor(9), torch.tensor([[9], [9]])])

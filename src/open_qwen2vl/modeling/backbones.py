@@ -3,8 +3,10 @@
 This file travels with checkpoints: it imports installed libraries and its siblings only.
 """
 
+import difflib
 import logging
 import os
+import re
 from typing import Any
 
 import torch
@@ -31,6 +33,8 @@ EOS_TOKEN = "<|im_end|>"
 ADDED_TOKENS = (IMAGE_TOKEN, "<|im_start|>", EOS_TOKEN, "<|endofchunk|>", "<s>")
 # What of the options of a model's `from_pretrained` says where files lie.
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
+_OPTIONS = (*_HUB_OPTIONS, "image_seq_length", "dtype", "attn_implementation", "device_map", "quantization_config")
+_UNEXPECTED = re.compile("unexpected keyword argument '(.+)'")
 
 
 def load_backbones(vision: str, text: str, **kwargs) -> tuple[PreTrainedModel, PreTrainedModel, dict[str, Any]]:
@@ -38,6 +42,7 @@ def load_backbones(vision: str, text: str, **kwargs) -> tuple[PreTrainedModel, P
     them: `image_token_id`, `image_mean` and `image_std`.
     """
     kwargs = {"trust_remote_code": False} | kwargs
+    _check_dtype(kwargs)
     places = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
     vision_config = AutoConfig.from_pretrained(vision, **places)
     vision_config = getattr(vision_config, "vision_config", vision_config)
@@ -45,13 +50,13 @@ def load_backbones(vision: str, text: str, **kwargs) -> tuple[PreTrainedModel, P
     check_text_config(AutoConfig.from_pretrained(text, **places), text)
     images = AutoImageProcessor.from_pretrained(vision, **places)
     tokens = _token_ids(AutoTokenizer.from_pretrained(text, **places))
-    language_model = AutoModelForCausalLM.from_pretrained(text, **kwargs)
+    language_model = _load(AutoModelForCausalLM, text, **kwargs)
     if kwargs.get("dtype", kwargs.get("torch_dtype", "auto")) in (None, "auto"):
         # Stored dtypes may differ, and a layer cannot join two.
         kwargs["dtype"] = language_model.dtype
         kwargs.pop("torch_dtype", None)
         _tell_dtype(vision_config, language_model)
-    vision_tower = AutoModel.from_pretrained(vision, config=vision_config, **kwargs)
+    vision_tower = _load(AutoModel, vision, config=vision_config, **kwargs)
     if max(tokens.values()) >= language_model.get_input_embeddings().num_embeddings:
         language_model.resize_token_embeddings(max(tokens.values()) + 1)
     _silence(language_model, tokens[IMAGE_TOKEN])
@@ -62,6 +67,26 @@ def load_backbones(vision: str, text: str, **kwargs) -> tuple[PreTrainedModel, P
             backbone.config._name_or_path = ""
     values = {"image_mean": list(images.image_mean), "image_std": list(images.image_std)}
     return vision_tower, language_model, {"image_token_id": tokens[IMAGE_TOKEN], **values}
+
+
+def _check_dtype(kwargs: dict[str, Any]) -> None:
+    for name in ("dtype", "torch_dtype"):
+        given = kwargs.get(name)
+        if isinstance(given, str) and given != "auto" and not isinstance(getattr(torch, given, None), torch.dtype):
+            raise ValueError(f"{name} is {given!r}, no type of torch, as float32 or bfloat16, and not auto")
+
+
+def _load(kind: type, name: str, **kwargs) -> PreTrainedModel:
+    """A backbone; what neither `from_pretrained` nor its config knows of the options is a `TypeError` of ours."""
+    try:
+        return kind.from_pretrained(name, **kwargs)
+    except TypeError as error:
+        unknown = _UNEXPECTED.search(str(error))
+        if unknown is None or unknown[1] not in kwargs:
+            raise
+        near = difflib.get_close_matches(unknown[1], _OPTIONS, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise TypeError(f"from_vision_text_pretrained knows no option {unknown[1]!r}{hint}") from None
 
 
 def put_together(model: Any, vision_tower: PreTrainedModel, language_model: PreTrainedModel) -> Any:

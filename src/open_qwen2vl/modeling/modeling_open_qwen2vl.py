@@ -315,7 +315,8 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
             grown where the vocabulary of `text` had no row left for the tokens that the processor adds to it.
 
         Raises:
-            ValueError: for backbones that cannot take these places, each by its name.
+            ValueError: for backbones that cannot take these places, each by its name, and for a dtype that is none.
+            TypeError: for an option that neither `from_pretrained` nor a config of the two knows.
         """
         vision_tower, language_model, values = load_backbones(vision, text, **kwargs)
         backbones = {"vision_config": vision_tower.config, "text_config": language_model.config}
