@@ -88,5 +88,6 @@ def test_wheel_carries_its_template_and_runs_elsewhere(tmp_path):
     ):
         assert (recipes / name).read_bytes() == (ROOT / "recipes" / name).read_bytes()
     code = "import open_qwen2vl, os; print(os.path.dirname(open_qwen2vl.__file__)); import open_qwen2vl.cli"
+    code += "; from open_qwen2vl.mixing.options import own_recipe; print(own_recipe())"
     out = run(code, cwd=tmp_path, env={"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin"})
-    assert out == str(site / "open_qwen2vl")
+    assert out.splitlines() == [str(site / "open_qwen2vl"), str(recipes / "pretrain.py")]

@@ -1,5 +1,6 @@
 """The command: proxies on drawn mixtures, a proposal that follows their losses, reruns, and what is refused."""
 
+import contextlib
 import json
 import shutil
 
@@ -9,17 +10,18 @@ import yaml
 from open_qwen2vl import cli
 from open_qwen2vl.data import parse_sources
 from tests.data.killed_step import read_folder
-from tests.mixing.conftest import RECIPE
 
 
 def mix(file, output, *options) -> int:
-    return cli.main(["mix", str(file), "--output", str(output), "--recipe", str(RECIPE), *map(str, options)])
+    return cli.main(["mix", str(file), "--output", str(output), *map(str, options)])
 
 
 @pytest.fixture(scope="module")
 def searched(sources_file, tmp_path_factory):
+    """From another folder than that of the recipes."""
     output = tmp_path_factory.mktemp("searched") / "mix"
-    assert mix(sources_file, output, "--proxies", 5) == 0
+    with contextlib.chdir(output.parent):
+        assert mix(sources_file, output, "--proxies", 5) == 0
     return output
 
 

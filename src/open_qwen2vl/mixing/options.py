@@ -1,6 +1,7 @@
 """Options of the command `mix`."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from ..options import flag, option
@@ -20,7 +21,9 @@ class MixOptions:
         metavar="SOURCES.yaml",
     )
     output: str = option(help="folder of proxies, report and mixture.yaml; a rerun goes on there", metavar="DIR")
-    recipe: str = option("recipes/pretrain.py", help="what trains a proxy", metavar="FILE.py")
+    recipe: str | None = option(
+        None, help="what trains a proxy (default: recipes/pretrain.py of this project)", metavar="FILE.py"
+    )
     proxies: int = option(32, help="mixtures that are trained on; more can be added by a rerun", metavar="N")
     steps: int | None = option(None, help="of a proxy (default: max_steps of SOURCES.yaml)", metavar="N")
     seeds: int = option(1, help="trainings of each mixture, with seeds from that of SOURCES.yaml on", metavar="N")
@@ -56,3 +59,18 @@ class MixOptions:
             raise ValueError(f"--num-workers must be at least 1, got {self.num_workers}")
         if self.gpus_per_worker < 0:
             raise ValueError(f"--gpus-per-worker must not be negative, got {self.gpus_per_worker:g}")
+
+
+def own_recipe() -> Path | None:
+    """The project's recipes/pretrain.py, of the repository or as it was installed with the package; None if gone."""
+    repository = Path(__file__).parents[3] / "recipes" / "pretrain.py"
+    if repository.is_file():
+        return repository
+    from importlib.metadata import PackageNotFoundError, files  # with the library of e-mails, which no `--help` needs
+
+    try:
+        installed = files("open-qwen2vl") or []
+    except PackageNotFoundError:
+        return None
+    ours = (Path(file.locate()) for file in installed if file.match("share/open_qwen2vl/recipes/pretrain.py"))
+    return next((path for path in ours if path.is_file()), None)

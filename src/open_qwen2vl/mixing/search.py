@@ -23,7 +23,7 @@ from ..files import remove_temporaries, write_json, write_text
 from ..options import flag, load_yaml
 from ..output_lock import only_writer
 from .fitting import fit_domain, propose
-from .options import MixOptions
+from .options import MixOptions, own_recipe
 from .proxies import Proxy, train_proxy
 from .report import MixReport, write_report
 
@@ -82,8 +82,10 @@ def read_base(options: MixOptions) -> dict[str, Any]:
     """Options of the proxies' recipe; a `ValueError` for what a search cannot do."""
     if find_spec("sklearn") is None:
         raise ValueError('mix needs scikit-learn: pip install "open-qwen2vl[mix]"')
-    if not Path(options.recipe).is_file():
-        raise ValueError(f"--recipe {options.recipe} does not exist: name recipes/pretrain.py of this project")
+    if options.recipe is None and own_recipe() is None:
+        raise ValueError("recipes/pretrain.py of this project is not installed here: name one by --recipe")
+    if options.recipe is not None and not Path(options.recipe).is_file():
+        raise ValueError(f"--recipe {options.recipe} does not exist: leave it out for recipes/pretrain.py")
     base, file = load_yaml(f"cannot read {options.sources}", options.sources), options.sources
     if not isinstance(base, dict) or not all(base.get(name) for name in ("train_packs", "eval_packs")):
         raise ValueError(f"{file}: options of a training with train_packs and eval_packs are needed")
@@ -146,7 +148,7 @@ def _train(
     description: str,
 ) -> list[dict[str, Any]]:
     """Records of mixtures, trained where there is none; `wanted` has file name, weights and seed of each."""
-    recipe, here = os.path.abspath(options.recipe), os.getcwd()
+    recipe, here = os.path.abspath(options.recipe or own_recipe()), os.getcwd()
     proxies = [
         Proxy(
             output / f"{name}-{seed}.json",
