@@ -343,6 +343,11 @@ def test_what_is_not_supported_is_refused(options, make_trainer, packs, rows, ti
         make_trainer(datasets.Dataset.from_dict({"text": ["a"]}))
     with pytest.raises(ValueError, match="no order by index"):
         make_trainer(rows.to_iterable_dataset())
+    for change in ({"cache_dir": "cache"}, {"shuffle_window": 2}, {"read_patience": 60.0}):
+        with pytest.raises(
+            ValueError, match=f"{next(iter(change))} has no effect here: it says how the packs of a plan"
+        ):
+            make_trainer(rows, **change)
 
 
 def test_a_name_instead_of_a_model(base_folder, rows, options):

@@ -33,6 +33,7 @@ _PATCH_BYTES = 3 * 16**2
 logger = logging.getLogger(__name__)
 
 CACHE_GB = 100.0  # of a cache whose size is not given
+_OF_PLANS = ("cache_dir", "shuffle_window", "read_patience")
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -143,6 +144,9 @@ def check_sources(
     if isinstance(eval_dataset, PackMixture):
         evaluation_order(eval_dataset, args)
     if not isinstance(train_dataset, PackMixture):
+        for name in _OF_PLANS:
+            if getattr(args, name) != getattr(type(args), name):
+                raise ValueError(f"{name} has no effect here: it says how the packs of a plan are read (train_packs)")
         return
     if args.train_sampling_strategy != "random":
         raise ValueError("train_sampling_strategy is not supported: packs come in an order of their own")
