@@ -71,6 +71,15 @@ def test_a_file_gives_defaults_and_the_command_line_wins(config):
     assert (other.packs, args.train_language_model, args.train_projector) == ("there", False, True)
 
 
+def test_the_name_of_every_boolean_alone_is_true(config):
+    bare = ("--bf16", "--disable_tqdm", "--hub-private-repo", "--ddp_broadcast_buffers", "--ddp_static_graph")
+    (args,) = parse_arguments((PackedSFTConfig,), "", [config("bf16: false\n"), "--use_cpu", *bare])
+    assert args.bf16 and args.disable_tqdm and args.hub_private_repo and args.ddp_broadcast_buffers
+    assert args.ddp_static_graph is True
+    (args,) = parse_arguments((PackedSFTConfig,), "", ["--use_cpu", "--bf16", "false", "--ddp_static_graph=no"])
+    assert (args.bf16, args.ddp_static_graph) == (False, False)
+
+
 @pytest.mark.parametrize("word", ["no", "No", "off", "false", "'no'"])
 def test_no_is_a_strategy(config, word):
     """YAML takes it for a boolean."""

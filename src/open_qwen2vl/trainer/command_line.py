@@ -22,6 +22,9 @@ class _Parser(HfArgumentParser):
         # The parent class replaces the types of the fields.
         self.hints = {name: hint for kind in dataclasses for name, hint in get_type_hints(kind).items()}
         super().__init__(dataclasses, **kwargs)
+        for action in self._actions:
+            if action.type is string_to_bool and action.nargs is None:  # of `bool | None`: the name alone is true, too
+                action.nargs, action.const = "?", True
 
     def error(self, message: str) -> None:
         """End with one line instead of the usage, which has a page of options."""
