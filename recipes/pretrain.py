@@ -37,7 +37,7 @@ from open_qwen2vl.data.packing.plan_files import read_plan
 from open_qwen2vl.data.packing.sources import parse_sources
 from open_qwen2vl.trainer import parse_arguments, run_recipe
 from open_qwen2vl.trainer.loading import read_packs
-from open_qwen2vl.trainer.model_loading import check_dtype, load_pretrained, tokens_per_image
+from open_qwen2vl.trainer.model_loading import check_dtype, load_pretrained, loading_errors_named, tokens_per_image
 
 logger = logging.getLogger("pretrain")
 
@@ -108,7 +108,8 @@ def load_model(args: ModelArguments, budget: int | None) -> tuple[PreTrainedMode
     backbones = (args.vision_model, args.text_model)
     logger.info("building a new model from %s and %s (%s)", *backbones, args.dtype)
     options = {"dtype": args.dtype, "attn_implementation": args.attn_implementation}
-    model = OpenQwen2VLForConditionalGeneration.from_vision_text_pretrained(*backbones, budget, **options)
+    with loading_errors_named(" and ".join(backbones), args.attn_implementation):
+        model = OpenQwen2VLForConditionalGeneration.from_vision_text_pretrained(*backbones, budget, **options)
     return model, OpenQwen2VLProcessor.from_vision_text_pretrained(*backbones, budget)
 
 

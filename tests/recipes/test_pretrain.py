@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from open_qwen2vl.trainer.run import asked_checkpoint
 from tests.fork_server import fork_program, forked_programs, has_ended
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+WITHOUT_FLASH = pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attn is installed")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -229,6 +231,11 @@ def test_a_checkpoint_trains_on(launched, tmp_path, config, monkeypatch, backbon
         (["--ignore_data_skip"], "ignore_data_skip is not supported: a resumed run would read packs again"),
         (["--train_sampling_strategy", "sequential"], "train_sampling_strategy is not supported"),
         (["--report_to", "clearml"], "report_to: clearml is not installed"),
+        pytest.param(
+            ["--attn_implementation", "flash_attention_2"],
+            "attn_implementation flash_attention_2: ",
+            marks=WITHOUT_FLASH,
+        ),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_line(config, tmp_path, monkeypatch, capsys, options, message):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from open_qwen2vl.trainer import parse_arguments
 from open_qwen2vl.trainer.lora import load_lora, merged_model
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+WITHOUT_FLASH = pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attn is installed")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 WORDS = ["a", "photo", "of", "two", "dogs", "blue", "cat"]
 
@@ -238,6 +240,9 @@ def test_unpacked(config, rows, model_folder, tmp_path, monkeypatch):
             "trust_remote_code is not supported: code that comes with a checkpoint is never run",
         ),
         (["--model_init_kwargs", '{"revision": "x"}'], "model_init_kwargs is not supported"),
+        pytest.param(
+            ["--attn_implementation", "flash_attention_2"], "installed. (pip install flash-attn)", marks=WITHOUT_FLASH
+        ),
         (["--train_packs=", "--dataset_name", "{empty}"], "empty.jsonl is empty"),
         (["--train_packs=", "--dataset_name", "{broken}"], "cannot read {broken}: "),
         (["--train_packs=", "--dataset_name", "{lines}"], "lines.jsonl"),

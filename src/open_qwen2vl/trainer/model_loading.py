@@ -30,7 +30,8 @@ def load_pretrained(
         options: passed to `from_pretrained`.
 
     Raises:
-        ValueError: where there is no model, or for an adapter on a base that would be quantised.
+        ValueError: where there is no model, for an adapter on a base that would be quantised, and for an option whose
+            package is not installed.
     """
     check_dtype(dtype)
     folder = model_folder(name)
@@ -43,14 +44,14 @@ def load_pretrained(
         from .lora import merged_model  # PEFT takes seconds to import
 
         logger.info("its adapter is merged into the base model")
-        with _weights_named(folder):
+        with loading_errors_named(folder, attn_implementation):
             return merged_model(folder, **options), processor
     config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=False)
     if config.model_type == "open_qwen2vl" or attn_implementation != PACKED:
         # Other families get the packed attention when they are prepared for packing.
         options["attn_implementation"] = attn_implementation
     options |= {"revision": revision, "trust_remote_code": False}
-    with _weights_named(folder):
+    with loading_errors_named(folder, attn_implementation):
         model = AutoModelForImageTextToText.from_pretrained(folder, **options)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(f"{name} is an adapter: download it and name its folder, or merge it into its base model")
@@ -58,12 +59,17 @@ def load_pretrained(
 
 
 @contextlib.contextmanager
-def _weights_named(folder: str) -> Iterator[None]:
-    """Name the folder whose weights are none."""
+def loading_errors_named(what: str, attn_implementation: str) -> Iterator[None]:
+    """A `ValueError` that names what has weights that are none, or the option whose package is not installed."""
     try:
         yield
     except (SafetensorError, pickle.UnpicklingError) as error:
-        raise ValueError(f"the weights in {folder} cannot be read: {error}") from error
+        raise ValueError(f"the weights in {what} cannot be read: {error}") from error
+    except ImportError as error:
+        if not attn_implementation.startswith("flash"):
+            raise ValueError(f"{what} cannot be loaded: {error}") from error
+        package = " (pip install flash-attn)" if attn_implementation == "flash_attention_2" else ""
+        raise ValueError(f"attn_implementation {attn_implementation}: {error}{package}") from error
 
 
 def check_dtype(dtype: str) -> None:

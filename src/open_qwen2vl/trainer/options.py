@@ -151,6 +151,7 @@ _NO_OPTIM_ARGS = (
     ),
     *("paged_adamw_32bit", "paged_adamw_8bit", "paged_lion_32bit", "paged_lion_8bit"),
 )
+_LOW_RANK = ("galore", "apollo")  # families of optimizers, each of a package of its own
 _EVALUATED = ("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "eval_on_start")
 _CHECKPOINT_OPTIONS = frozenset(
     ("every_n_layers", "use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop", "context_fn")
@@ -176,7 +177,7 @@ def refuse_unsupported(args: Any) -> None:
         )
     if args.optim_args and str(getattr(args.optim, "value", args.optim)) in _NO_OPTIM_ARGS:
         raise ValueError("optim_args has no effect on this optim: give adam_beta1, adam_epsilon, ... by their names")
-    if args.optim_target_modules and not any(kind in str(args.optim).lower() for kind in ("galore", "apollo")):
+    if args.optim_target_modules and not any(kind in str(args.optim).lower() for kind in _LOW_RANK):
         raise ValueError("optim_target_modules is for optimizers of low rank (galore, apollo)")
 
 
@@ -235,10 +236,14 @@ def check_what_is_built(args: Any) -> None:
             schedule.step()
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"lr_scheduler_type {args.lr_scheduler_type}, lr_scheduler_kwargs: {error}") from error
+    optim = str(getattr(args.optim, "value", args.optim))
+    for name in _LOW_RANK:
+        if name in optim:
+            _check_installed(f"optim {optim}", f"{name}_torch", f"{name}-torch")
     if not args.optim_target_modules and args.optim != MUON:
         try:
             kind, _ = Trainer.get_optimizer_cls_and_kwargs(args)
-        except (ImportError, RuntimeError) as error:
+        except (ImportError, RuntimeError, ValueError) as error:
             raise ValueError(f"optim: {error}") from error
         if args.async_save and kind.__module__.startswith("torchao"):
             raise ValueError("async_save is not supported with torchao's optimizers: torch cannot copy their states")
