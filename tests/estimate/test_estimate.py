@@ -219,6 +219,16 @@ def test_without_bf16_the_time_is_that_of_a_given_mfu(recipe, capsys):
     assert main([*command, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["time"] is None and figures["levers"] == [] and figures["hours"] > 0
+    assert "products" not in table and not figures["assumed_products"]
+
+
+def test_what_the_recipes_do_not_agree_on_is_told(recipe, capsys):
+    command = ["estimate", recipe(bf16=None), "--gpu", "h100"]
+    assert main(command) == 2
+    told = "as recipes/pretrain.py has it (recipes/sft.py takes bf16 on a GPU)"
+    assert f"the recipe does not say bf16: float32 is assumed, {told}, and time" in capsys.readouterr().err
+    assert main([*command, "--mfu", "0.1"]) == 0
+    assert f"products   in float32, {told}: the recipe does not say bf16" in capsys.readouterr().out
 
 
 def test_the_options_of_the_recipes_are_known():

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 from ..families import packed_model
 from ..families.interface import StepWork, VisionWork
 from ..trainer.figures.flops import GPUS, Gpu
-from .figures import Estimate
+from .figures import ASSUMED_AS, Estimate
 from .inputs import Work, assumed_work, number_of, planned_work, read_config, read_recipe, read_training
 from .levers import predict_levers
 from .memory import GIB, PARTS, MicroBatch, Training, parameters_by_part
@@ -121,6 +121,8 @@ def estimate_run(
         num_gpus=num_gpus,
         mfu=peak_seconds / seconds,
         assumed_mfu=options.mfu is not None,
+        products=_products(recipe, training),
+        assumed_products=_products_assumed(recipe),
         parameters=roofline.counts,
         trained=sorted(training.trained),
         gpu_memory=capacity,
@@ -157,13 +159,24 @@ def _in_bf16(gpu: str, recipe: dict[str, Any], training: Training, mfu: float | 
     if gpu in NO_BF16:
         reason = f"--gpu {gpu} has no bf16 units"
     elif not training.bf16 and training.dtype != torch.bfloat16:
-        kind = "fp16" if recipe.get("fp16") else str(training.dtype).removeprefix("torch.")
-        reason = f"bf16 is off: this recipe computes in {kind}"
+        reason = f"bf16 is off: this recipe computes in {_products(recipe, training)}"
+        if _products_assumed(recipe):
+            reason = f"the recipe does not say bf16: {_products(recipe, training)} is assumed, {ASSUMED_AS}"
     else:
         return True
     if mfu is None:
         raise ValueError(f"{reason}, and time is predicted for bf16 alone; give --mfu, the share of its peak reached")
     return False
+
+
+def _products(recipe: dict[str, Any], training: Training) -> str:
+    """The type that products are computed in."""
+    return "bf16" if training.bf16 else "fp16" if recipe.get("fp16") else str(training.dtype).removeprefix("torch.")
+
+
+def _products_assumed(recipe: dict[str, Any]) -> bool:
+    """Whether that is the recipe's own default: the same file means bf16 to recipes/sft.py."""
+    return recipe["bf16"] is None and not recipe.get("fp16")
 
 
 def _roofline(config: PreTrainedConfig, work: list[Work], gpu: Gpu, options: EstimateOptions) -> Roofline:

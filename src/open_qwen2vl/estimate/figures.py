@@ -8,6 +8,7 @@ from .memory import GIB
 from .placement import TITLES, Placement
 from .time import StepTime
 
+ASSUMED_AS = "as recipes/pretrain.py has it (recipes/sft.py takes bf16 on a GPU)"
 SMALL_BYTES = 10 * GIB  # on a GPU; below it the parts are told in MiB
 
 
@@ -20,6 +21,8 @@ class Estimate:
         num_gpus (`int`): their number.
         mfu (`float`): predicted, or assumed where it was given, 0 to 1.
         assumed_mfu (`bool`): whether it was given.
+        products (`str`): the type that they are computed in, as bf16.
+        assumed_products (`bool`): whether the recipe does not say so.
         parameters (`dict[str, int]`): by part of the model.
         trained (`list[str]`): the parts that train.
         gpu_memory (`float`): bytes of a GPU.
@@ -46,6 +49,8 @@ class Estimate:
     num_gpus: int
     mfu: float
     assumed_mfu: bool
+    products: str
+    assumed_products: bool
     parameters: dict[str, int]
     trained: list[str]
     gpu_memory: float
@@ -139,6 +144,8 @@ class Estimate:
             else f"${figures['cost']:,.{2 if figures['cost'] < 10 else 0}f}",
             "MFU": f"{self.mfu:.0%}, {'assumed (--mfu)' if self.assumed_mfu else 'predicted: not measured on a GPU'}",
         }
+        if self.assumed_products:
+            lines["products"] = f"in {self.products}, {ASSUMED_AS}: the recipe does not say bf16"
         if self.price_per_hour is not None:
             lines["price"] = f"${self.price_per_hour:.2f} a GPU-hour ({self.price_source})"
         nothing = f"nothing fits {self.gpu_memory / GIB:,.1f} GiB: take more GPUs, larger ones or LoRA"

@@ -119,7 +119,10 @@ def assumed_work(
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """Options of a recipe's YAML file, as the trainer reads them; a `ValueError` for what it would refuse."""
+    """Options of a recipe's YAML file, as the trainer reads them; a `ValueError` for what it would refuse.
+
+    `bf16` is None where the file does not say it, for the recipes do not agree on what that means.
+    """
     options = load_yaml(f"cannot read {path}", path)
     if not isinstance(options, dict):
         raise ValueError(f"{path}: not a YAML file of `option: value` lines")
@@ -127,7 +130,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         if name not in _KNOWN:
             near = difflib.get_close_matches(str(name), _KNOWN, n=1)
             raise ValueError(f"{path}: no option {name!r}" + f"; near it is {near[0]}" * len(near))
-    read = {**DEFAULTS, **{name: _as_read(name, value) for name, value in options.items()}}
+    read = {**DEFAULTS, "bf16": None, **{name: _as_read(name, value) for name, value in options.items()}}
     check_values(SimpleNamespace(**read))
     check_combinations(SimpleNamespace(**read))
     return {"dtype": "float32", **read}
