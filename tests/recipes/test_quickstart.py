@@ -91,6 +91,16 @@ def test_corpus_is_a_function_of_its_options(data, tmp_path):
     assert not list(data.parent.glob("*.partial"))
 
 
+@pytest.mark.slow
+def test_the_whole_corpus_is_that_of_the_readme(tmp_path):
+    summary = build_data.build(tmp_path / "data")
+    pictures, train = summary["train"] + summary["held_out"], summary["train"]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert (
+        f"renders {pictures:,} real emoji drawings" in readme and f"very architecture on {train:,} of them" in readme
+    )
+
+
 def test_finished_corpus_is_left_alone(data):
     before = {path.name: path.stat().st_mtime_ns for path in data.iterdir()}
     build_data.build(data, limit=30, seed=2)
@@ -237,9 +247,8 @@ def test_whole_chain(tmp_path, tmp_path_factory):
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     command = ["sh", "recipes/quickstart/run.sh", "--max_steps", "4", "--logging_steps", "1"]
     with forked_programs(tmp_path_factory.mktemp("bin")) as path:
-        done = subprocess.run(
-            command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PATH": path, "PICTURES": "40"}
-        )
+        environment = {**os.environ, "PATH": path, "EMOJI": "100", "PICTURES": "40"}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
 
     run = tmp_path / "runs" / "quickstart"

@@ -258,6 +258,8 @@ def check_loader(config: Any) -> None:
 
 def check_report_to(names: list[str]) -> None:
     """Raise ValueError for a reporting library that does not exist or is not installed."""
+    if not names:  # to ask which are installed imports them, wandb for more than a second
+        return
     installed = get_available_reporting_integrations()
     optional = ("azure_ml", "comet_ml", "dagshub", "dvclive", "mlflow", "neptune", "tensorboard", "wandb")
     for name in names:
