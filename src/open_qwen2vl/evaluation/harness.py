@@ -7,7 +7,9 @@ one process, and a judge is asked once.
 
 import argparse
 import contextlib
+import copy
 import difflib
+import functools
 import os
 import re
 import sys
@@ -77,20 +79,33 @@ def import_harness() -> Any:
 def make_task_manager(tasks: Sequence[str], folders: Sequence[Path] = ()) -> Any:
     """An index of tasks that has the given ones; lmms-eval's own 2,000 files are read only if they are needed."""
     import_harness()
-    from lmms_eval.tasks import TaskManager
-
     for folder in folders:
         if not Path(folder).is_dir():
             raise ValueError(f"--include-path {folder}: no such folder")
     paths = [str(TASKS_FOLDER), *map(str, folders)]
-    manager = TaskManager("ERROR", include_path=paths, include_defaults=False)
+    manager = _manager_class()("ERROR", include_path=paths, include_defaults=False)
     if not set(tasks) <= set(manager.all_tasks):
-        manager = TaskManager("ERROR", include_path=paths)
+        manager = _manager_class()("ERROR", include_path=paths)
     for name in tasks:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
             raise ValueError(f"--tasks {name}: no such task" + (f"; near it: {', '.join(near)}" if near else ""))
     return manager
+
+
+@functools.cache
+def _manager_class() -> type:
+    """lmms-eval's index of tasks, which reads its own files, for more than a second, once a process."""
+    from lmms_eval.tasks import TaskManager
+
+    own = functools.cache(lambda: TaskManager("ERROR", include_defaults=False).initialize_tasks())
+
+    class Tasks(TaskManager):
+        def initialize_tasks(self, include_path: Any = None, include_defaults: bool = True) -> dict[str, Any]:
+            found = super().initialize_tasks(include_path, include_defaults=False)
+            return {**found, **copy.deepcopy(own())} if include_defaults else found
+
+    return Tasks
 
 
 def load_tasks(manager: Any, name: str) -> list:
