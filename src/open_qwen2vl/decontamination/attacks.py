@@ -8,8 +8,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 from ..processing.images import decode_image
-from .index import LIMITS, ContaminationIndex, Unlike
+from .views import Unlike
 
+Like = Callable[[Image.Image], set[int]]  # the entries that a picture is taken for, or `Unlike`
 _SMALL = 64  # pixels of the shorter side
 
 
@@ -94,9 +95,9 @@ ATTACKS: dict[str, Callable[[Image.Image, np.random.Generator], Image.Image]] = 
 }
 
 
-def self_test(index: ContaminationIndex, samples: list[tuple[int, Image.Image]]) -> list[AttackCounts]:
-    """Recall and precision of each kind of change, of entries with a picture of each."""
-    twins: list[set[int]] = [_like(index, image) for _, image in samples]
+def self_test(like: Like, samples: list[tuple[int, Image.Image]]) -> list[AttackCounts]:
+    """Recall and precision of each kind of change, of entries with a picture of each; `like` looks for a picture."""
+    twins: list[set[int]] = [like(image) for _, image in samples]
     counts = []
     for number, (kind, attack) in enumerate(ATTACKS.items()):
         random = np.random.default_rng(number)
@@ -104,7 +105,7 @@ def self_test(index: ContaminationIndex, samples: list[tuple[int, Image.Image]])
         for (entry, image), own in zip(samples, twins, strict=True):
             changed = attack(image, random)
             try:
-                taken = _like(index, changed)
+                taken = like(changed)
             except Unlike:
                 continue
             looked += 1
@@ -115,11 +116,6 @@ def self_test(index: ContaminationIndex, samples: list[tuple[int, Image.Image]])
     return counts
 
 
-def _like(index: ContaminationIndex, image: Image.Image) -> set[int]:
-    found = index.similarities(image, sure=2.0)  # all candidates are compared
-    return {entry for entry, similarity in found.items() if similarity >= LIMITS["image"]}
-
-
-def clean_alarms(index: ContaminationIndex, samples: list[tuple[int, Image.Image]]) -> list[tuple[int, int]]:
+def clean_alarms(like: Like, samples: list[tuple[int, Image.Image]]) -> list[tuple[int, int]]:
     """Entries whose unchanged picture is taken for that of another entry, and that entry: twins, or false alarms."""
-    return [(entry, other) for entry, image in samples for other in sorted(_like(index, image) - {entry})]
+    return [(entry, other) for entry, image in samples for other in sorted(like(image) - {entry})]

@@ -1,8 +1,9 @@
 """All evaluation pictures and texts in a folder, written once; workers map it and ask it for each sample.
 
 thumbnails.npy  uint8 (pictures and what is inside their frames, 64, 64)     owners.npy  the entry of each
-crops.faiss     coarse vectors of each thumbnail's crops, 8 bits a number    names.json  set, name of each entry
-ngrams.npz      of the texts                                                 index.json  what it was made from
+colors.npy      uint8 (the same, 2, 16, 16)                                  names.json  set, name of each entry
+crops.faiss     coarse vectors of each thumbnail's crops, 8 bits a number    index.json  what it was made from
+ngrams.npz      of the texts
 
 `index.json` is read by a rerun, which refuses an index of other sets.
 """
@@ -23,20 +24,16 @@ from ..files import new_folder
 from ..processing.images import decode_image, to_rgb
 from ..processing.sample_error import SampleError
 from . import pictures
-from .pictures import COARSE, COARSE_SIZE, FINE, Interval, Window
+from .pictures import COARSE, COARSE_SIZE, COLOR_SIDE, FINE, SIDE, Thumbnail, Window
 from .sets import Entry, EvaluationSet, describe_set, picture_columns, read_set
 from .texts import TextIndex, index_texts
+from .verification import similarity
+from .views import CROPS, PLAIN, View, told_apart, views
 
 LIMITS = {part: float(limit) for part, limit in CONTAMINATED}  # of similarity; from there `contaminated()` is true
 DECODED_SIZE = (256, 256)
-PLAIN = "plain_image"
-_HALVES = (Interval(0, 0.5), Interval(0.5, 1))
-QUARTERS = tuple(Window(x, y) for x in _HALVES for y in _HALVES)
-CROPS = (*pictures.WINDOWS, *QUARTERS)
-_WHOLE = Window(Interval(0, 1), Interval(0, 1))
-_MIN_DETAIL, _MIN_QUARTER_DETAIL = 8.0, 16.0  # below, skies and gradients are all alike
-_NEAREST, _COMPARED = 24, 24  # crops of a view; thumbnails in all
-_MIN_COARSE, _MIN_FIRST, _OUTSIDE = 0.72, 0.2, 0.05
+_NEAREST, _COMPARED = 24, 12  # crops of a view; thumbnails in all
+_MIN_COARSE, _MIN_FIRST, _OUTSIDE = 0.72, 0.25, 0.05
 _SURE = 0.98  # no other candidate is looked at
 _FLAT_CROPS = 500_000  # above, crops lie in lists, of which some are searched
 _LISTS, _SEARCHED, _TRAINED_ON = 4096, 32, 160_000
@@ -51,28 +48,26 @@ class Match(NamedTuple):
     entry: int  # -1 where there is none
 
 
-class Unlike(SampleError):
-    """A picture that cannot be told from others."""
-
-
 class ContaminationIndex:
     """An index that [`build_index`] wrote, for one process; a `ValueError` that names the file if one is damaged."""
 
     def __init__(self, folder: Path):
         faiss = import_faiss()
         faiss.omp_set_num_threads(1)  # a process for each core looks through a tar
-        sizes = _read_json(folder, "index.json", dict)["files"]
-        with _whole(folder / "thumbnails.npy", sizes) as path:
+        sizes = read_part(folder, "index.json", dict)["files"]
+        with whole_file(folder / "thumbnails.npy", sizes) as path:
             self.thumbnails = np.load(path, mmap_mode="r")
-        with _whole(folder / "owners.npy", sizes) as path:
+        with whole_file(folder / "colors.npy", sizes) as path:
+            self.colors = np.load(path, mmap_mode="r")
+        with whole_file(folder / "owners.npy", sizes) as path:
             self.owners = np.load(path)
-        with _whole(folder / "crops.faiss", sizes) as path:
+        with whole_file(folder / "crops.faiss", sizes) as path:
             self._crops = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
-        with _whole(folder / "ngrams.npz", sizes) as path, np.load(path) as arrays:
+        with whole_file(folder / "ngrams.npz", sizes) as path, np.load(path) as arrays:
             self._texts = TextIndex(arrays["hashes"], arrays["owners"], arrays["sizes"])
             self._text_owners = arrays["text_owners"]
-        with _whole(folder / "names.json", sizes):
-            self.names: list[list[str]] = _read_json(folder, "names.json", list)
+        with whole_file(folder / "names.json", sizes):
+            self.names: list[list[str]] = read_part(folder, "names.json", list)
 
     def match_text(self, text: str) -> Match:
         """The evaluation text of which most is in a text."""
@@ -87,43 +82,62 @@ class ContaminationIndex:
 
     def similarities(self, image: Image.Image, sure: float = _SURE) -> dict[int, float]:
         """Similarity, 0 to 1, of each evaluation picture that may be the same; `Unlike` if it shows too little."""
-        views = _views(pictures.thumbnails(image))
         found: dict[int, float] = {}
-        for thumbnail, window, whole in self._candidates(views):
-            pixels = self.thumbnails[thumbnail].astype(np.float32)
-            wanted, _ = pictures.fine(whole)
-            first, _ = pictures.fine(pictures.transform(pixels, window, FINE))
-            if first @ wanted < _MIN_FIRST:
+        for row, window, view in self._candidates(views(image)):
+            thumbnail = Thumbnail(self.thumbnails[row], self.colors[row])
+            wanted, _ = pictures.fine(view.whole.grey[:FINE, :FINE])
+            fitted, window = pictures.best_fit(thumbnail.grey.astype(np.float32), window, wanted)
+            if fitted < pictures.MIN_FITTED:
                 continue
-            _, fitted = pictures.best_fit(pixels, window, wanted)
-            similarity = min(max(pictures.agreement(whole, fitted), 0.0), 1.0)
-            entry = int(self.owners[thumbnail])
-            found[entry] = max(found.get(entry, 0.0), similarity)
-            if similarity >= sure:
+            entry = int(self.owners[row])
+            found[entry] = max(found.get(entry, 0.0), similarity(view.whole, thumbnail, window))
+            if found[entry] >= sure:
                 break
         return found
 
-    def _candidates(self, views: "list[_View]") -> Iterator[tuple[int, Window, np.ndarray]]:
+    def like(self, image: Image.Image) -> set[int]:
+        """The entries that a picture is taken for: all candidates are compared; `Unlike` if it shows too little."""
+        found = self.similarities(image, sure=2.0)
+        return {entry for entry, value in found.items() if value >= LIMITS["image"]}
+
+    def _candidates(self, asked: list[View]) -> list[tuple[int, Window, View]]:
         """Thumbnails that have a crop like a view, the likest first; the crop that the whole picture then is of it."""
         if not len(self.thumbnails):
-            return
-        asked = pictures.coarse(np.stack([view.transform[:COARSE, :COARSE] for view in views]))
-        cosines, crops = self._crops.search(np.ascontiguousarray(asked, np.float32), _NEAREST)
-        likest: dict[tuple[int, int], tuple[float, int]] = {}  # view and thumbnail: its crop
+            return []
+        vectors = pictures.coarse(np.stack([view.transform[:COARSE, :COARSE] for view in asked]))
+        cosines, crops = self._crops.search(np.ascontiguousarray(vectors, np.float32), _NEAREST)
+        likest: dict[tuple[int, int], Window] = {}  # view and thumbnail: where the whole picture is in it
         for number, (near, rows) in enumerate(zip(cosines.tolist(), crops.tolist(), strict=True)):
             for cosine, row in zip(near, rows, strict=True):
-                if row >= 0 and cosine >= _MIN_COARSE:
-                    thumbnail, crop = divmod(row, len(CROPS))
-                    likest.setdefault((number, thumbnail), (cosine, crop))
-        ordered = sorted(likest.items(), key=lambda item: (-item[1][0], item[0]))
-        for (number, thumbnail), (_, crop) in ordered[:_COMPARED]:
-            window = Window(*map(_extended, CROPS[crop], views[number].window))
-            if all(-_OUTSIDE <= edge <= 1 + _OUTSIDE for interval in window for edge in interval):
-                yield thumbnail, window, views[number].whole
+                thumbnail, crop = divmod(row, len(CROPS))
+                if row >= 0 and cosine >= _MIN_COARSE and (number, thumbnail) not in likest:
+                    likest[number, thumbnail] = asked[number].place_of_whole(CROPS[crop])
+        return self._likest(
+            asked,
+            {
+                key: window
+                for key, window in likest.items()
+                if all(-_OUTSIDE <= edge <= 1 + _OUTSIDE for interval in window for edge in interval)
+            },
+        )
+
+    def _likest(self, asked: list[View], windows: dict[tuple[int, int], Window]) -> list[tuple[int, Window, View]]:
+        """Those that more frequencies are like as well, before they are moved to where they fit."""
+        if not windows:
+            return []
+        numbers, rows = np.array(list(windows)).T
+        edges = np.stack([pictures.in_steps(window) for window in windows.values()])  # (candidates, 2, 2)
+        across, down = (pictures.cosines(edges[:, axis], FINE) for axis in (0, 1))
+        vectors, _ = pictures.fine(down @ self.thumbnails[rows].astype(np.float32) @ across.mT)
+        wholes, _ = pictures.fine(np.stack([view.whole.grey[:FINE, :FINE] for view in asked]))
+        alike = (vectors * wholes[numbers]).sum(axis=1)
+        order = np.argsort(-alike, kind="stable")[:_COMPARED]
+        chosen, places = order[alike[order] >= _MIN_FIRST], list(windows.values())
+        return [(int(rows[n]), places[n], asked[numbers[n]]) for n in chosen]
 
 
 @contextlib.contextmanager
-def _whole(path: Path, sizes: dict[str, int] | None = None) -> Iterator[Path]:
+def whole_file(path: Path, sizes: dict[str, int] | None = None) -> Iterator[Path]:
     """Read a file of an index: a `ValueError` that names it if it is missing, of another size or damaged.
 
     Sizes are compared first: to touch what was cut from a mapped file would end the process.
@@ -136,49 +150,13 @@ def _whole(path: Path, sizes: dict[str, int] | None = None) -> Iterator[Path]:
         raise ValueError(f"{path}: damaged or missing; delete {path.parent} to make it again") from error
 
 
-def _read_json(folder: Path, name: str, kind: type) -> Any:
-    with _whole(folder / name) as path:
+def read_part(folder: Path, name: str, kind: type, parts: set[str] = _PARTS) -> Any:
+    """A json file of an index; a `ValueError` that names it if it is damaged, or an object without some parts."""
+    with whole_file(folder / name) as path:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, kind) or (kind is dict and not _PARTS <= content.keys()):
+        if not isinstance(content, kind) or (kind is dict and not parts <= content.keys()):
             raise ValueError("not as it was written")
         return content
-
-
-class _View(NamedTuple):
-    """A part of a picture that is looked for."""
-
-    window: Window  # which part
-    transform: np.ndarray  # float32 (16, 16), of it
-    whole: np.ndarray  # of the whole picture
-
-
-def _extended(interval: Interval, part: Interval) -> Interval:
-    """Where a whole axis lies, if a part of it lies at an interval."""
-    scale = (interval.stop - interval.start) / (part.stop - part.start)
-    start = interval.start - part.start * scale
-    return Interval(start, start + scale)
-
-
-def _views(thumbnails: np.ndarray) -> list[_View]:
-    """A picture, what is inside its frame, its quarters, and all of them mirrored."""
-    if not len(thumbnails):
-        raise Unlike(PLAIN, "the picture is of one grey")
-    plain = [_View(_WHOLE, whole, whole) for whole in pictures.transform(thumbnails, _WHOLE, FINE)]
-    for quarter in QUARTERS:  # a text or logo leaves some of them alone
-        plain.append(_View(quarter, pictures.transform(thumbnails[0], quarter, FINE), plain[0].whole))
-    details = [(view, pictures.fine(view.transform)[1]) for view in plain]
-    views = [
-        view for view, detail in details if detail >= (_MIN_DETAIL if view.window == _WHOLE else _MIN_QUARTER_DETAIL)
-    ]
-    if not views or max(pictures.shown_blocks(view.whole) for view in views) < pictures.MIN_BLOCKS:
-        raise Unlike(PLAIN, "the picture shows too little to be told from others")
-    return [*views, *map(_mirrored, views)]
-
-
-def _mirrored(view: _View) -> _View:
-    signs = (-1.0) ** np.arange(FINE, dtype=np.float32)  # of horizontal frequencies
-    start, stop = view.window.x
-    return _View(Window(Interval(1 - stop, 1 - start), view.window.y), view.transform * signs, view.whole * signs)
 
 
 def import_faiss() -> Any:
@@ -197,7 +175,7 @@ def build_index(folder: Path, sets: Sequence[EvaluationSet]) -> dict[str, Any]:
     """
     described = [describe_set(each, folder) for each in sets]
     if folder.exists():
-        made = _read_json(folder, "index.json", dict)
+        made = read_part(folder, "index.json", dict)
         if made["sets"] != described:
             raise ValueError(f"{folder}: made from other sets, or they have changed: choose another --output")
         return made
@@ -208,8 +186,12 @@ def build_index(folder: Path, sets: Sequence[EvaluationSet]) -> dict[str, Any]:
     if not contents.thumbnails and not contents.texts:
         raise ValueError(f"--against: nothing to compare with in {', '.join(each.name for each in sets)}")
     with new_folder(folder) as temporary:
-        thumbnails = np.stack(contents.thumbnails) if contents.thumbnails else np.empty((0, 64, 64), np.uint8)
+        thumbnails = np.array([kept.grey for kept in contents.thumbnails], np.uint8).reshape(-1, SIDE, SIDE)
+        colors = np.array([kept.color for kept in contents.thumbnails], np.uint8).reshape(
+            -1, 2, COLOR_SIDE, COLOR_SIDE
+        )
         np.save(temporary / "thumbnails.npy", thumbnails)
+        np.save(temporary / "colors.npy", colors)
         np.save(temporary / "owners.npy", np.array(contents.owners, np.int64))
         (temporary / "names.json").write_text(json.dumps(contents.names, ensure_ascii=False), encoding="utf-8")
         faiss.write_index(index_crops(thumbnails), str(temporary / "crops.faiss"))
@@ -225,7 +207,7 @@ class _Contents:
     """What the sets hold, as it is gathered."""
 
     def __init__(self):
-        self.thumbnails: list[np.ndarray] = []
+        self.thumbnails: list[Thumbnail] = []
         self.owners: list[int] = []
         self.names: list[list[str]] = []
         self.texts: list[str] = []
@@ -263,9 +245,8 @@ class _Contents:
 
     def _add_picture(self, image: bytes | Image.Image) -> None:
         image = decode_image(image, DECODED_SIZE) if isinstance(image, bytes) else to_rgb(image)
-        found = pictures.thumbnails(image)
-        _views(found)  # raises where there is too little to see
-        self.thumbnails += list(np.round(found).astype(np.uint8))
+        found = [thumbnail for thumbnail, _ in told_apart(image)]
+        self.thumbnails += found
         self.owners += [len(self.names) - 1] * len(found)
 
     def _add_texts(self, entry: Entry) -> None:

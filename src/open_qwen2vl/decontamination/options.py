@@ -15,7 +15,10 @@ class DecontaminateOptions:
     """
 
     pool: tuple[str, ...] = option(
-        help="WebDataset tars of captions, or folders of them", positional=True, metavar="POOL"
+        help="WebDataset tars of captions, or folders of them; conversations as pack takes them (.json, .jsonl, "
+        ".parquet)",
+        positional=True,
+        metavar="POOL",
     )
     against: tuple[str, ...] = option(
         help="evaluation sets: pictures, parquet or arrow tables, tars, folders of all these, tasks of lmms-eval "
@@ -23,6 +26,20 @@ class DecontaminateOptions:
         metavar="SET",
     )
     output: str = option(help="the scores go to DIR/contaminated/TAR.parquet", metavar="DIR")
+    images: tuple[str, ...] = option(
+        (),
+        help="of conversations, where images are that are named by a path: a folder, an uncompressed .tar or a .zip; "
+        "may be repeated (default for tables: their own folder)",
+        metavar="DIR_OR_ARCHIVE",
+        form="repeated",
+    )
+    embeddings: tuple[str, ...] = option(
+        (),
+        help="scores of this pool that were made by score --scorer clip --keep-embeddings: pictures of the sets are "
+        "looked for by that model's embeddings too; may be repeated",
+        metavar="SCORES",
+        form="repeated",
+    )
     self_test: int = option(
         200, help="evaluation pictures that are changed in known ways and looked for, to tell the recall", metavar="N"
     )

@@ -1,9 +1,9 @@
 """Is one picture a copy of another: re-encoded, resized, cropped, mirrored, framed, grey or written on?
 
-    image ── grey 256x256 ── views: whole, without its frame, both mirrored ── grey 64x64 ── cosine transform
+    image ── 256x256 ── views: whole, without its frame, both mirrored ── grey 64x64, color 16x16 ── cosine transform
     coarse (64,): frequencies below 8      finds candidates among the crops of the evaluation pictures
     fine (250,): frequencies below 16      moves the candidate's crop until it fits best
-    16 blocks of both                      which are alike, or show something else
+    64 blocks (verification.py)            which are alike, or show something else
 
 A crop is an interval of each axis: its transform is that of the whole thumbnail's pixels by cosines that are stretched
 over the interval, so no crop is ever resized. Frequencies are weighted by what undoes their fall in photographs; the
@@ -17,17 +17,18 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-SIDE, COARSE, FINE = 64, 8, 16  # pixels of a thumbnail; frequencies of an axis
+SIDE, COARSE, FINE, FINEST = 64, 8, 16, 32  # pixels of a thumbnail; frequencies of an axis
+STEPS = 200  # of a side, by which crops are moved
+COLOR_SIDE = 16  # pixels of a thumbnail's color
 COARSE_SIZE = COARSE**2  # a number of which libraries compare 16 at a time
 LENGTHS = (1.0, 0.925, 0.85, 0.775, 0.7)  # of indexed crops, in parts of a side
 _STEP, _MOST_STRETCH = 0.075, 0.08  # between crops; by which a crop's sides may differ
-_GREY = 256  # pixels in which frames are looked for
-_PLAIN = 2.0  # grey levels (standard deviation) below which a picture shows nothing
+_PIXELS = 256  # of a side, in which frames are looked for
 _FRAME_RANGE, _SMALLEST_INSIDE = 12, 0.3  # grey levels within a line of a frame; part of a side that a picture keeps
 _LOWEST_FINE = 3
-MIN_BLOCKS, _MIN_BLOCK_DETAIL, _BLOCK_SHARE = 6, 8.0, 0.25  # of 16; lengths; of the mean length
-_MOVES = (0.04, 0.02, 0.01)  # of a crop's edges, in parts of a side
-_NUDGES = np.array(list(itertools.product((-1, 0, 1), repeat=2)))  # of both edges
+MIN_FITTED = 0.6  # cosine of a crop, once it has been moved at all
+_MOVES = (8, 4, 2)  # of a crop's edges, in steps
+NUDGES = np.array(list(itertools.product((-1, 0, 1), repeat=2)))  # of both edges
 
 
 class Interval(NamedTuple):
@@ -44,6 +45,9 @@ class Window(NamedTuple):
     y: Interval
 
 
+WHOLE = Window(Interval(0, 1), Interval(0, 1))
+
+
 def _intervals(length: float) -> list[Interval]:
     starts = np.linspace(0, 1 - length, round((1 - length) / _STEP) + 1)
     return [Interval(float(start), float(start) + length) for start in starts]
@@ -57,15 +61,22 @@ WINDOWS = tuple(
 )
 
 
-def thumbnails(image: Image.Image) -> np.ndarray:
-    """Grey thumbnails of the picture, and of what is inside its frame if it has one: float32 `(1 or 2, 64, 64)`.
+class Thumbnail(NamedTuple):
+    """What is kept of a picture."""
 
-    None, `(0, 64, 64)`, of a picture of one grey.
-    """
-    grey = image.convert("L").resize((_GREY, _GREY), Image.Resampling.BOX)
-    boxes = [(0, 0, _GREY, _GREY), *_inside_of_frame(np.asarray(grey, np.int16))]
-    found = [np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BOX, box), np.float32) for box in boxes]
-    return np.stack(found) if found[0].std() >= _PLAIN else np.empty((0, SIDE, SIDE), np.float32)
+    grey: np.ndarray  # uint8 (64, 64)
+    color: np.ndarray  # uint8 (2, 16, 16): blue and red differences as of JPEG, 128 for grey
+
+
+def thumbnails(image: Image.Image) -> list[Thumbnail]:
+    """Thumbnails of the picture, and of what is inside its frame if it has one."""
+    pixels = image.resize((_PIXELS, _PIXELS), Image.Resampling.BOX).convert("YCbCr")
+    grey, *color = pixels.split()
+    found = []
+    for box in [(0, 0, _PIXELS, _PIXELS), *_inside_of_frame(np.asarray(grey, np.int16))]:
+        small = [one.resize((COLOR_SIDE, COLOR_SIDE), Image.Resampling.BOX, box) for one in color]
+        found.append(Thumbnail(np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BOX, box)), np.stack(small)))
+    return found
 
 
 def _inside_of_frame(grey: np.ndarray) -> list[tuple[int, int, int, int]]:
@@ -75,31 +86,45 @@ def _inside_of_frame(grey: np.ndarray) -> list[tuple[int, int, int, int]]:
         return []
     # Half of the outermost pixels may be of the frame.
     first = [int(found[0]) + (found[0] > 0) for found in (columns, rows)]
-    last = [int(found[-1]) + (found[-1] == _GREY - 1) for found in (columns, rows)]
+    last = [int(found[-1]) + (found[-1] == _PIXELS - 1) for found in (columns, rows)]
     sides = [stop - start for start, stop in zip(first, last, strict=True)]
-    if min(sides) < _SMALLEST_INSIDE * _GREY or max(_GREY - side for side in sides) <= 4:
+    if min(sides) < _SMALLEST_INSIDE * _PIXELS or max(_PIXELS - side for side in sides) <= 4:
         return []
     return [(*first, *last)]
 
 
 def transform(thumbnail: np.ndarray, window: Window, size: int) -> np.ndarray:
     """Cosine transform of a crop of thumbnails `(..., 64, 64)`: `(..., size, size)`, vertical frequencies first."""
-    return _fixed_cosines(window.y, size) @ thumbnail @ _fixed_cosines(window.x, size).T
+    across, down = (_cosines(interval)[:size] for interval in window)
+    return down @ thumbnail @ across.T
 
 
-@functools.lru_cache(1024)
-def _fixed_cosines(interval: Interval, size: int) -> np.ndarray:
-    return _cosines(np.array(interval), size)
+def cosines(intervals: np.ndarray, size: int) -> np.ndarray:
+    """Cosines stretched over intervals `(..., 2)`, in `STEPS` of a side: float32 `(..., size, 64)`."""
+    found = [
+        _cosines(Interval(start / STEPS, stop / STEPS))[:size] for start, stop in intervals.reshape(-1, 2).tolist()
+    ]
+    return np.stack(found).reshape(*intervals.shape[:-1], size, SIDE)
 
 
-def _cosines(intervals: np.ndarray, size: int) -> np.ndarray:
-    """Cosines stretched over intervals `(..., 2)`, sampled at the pixels: float32 `(..., size, 64)`."""
+@functools.lru_cache(8192)
+def _cosines(interval: Interval) -> np.ndarray:
+    """Cosines stretched over an interval, at the pixels: float32 `(32, 64)`; few intervals are ever asked for."""
     edges = np.arange(SIDE + 1) / SIDE
-    start, stop = intervals[..., :1], intervals[..., 1:]
+    start, stop = interval
     covered = np.clip((np.minimum(edges[1:], stop) - np.maximum(edges[:-1], start)) * SIDE, 0, 1)
-    angles = (np.pi * (edges[:-1] + 0.5 / SIDE - start) / (stop - start)).astype(np.float32)
-    weights = (covered / (SIDE * (stop - start))).astype(np.float32)
-    return np.cos(np.arange(size, dtype=np.float32)[:, None] * angles[..., None, :]) * weights[..., None, :]
+    angles = np.pi * (edges[:-1] + 0.5 / SIDE - start) / (stop - start)
+    return (np.cos(np.arange(FINEST)[:, None] * angles) * covered / (SIDE * (stop - start))).astype(np.float32)
+
+
+def in_steps(window: Window) -> np.ndarray:
+    """The edges of a window in `STEPS` of a side, int `(2, 2)`: what is fitted moves by these."""
+    return np.round(np.array(window) * STEPS).astype(int)
+
+
+def as_window(edges: np.ndarray) -> Window:
+    """The window of edges in `STEPS`."""
+    return Window(*(Interval(start / STEPS, stop / STEPS) for start, stop in edges.tolist()))
 
 
 def coarse(transforms: np.ndarray) -> np.ndarray:
@@ -127,70 +152,16 @@ def _weights(size: int) -> np.ndarray:
     return np.sqrt(1 + np.add.outer(squares, squares)).astype(np.float32)
 
 
-def best_fit(thumbnail: np.ndarray, window: Window, wanted: np.ndarray) -> tuple[float, np.ndarray]:
-    """Largest cosine of a vector of [`fine`] with those of a thumbnail's crops near a window, and that transform."""
-    edges = np.array(window)
+def best_fit(thumbnail: np.ndarray, window: Window, wanted: np.ndarray) -> tuple[float, Window]:
+    """Largest cosine of a vector of [`fine`] with those of a thumbnail's crops near a window, and that crop."""
+    edges, cosine = in_steps(window), 0.0
     for move in _MOVES:
         for axis in (0, 1, 0, 1):
-            near = edges[axis] + move * _NUDGES
-            moved, other = _cosines(near, FINE), _cosines(edges[1 - axis], FINE)
+            near = edges[axis] + move * NUDGES
+            moved, other = cosines(near, FINE), cosines(edges[1 - axis], FINE)
             found = other @ (thumbnail @ moved.mT) if axis == 0 else moved @ (thumbnail @ other.T)
-            cosines = fine(found)[0] @ wanted
-            best = int(cosines.argmax())
-            edges[axis] = near[best]
-    return float(cosines[best]), found[best]
-
-
-def agreement(one: np.ndarray, other: np.ndarray) -> float:
-    """In how far two pictures are the same, of their transforms `(16, 16)`: -1 to 1.
-
-    Each of 16 blocks that show anything is compared for itself. The lowest may be of what was written or pasted there
-    and do not count: one of 6 blocks, half of 16. One edge or spot is alike in many pictures: below 6 blocks it is 0.
-    """
-    blocks = np.stack([_blocks(one), _blocks(other)])
-    lengths = np.linalg.norm(blocks, axis=-1)
-    chosen = _shown(lengths.max(axis=0))
-    if chosen.sum() < MIN_BLOCKS:
-        return 0.0
-    # As a correlation, but 1 only where the contrasts are equal too.
-    products = 2 * (blocks[0] * blocks[1]).sum(axis=-1)[chosen]
-    alike = np.sort(products / (lengths**2).sum(axis=0)[chosen])
-    return float(alike[2 * (len(alike) - 4) // 3])
-
-
-def shown_blocks(transform: np.ndarray) -> int:
-    """In how many of its 16 blocks a picture shows anything; of its transform `(16, 16)`."""
-    return int(_shown(np.linalg.norm(_blocks(transform), axis=-1)).sum())
-
-
-def _shown(lengths: np.ndarray) -> np.ndarray:
-    return lengths >= np.maximum(_MIN_BLOCK_DETAIL, _BLOCK_SHARE * lengths.mean())
-
-
-def _blocks(transform: np.ndarray) -> np.ndarray:
-    """A picture of 32x32 pixels of a transform, in 16 blocks without their means and slopes: float32 `(16, 64)`."""
-    waves, planes = _inverse(), _planes()
-    picture = waves @ (transform * _soft_weights()) @ waves.T
-    tiles = picture.reshape(4, 8, 4, 8).swapaxes(1, 2).reshape(16, 64)
-    return tiles - tiles @ planes @ planes.T
-
-
-@functools.cache
-def _soft_weights() -> np.ndarray:
-    """Weights that fall to the highest frequencies: cut off, they would ring in blocks that show nothing."""
-    fall = np.cos(np.pi / 2 * np.arange(FINE) / FINE) ** 2
-    return (np.sqrt(_weights(FINE)) * np.outer(fall, fall)).astype(np.float32)
-
-
-@functools.cache
-def _planes() -> np.ndarray:
-    """What is constant or falls evenly over a block, as orthonormal columns `(64, 3)`."""
-    along = np.arange(8, dtype=np.float32) - 3.5
-    columns = np.stack([np.ones((8, 8)), *np.meshgrid(along, along)]).reshape(3, 64)
-    return (columns / np.linalg.norm(columns, axis=-1, keepdims=True)).T.astype(np.float32)
-
-
-@functools.cache
-def _inverse() -> np.ndarray:
-    along = (np.arange(2 * FINE) + 0.5) / (2 * FINE)
-    return (2 * np.cos(np.pi * np.arange(FINE) * along[:, None])).astype(np.float32)
+            alike = fine(found)[0] @ wanted
+            cosine, edges[axis] = float(alike.max()), near[alike.argmax()]
+        if cosine < MIN_FITTED:
+            break
+    return cosine, as_window(edges)

@@ -14,8 +14,10 @@ from ..files import write_json
 from ..pages import escape, write_page
 from ..places import Place, arrow_source
 from .attacks import AttackCounts
+from .embeddings import LIMIT as EMBEDDED
 from .index import LIMITS
 
+_LIMITS = {**LIMITS, "embedding": EMBEDDED}
 _SHOWN = 5  # pairs of evaluation pictures that are taken for each other
 
 
@@ -28,6 +30,7 @@ class DecontaminationReport:
         contents (`dict`): pictures, texts and what was left out by reason, by set.
         texts_left_out (`dict[str, int]`): texts of the sets that are not looked for, by reason.
         attacks (`list[AttackCounts]`): the self-test, by kind of change.
+        embedded (`list[AttackCounts]`): the same by embeddings; empty without them.
         compared (`int`): evaluation pictures that took part in the self-test.
         alike (`list`): pairs of entries (set and name) whose unchanged pictures are taken for each other.
         found (`dict[str, dict[str, int]]`): samples of the pool that `contaminated()` names, by set: images, texts.
@@ -37,6 +40,7 @@ class DecontaminationReport:
     contents: dict[str, dict[str, Any]]
     texts_left_out: dict[str, int]
     attacks: list[AttackCounts]
+    embedded: list[AttackCounts]
     compared: int
     alike: list[tuple[list[str], list[str]]]
     found: dict[str, dict[str, int]]
@@ -50,9 +54,13 @@ class DecontaminationReport:
         if self.compared:
             lines.append(f"self-test  of {self.compared:,} pictures, recall and precision:")
             lines += [f"           {one.kind:<32}{one.recall:7.1%} {one.precision:7.1%}" for one in self.attacks]
+            if self.embedded:
+                lines.append(f"embedded   the same, by a cosine of {EMBEDDED}:")
+            lines += [f"           {one.kind:<32}{one.recall:7.1%} {one.precision:7.1%}" for one in self.embedded]
             lines.append(f"alike      {len(self.alike):,} pairs of them, unchanged{self._examples()}")
         for name, counts in self.found.items():
-            lines.append(f"found      {counts['image']:,} pictures and {counts['text']:,} texts of {name}")
+            by_cosine = f", {counts['embedding']:,} pictures by embeddings" if self.embedded else ""
+            lines.append(f"found      {counts['image']:,} pictures and {counts['text']:,} texts of {name}{by_cosine}")
         if not self.found:
             lines.append("found      nothing")
         return "\n".join(lines)
@@ -71,39 +79,44 @@ def count_found(files: Sequence[Place]) -> dict[str, dict[str, int]]:
         )
         for row in table.to_pylist():
             part = row["scorer"].rpartition(".")[2]
-            if (row["value"] or 0) >= LIMITS[part]:
+            if (row["value"] or 0) >= _LIMITS[part]:
                 counts[row["detail"].split(",")[0], part] += 1
     names = sorted({name for name, _ in counts})
-    return {name: {part: counts[name, part] for part in LIMITS} for name in names}
+    return {name: {part: counts[name, part] for part in _LIMITS} for name in names}
 
 
 def write_report(folder: Place, report: DecontaminationReport) -> None:
     """Write `report.json` and `report.html`; of the step only what a rerun would count as well."""
     content = dataclasses.asdict(report)
     del content["step"]
-    content["attacks"] = [
-        {**one._asdict(), "recall": one.recall, "precision": one.precision} for one in report.attacks
-    ]
+    for part in ("attacks", "embedded"):
+        counts = getattr(report, part)
+        content[part] = [{**one._asdict(), "recall": one.recall, "precision": one.precision} for one in counts]
     write_json(folder / "report.json", content)
     write_page(folder / "report.html", _page(report))
 
 
 def _page(report: DecontaminationReport) -> str:
-    tests = [(one.kind, one.pictures, f"{one.recall:.1%}", f"{one.precision:.1%}") for one in report.attacks]
     sets = [
-        (name, counts["pictures"], counts["texts"], *report.found.get(name, {"image": 0, "text": 0}).values())
+        (name, counts["pictures"], counts["texts"], *(report.found.get(name, {}).get(part, 0) for part in _LIMITS))
         for name, counts in report.contents.items()
     ]
     alike = [(" ".join(one), " ".join(other)) for one, other in report.alike]
     body = (
         "<h1>What of the evaluation sets is in the pool</h1>",
-        _table(("set", "pictures", "texts", "pictures found", "texts found"), sets),
+        _table(("set", "pictures", "texts", "pictures found", "texts found", "found by embeddings"), sets),
         f"<h2>Self-test: {report.compared:,} evaluation pictures, changed and looked for</h2>",
-        _table(("change", "pictures", "recall", "precision"), tests),
+        _tests(report.attacks),
+        f"<h3>By a cosine of {EMBEDDED} of embeddings</h3>{_tests(report.embedded)}" if report.embedded else "",
         f"<h2>Evaluation pictures that are taken for each other: {len(report.alike):,}</h2>",
         _table(("picture", "taken for"), alike),
     )
     return pages.page("Decontamination", "\n".join(body))
+
+
+def _tests(counts: Sequence[AttackCounts]) -> str:
+    rows = [(one.kind, one.pictures, f"{one.recall:.1%}", f"{one.precision:.1%}") for one in counts]
+    return _table(("change", "pictures", "recall", "precision"), rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -130,6 +130,11 @@ def read_set(each: EvaluationSet) -> Iterator[Entry | SampleError]:
     yield from (SampleError(f"not_read{path.suffix}", str(path)) for path in _unknown_files(each))
 
 
+def readable_entries(sets: Iterable[EvaluationSet]) -> Iterator[tuple[int, Entry]]:
+    """The entries of all sets with the numbers that an index gives them."""
+    return enumerate(entry for each in sets for entry in read_set(each) if not isinstance(entry, SampleError))
+
+
 def picture_columns(each: EvaluationSet) -> list[str]:
     """The columns of pictures in a set's tables, with their files."""
     tables = [path for path, _ in _listed_files(each) if path.suffix in (".parquet", ".arrow")]

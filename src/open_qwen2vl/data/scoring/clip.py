@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from ...processing.images import MAX_PIXELS
 from ...processing.sample_error import SampleError
@@ -68,6 +69,12 @@ class ClipScorer(Scorer):
         """Of unit length, in float32."""
         encoded = self._model.encode_image(pixels), self._model.encode_text(tokens)
         return tuple(F.normalize(vectors.float(), dim=-1) for vectors in encoded)
+
+    @torch.inference_mode()
+    def embed_images(self, images: list[Image.Image]) -> np.ndarray:
+        """Unit vectors of pictures, float32 `(images, numbers)`."""
+        pixels = torch.stack([self._preprocess(image).to(self._dtype) for image in images]).to(self._device)
+        return F.normalize(self._model.encode_image(pixels).float(), dim=-1).cpu().numpy()
 
     def _found(self, image: torch.Tensor, text: torch.Tensor, kept_text: torch.Tensor) -> np.ndarray:
         cosines = (image * text).sum(dim=-1, keepdim=True)

@@ -54,6 +54,11 @@ def embeddings_of(path: Place) -> tuple[str, int]:
     return _describe(path)[:2]
 
 
+def scored_options(path: Place) -> dict[str, Any]:
+    """The options of `score` that a file's vectors were made with; the model stands in [`embeddings_of`]."""
+    return _describe(path)[2].get("recipe", {}).get("options", {})
+
+
 def check_embeddings(score_file: Place) -> None:
     """A `ValueError` if the embeddings of a score file are missing, damaged, or not of the run that scored it."""
     path, scores = embeddings_file(score_file), read_score_metadata(score_file)

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...files import describe_shard
 from ...options import flag
@@ -48,18 +48,10 @@ def score_pool(options: ScoreOptions) -> StepReport:
     """
     scorer, name, given = options.scorer, options.scores_name, options.of_scorer()
     folder = place(options.output) / name
-    sources = _find_tables(options.pool) if scorer == "metadata" else find_pool(options.pool)
     recipe = score_recipe(scorer, name, given, folder)
-    roots, read = [], read_tar
-    if sources[0].suffix in (*JSON, *TABLES) and scorer != "metadata":
-        recipe[RECORDS_OF] = "conversations"
-        recipe["options"]["images"] = roots = describe_images(options.images, folder)
-        read = ConversationReader(folder, roots)
-        tasks = conversation_tasks(sources, folder, bool(options.images))
-    elif options.images:
-        raise ValueError("--images is for conversations: the images of captions are in their tars")
-    else:
-        tasks = shard_tasks(sources, folder)
+    pool = open_pool(options.pool, options.images, folder, of_tables=scorer == "metadata")
+    describe_pool(recipe, pool)
+    tasks, read, roots = pool.tasks, pool.read, pool.roots
     check_finished(tasks, recipe)
     workers, gpus, threads = options.num_workers, 0.0, 0
     if scorer in WITH_MODEL:
@@ -68,7 +60,7 @@ def score_pool(options: ScoreOptions) -> StepReport:
     rank, ranks = process_rank()
     if any("size" in root for root in roots) and (ranks > 1 or is_remote(folder)):
         raise ValueError("--images: archives are read by one command, with its --output on this machine: unpack them")
-    with only_writer(folder, rank=rank, ranks=ranks), _indexed(folder, roots):
+    with only_writer(folder, rank=rank, ranks=ranks), indexed_images(folder, roots):
         return run_tasks(
             tasks,
             make_worker,
@@ -81,7 +73,7 @@ def score_pool(options: ScoreOptions) -> StepReport:
 
 
 @contextlib.contextmanager
-def _indexed(folder: Place, roots: list[dict[str, Any]]) -> Iterator[None]:
+def indexed_images(folder: Place, roots: list[dict[str, Any]]) -> Iterator[None]:
     """An index of the archives among the roots, while it is needed."""
     if not any("size" in root for root in roots):
         yield
@@ -145,6 +137,37 @@ def _make_worker(
     return functools.partial(TarScorer, functools.partial(kind, **options), name, recipe, num_threads, read)
 
 
+class Pool(NamedTuple):
+    """What is scored, and how it is read."""
+
+    tasks: list[Any]  # of the engine: tars of pairs, or parts of files of conversations
+    read: Callable[..., Any]  # the samples of a task, as [`read_tar`] gives them
+    roots: list[dict[str, Any]]  # folders and archives of the images of conversations
+    records: str | None  # what stands in it, if not pairs
+
+
+def open_pool(paths: Sequence[Any], images: Sequence[Any], folder: Place, of_tables: bool = False) -> Pool:
+    """The tasks of a pool, whose outputs are in a folder; a `ValueError` for one that cannot be read.
+
+    `of_tables`: its tables are not conversations, but what is scored.
+    """
+    sources = _find_tables(paths) if of_tables else find_pool(paths)
+    if sources[0].suffix in (*JSON, *TABLES) and not of_tables:
+        roots = describe_images(images, folder)
+        tasks = conversation_tasks(sources, folder, bool(images))
+        return Pool(tasks, ConversationReader(folder, roots), roots, "conversations")
+    if images:
+        raise ValueError("--images is for conversations: the images of captions are in their tars")
+    return Pool(shard_tasks(sources, folder), read_tar, [], None)
+
+
+def describe_pool(recipe: dict[str, Any], pool: Pool) -> None:
+    """Add to a recipe what a rerun compares of a pool of conversations."""
+    if pool.records:
+        recipe[RECORDS_OF] = pool.records
+        recipe["options"]["images"] = pool.roots
+
+
 def find_pool(paths: Sequence[Any]) -> list[Any]:
     """The tars of pairs, or the files of conversations, that the given paths stand for."""
     found = find_sources(paths)
@@ -168,11 +191,11 @@ def _find_tables(paths: Sequence[str | Place]) -> list[Place]:
 
 def score_recipe(scorer: str, name: str, options: dict[str, Any], folder: Place) -> dict[str, Any]:
     """What a rerun compares; the source of each score file is added to it."""
-    described = {key: _describe(value, folder) for key, value in options.items() if key not in _WITHOUT_EFFECT}
+    described = {key: describe_option(value, folder) for key, value in options.items() if key not in _WITHOUT_EFFECT}
     return {"scorer": scorer, "name": name, "options": described}
 
 
-def _describe(value: Any, folder: Place) -> Any:
+def describe_option(value: Any, folder: Place) -> Any:
     """An option as it is kept: a file or folder with its size and date, anything else as it is."""
     if not isinstance(value, str):
         return list(value) if isinstance(value, tuple) else value
