@@ -41,6 +41,8 @@ COPIES, HEAD = 6, 8  # copies of each picture of every eighth emoji
 SEEDS = (1, 2, 3)
 # So small a CLIP finds two skin tones of an emoji alike from 0.95 on.
 SEMANTIC = ("--deduplicate", "semantic", "--min-similarity", 0.99)
+# In the place of the quickstart's, which suit ten times the steps.
+ADAMW = {"optim": "adamw_torch_fused", "learning_rate": 1.2e-3, "weight_decay": 0.05, "per_device_train_batch_size": 2}
 
 
 def copy_of(picture: Picture, number: int) -> Picture:
@@ -138,7 +140,7 @@ def prepare(root: Path, steps: int) -> dict:
     options = yaml.safe_load((RECIPES / "quickstart.yaml").read_text())
     for name in ("num_train_epochs", "save_steps", "save_total_limit", "output_dir"):
         del options[name]
-    options |= {
+    options |= ADAMW | {
         "vision_model": str(root / "backbones/vision"),
         "text_model": str(root / "backbones/text"),
         "train_packs": [{"path": plans[name], "name": name} for name in ("best", "middle", "worst")],

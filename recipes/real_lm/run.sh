@@ -25,7 +25,7 @@ if [ -z "${TOWER:-}" ]; then
     open-qwen2vl pack runs/quickstart/data/train-*.tar --output "$at/tower/packs" \
         --tokenizer runs/quickstart/backbones/text --image-seq-length 9 --max-length 128
     $launch recipes/pretrain.py recipes/quickstart.yaml --train_packs "$at/tower/packs" --output_dir "$at/tower" \
-        --per_device_train_batch_size 4 --num_train_epochs "${EPOCHS:-3}" --optim muon --learning_rate 2e-3
+        --num_train_epochs "${EPOCHS:-3}" --learning_rate 2e-3 --weight_decay 0.05
 fi
 python recipes/real_lm/build_real_backbones.py --trained "$TOWER"
 python recipes/real_lm/build_real_data.py --limit "${EMOJI:-60}"
