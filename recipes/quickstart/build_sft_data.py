@@ -1,11 +1,12 @@
 """Step 6: questions about pictures out of one Python package, as LLaVA conversations.
 
-    easy-VQA's 64 px drawings, questions and answers  ->  sft/data/train.json, test.json, images/{train,test}/N.png
+    easy-VQA's 64 px drawings, questions and answers  ->  sft/data/train-shapes.json, train-others.json, test.json,
+                                                          images/{train,test}/N.png
 
 easy-VQA has its own split: 4,000 pictures with 38,575 questions to learn from, and 1,000 others with 9,673 questions.
-The questions of one training picture are turns of a few conversations, so that a picture is encoded for several of
-them; a test question stands alone. `--validation` takes the last eighth of the training pictures for the test, for
-whoever chooses options.
+Each question is a conversation of its own; those of a picture stand together, for `pack --share-images` to encode it
+once. The training questions for a shape are a file of their own, since the training begins with them. `--validation`
+takes the last eighth of the training pictures for the test, for whoever chooses options.
 """
 
 import argparse
@@ -19,8 +20,6 @@ import easy_vqa
 
 from open_qwen2vl.files import new_folder
 
-# More turns cost less each, but then more answers follow from earlier ones and need no look at the picture.
-TURNS = 4
 VALIDATION_FRACTION = 8
 
 SPLITS = {
@@ -52,71 +51,48 @@ def questions_by_image(
     return {image: images[image] for image in numbers[:limit]}
 
 
-def split_evenly(pairs: list[tuple[str, str]], turns: int) -> list[list[tuple[str, str]]]:
-    """Cut a picture's questions into groups of nearly the same length, none above `turns`."""
-    groups = -(-len(pairs) // turns)
-    return [pairs[number::groups] for number in range(groups)]
+def file_of(split: str, question: str) -> str:
+    """Name of the json file in which a question stands."""
+    if split == "test":
+        return "test"
+    return "train-shapes" if question.startswith("what") and "color" not in question else "train-others"
 
 
-def conversation(identifier: str, image: str, pairs: list[tuple[str, str]]) -> dict:
-    r"""One record of LLaVA's form.
-
-    Args:
-        identifier (`str`): unique in its file.
-        image (`str`): path in the image folder.
-        pairs (`list[tuple[str, str]]`): questions and answers, in the order of the turns.
-
-    Returns:
-        `dict`: `id`, `image`, `conversations`; the first question comes after `"<image>\n"`.
-    """
-    turns = []
-    for question, answer in pairs:
-        prefix = "" if turns else "<image>\n"
-        turns += [{"from": "human", "value": prefix + question}, {"from": "gpt", "value": answer}]
-    return {"id": identifier, "image": image, "conversations": turns}
-
-
-def build_split(
-    folder: Path, split: str, turns: int, limit: int | None, seed: int, validation: bool
-) -> dict[str, int]:
-    """Write `{split}.json` and copy the pictures.
+def build_split(folder: Path, split: str, limit: int | None, seed: int, validation: bool) -> dict[str, int]:
+    """Write the json files of a split and copy its pictures.
 
     Args:
         folder (`Path`): where to.
         split (`str`): `"train"` or `"test"`.
-        turns (`int`): questions in one conversation at most.
         limit (`int`, *optional*): only the first pictures.
-        seed (`int`): of the order of a picture's questions and of the conversations.
+        seed (`int`): of the order of the pictures and of a picture's questions.
         validation (`bool`): see [`questions_by_image`].
 
     Returns:
-        `dict[str, int]`: numbers of `images`, `questions` and `conversations`.
+        `dict[str, int]`: numbers of `images` and `questions`.
     """
     images = questions_by_image(split, limit, validation)
     paths = SPLITS["train" if validation else split][1]()
     (folder / "images" / split).mkdir(parents=True)
-    records = []
-    for image, pairs in images.items():
+    records: dict[str, list[dict]] = {}
+    shuffled = random.Random(seed)
+    for image in shuffled.sample(list(images), len(images)):
         name = f"{split}/{image}.png"
         shutil.copyfile(paths[image], folder / "images" / name)
-        shuffled = random.Random(f"{seed}/{name}").sample(pairs, len(pairs))
-        for number, group in enumerate(split_evenly(shuffled, turns)):
-            records.append(conversation(f"{split}/{image}/{number}", name, group))
-    random.Random(seed).shuffle(records)
-    (folder / f"{split}.json").write_text(json.dumps(records, indent=0) + "\n")
-    return {
-        "images": len(images),
-        "questions": sum(len(pairs) for pairs in images.values()),
-        "conversations": len(records),
-    }
+        for number, (question, answer) in enumerate(shuffled.sample(images[image], len(images[image]))):
+            turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+            record = {"id": f"{split}/{image}/{number}", "image": name, "conversations": turns}
+            records.setdefault(file_of(split, question), []).append(record)
+    for file, content in records.items():
+        (folder / f"{file}.json").write_text(json.dumps(content, indent=0) + "\n")
+    return {"images": len(images), "questions": sum(map(len, records.values()))}
 
 
-def build(output: Path, turns: int = TURNS, limit: int | None = None, seed: int = 0, validation: bool = False) -> dict:
+def build(output: Path, limit: int | None = None, seed: int = 0, validation: bool = False) -> dict:
     """Write both splits; a folder that is there already is left as it is.
 
     Args:
         output (`Path`): folder of the json files and the pictures; it appears whole or not at all.
-        turns (`int`, *optional*, defaults to 4): questions in one training conversation at most.
         limit (`int`, *optional*): only the first pictures of each split.
         seed (`int`, *optional*, defaults to 0): of the order.
         validation (`bool`, *optional*, defaults to `False`): test on training pictures that are kept apart, and leave
@@ -126,11 +102,9 @@ def build(output: Path, turns: int = TURNS, limit: int | None = None, seed: int 
         `dict`: options and, for each split, counts; also in `corpus.json`.
 
     Raises:
-        ValueError: if `output` was made with other options, or `turns` is below 1.
+        ValueError: if `output` was made with other options.
     """
-    if turns < 1:
-        raise ValueError(f"turns is {turns}, but a conversation has at least one question")
-    options = {"turns": turns, "limit": limit, "seed": seed, "validation": validation}
+    options = {"limit": limit, "seed": seed, "validation": validation}
     options["easy_vqa"] = importlib.metadata.version("easy-vqa")
     summary_file = output / "corpus.json"
     if summary_file.exists():
@@ -139,11 +113,8 @@ def build(output: Path, turns: int = TURNS, limit: int | None = None, seed: int 
             raise ValueError(f"{output} was made with {summary['options']}, not {options}: delete it or name another")
         return summary
     with new_folder(output) as folder:
-        summary = {
-            "options": options,
-            "train": build_split(folder, "train", turns, limit, seed, validation),
-            "test": build_split(folder, "test", 1, limit, seed, validation),
-        }
+        summary = {"options": options}
+        summary |= {split: build_split(folder, split, limit, seed, validation) for split in SPLITS}
         (folder / "corpus.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
@@ -154,7 +125,6 @@ def main() -> None:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart/sft/data"))
-    parser.add_argument("--turns", type=int, default=TURNS, help="questions in one training conversation at most")
     parser.add_argument("--limit", type=int, help="use only the first pictures of each split")
     parser.add_argument("--seed", type=int, default=0, help="of the order")
     parser.add_argument(
@@ -164,13 +134,13 @@ def main() -> None:
     )
     args = parser.parse_args()
     try:
-        summary = build(args.output, args.turns, args.limit, args.seed, args.validation)
+        summary = build(args.output, args.limit, args.seed, args.validation)
     except ValueError as error:
         parser.error(str(error))
     train, test = summary["train"], summary["test"]
     print(
-        f"{train['questions']:,} questions on {train['images']:,} pictures, in {train['conversations']:,} "
-        f"conversations, and {test['questions']:,} on {test['images']:,} others for the test in {args.output}"
+        f"{train['questions']:,} questions on {train['images']:,} pictures, and {test['questions']:,} on "
+        f"{test['images']:,} others for the test in {args.output}"
     )
 
 

@@ -1,6 +1,6 @@
 """Step 9: what the tuned model answers about pictures that it never saw.
 
-    sft/model + sft/data/{train,test}.json  ->  sft/metrics.json, report.html, report.png
+    sft/model + sft/data/*.json  ->  sft/metrics.json, report.html, report.png
 
 Every question of easy-VQA's test split is asked alone, through the chat template, and answered greedily; an answer
 counts only if it is right to the letter. Beside it stand the commonest training answer to questions of the same type,
@@ -59,7 +59,7 @@ def read_questions(file: Path, images: Path) -> list[Question]:
     """All questions of a file in LLaVA's form, each turn for itself.
 
     Args:
-        file (`Path`): such as `train.json`.
+        file (`Path`): such as `test.json`.
         images (`Path`): the folder that its paths start from.
 
     Returns:
@@ -206,7 +206,6 @@ def collect_metrics(
         "questions": len(seen),
         "train_questions": corpus["train"]["questions"],
         "train_images": corpus["train"]["images"],
-        "train_conversations": corpus["train"]["conversations"],
         "train_seconds": training["train_seconds"],
         "steps": training["steps"],
         "epochs": training["epochs"],
@@ -238,7 +237,10 @@ def build(run: Path, batch_size: int = 128) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForImageTextToText.from_pretrained(run / "model", trust_remote_code=False).to(device).eval()
     processor = AutoProcessor.from_pretrained(run / "model", trust_remote_code=False)
-    train, test = (read_questions(data / f"{split}.json", data / "images") for split in ("train", "test"))
+    train, test = (
+        [question for file in sorted(data.glob(files)) for question in read_questions(file, data / "images")]
+        for files in ("train-*.json", "test.json")
+    )
     seen = answer_all(model, processor, test, batch_size)
     blanked = answer_blanked(model, processor, test, batch_size)
     metrics = collect_metrics(run, seen, answer_by_majority(train, test), blanked, model.num_parameters())

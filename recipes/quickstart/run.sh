@@ -21,7 +21,10 @@ train recipes/pretrain.py recipes/quickstart.yaml --seed "${SEED:-0}" "$@"
 python recipes/quickstart/report.py
 
 python recipes/quickstart/build_sft_data.py ${VALIDATION:+--validation} ${PICTURES:+--limit "$PICTURES"}
-open-qwen2vl pack runs/quickstart/sft/data/train.json --images runs/quickstart/sft/data/images \
-    --output runs/quickstart/sft/packs --tokenizer runs/quickstart/model --image-seq-length 36 --max-length 768
+for questions in shapes others; do
+    open-qwen2vl pack "runs/quickstart/sft/data/train-$questions.json" --images runs/quickstart/sft/data/images \
+        --output "runs/quickstart/sft/packs/$questions" --tokenizer runs/quickstart/model --image-seq-length 36 \
+        --max-length 768 --share-images
+done
 train recipes/sft.py recipes/sft_quickstart.yaml --seed "${SEED:-0}" "$@"
 python recipes/quickstart/report_sft.py

@@ -31,7 +31,7 @@ TEXT |= {"num_key_value_heads": 1}
 def data(tmp_path_factory) -> Path:
     """Twelve pictures of each split with all their questions."""
     folder = tmp_path_factory.mktemp("sft") / "data"
-    build_sft_data.build(folder, turns=4, limit=12, seed=2)
+    build_sft_data.build(folder, limit=12, seed=2)
     return folder
 
 
@@ -49,7 +49,7 @@ def model_and_processor(tmp_path_factory):
 
 
 def read_records(data: Path, split: str) -> list[dict]:
-    return json.loads((data / f"{split}.json").read_text())
+    return [record for file in sorted(data.glob(f"{split}*.json")) for record in json.loads(file.read_text())]
 
 
 def read_pixels(folder: Path) -> set[bytes]:
@@ -61,24 +61,28 @@ def read_pixels(folder: Path) -> set[bytes]:
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_every_question_stands_in_one_conversation(data, split):
+def test_every_question_is_a_conversation(data, split):
     records = read_records(data, split)
     asked = Counter()
     for record in records:
-        turns = record["conversations"]
-        assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
-        assert [turn["value"].count("<image>") for turn in turns] == [1] + [0] * (len(turns) - 1)
-        assert turns[0]["value"].startswith("<image>\n")
-        assert len(turns) // 2 <= (4 if split == "train" else 1)
-        assert (data / "images" / record["image"]).is_file()
-        questions = [turn["value"].removeprefix("<image>\n") for turn in turns[::2]]
-        answers = [turn["value"] for turn in turns[1::2]]
-        asked.update((record["image"], *pair) for pair in zip(questions, answers, strict=True))
+        question, answer = record["conversations"]
+        assert (question["from"], answer["from"]) == ("human", "gpt")
+        assert question["value"].startswith("<image>\n") and (data / "images" / record["image"]).is_file()
+        asked[record["image"], question["value"].removeprefix("<image>\n"), answer["value"]] += 1
     assert len({record["id"] for record in records}) == len(records)
     source = zip(*build_sft_data.SPLITS[split][0](), strict=True)
     assert asked == Counter(
         (f"{split}/{image}.png", question, answer) for question, answer, image in source if image < 12
     )
+
+
+def test_questions_for_a_shape_are_a_file(data):
+    for name, kinds in (("train-shapes", {"shape"}), ("train-others", {"color", "yes_no_color", "yes_no_shape"})):
+        questions = report_sft.read_questions(data / f"{name}.json", data / "images")
+        assert {question.kind for question in questions} == kinds
+        # A picture's questions stand together.
+        pictures = [question.picture for question in questions]
+        assert len(set(pictures)) == 1 + sum(one != other for one, other in zip(pictures, pictures[1:], strict=False))
 
 
 def test_no_test_picture_is_trained_on(data):
@@ -111,31 +115,20 @@ def test_choices_are_made_on_training_pictures(tmp_path):
 
 def test_data_is_a_function_of_its_options(data, tmp_path):
     summary = json.loads((data / "corpus.json").read_text())
-    assert build_sft_data.build(tmp_path / "again", turns=4, limit=12, seed=2) == summary
-    for name in ("train.json", "test.json", "corpus.json"):
+    assert build_sft_data.build(tmp_path / "again", limit=12, seed=2) == summary
+    for name in ("train-shapes.json", "train-others.json", "test.json", "corpus.json"):
         assert (data / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
-    build_sft_data.build(tmp_path / "other", turns=4, limit=12, seed=3)
-    assert (data / "train.json").read_bytes() != (tmp_path / "other" / "train.json").read_bytes()
+    build_sft_data.build(tmp_path / "other", limit=12, seed=3)
+    assert read_records(data, "train") != read_records(tmp_path / "other", "train")
     assert not list(data.parent.glob("*.partial"))
 
 
 def test_finished_data_is_left_alone(data):
     before = {path.name: path.stat().st_mtime_ns for path in data.iterdir()}
-    build_sft_data.build(data, turns=4, limit=12, seed=2)
+    build_sft_data.build(data, limit=12, seed=2)
     assert {path.name: path.stat().st_mtime_ns for path in data.iterdir()} == before
     with pytest.raises(ValueError, match="was made with"):
-        build_sft_data.build(data, turns=3, limit=12, seed=2)
-    with pytest.raises(ValueError, match="turns is 0"):
-        build_sft_data.build(data, turns=0)
-
-
-@pytest.mark.parametrize("count", range(1, 22))
-def test_groups_are_even(count):
-    pairs = [(str(number), "") for number in range(count)]
-    groups = build_sft_data.split_evenly(pairs, 4)
-    sizes = {len(group) for group in groups}
-    assert sorted(sum(groups, [])) == sorted(pairs)
-    assert max(sizes) <= 4 and max(sizes) - min(sizes) <= 1 and len(groups) == -(-count // 4)
+        build_sft_data.build(data, limit=12, seed=3)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +187,7 @@ def test_prompt_is_the_beginning_of_a_training_conversation(data, model_and_proc
     answers = report_sft.answer_batch(model, processor, [image, image], ["what color is the shape?", "is there?"])
     handle.remove()
     assert len(answers) == 2
-    # As `<image>\nquestion` is read from train.json: the newline stays with the text.
+    # As `<image>\nquestion` is read from train-*.json: the newline stays with the text.
     messages = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nwhat color is the shape?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
