@@ -36,7 +36,7 @@ _NEAREST, _COMPARED = 24, 12  # crops of a view; thumbnails in all
 _MIN_COARSE, _MIN_FIRST, _OUTSIDE = 0.72, 0.25, 0.05
 _SURE = 0.98  # no other candidate is looked at
 _FLAT_CROPS = 500_000  # above, crops lie in lists, of which some are searched
-_LISTS, _SEARCHED, _TRAINED_ON = 1024, 8, 160_000
+_LISTS, _SEARCHED, _TRAINED_ON = 1024, 4, 160_000
 _THUMBNAILS_AT_ONCE = 2048
 _PARTS = {"sets", "contents", "texts_left_out", "files"}  # of index.json
 
