@@ -51,8 +51,8 @@ def subtitle(metrics: dict[str, Any]) -> str:
     """One sentence on what was trained on what."""
     return (
         f"{metrics['parameters'] / 1e6:.1f}M parameters, pre-trained on emoji; {metrics['train_questions']:,} "
-        f"questions on {metrics['train_images']:,} pictures learnt in {metrics['epochs']:.0f} epochs, "
-        f"{metrics['questions']:,} on other pictures asked. An answer counts only if it is right to the letter."
+        f"questions on {metrics['train_images']:,} pictures learnt, {metrics['questions']:,} on others asked. "
+        "An answer counts only if it is right to the letter."
     )
 
 
