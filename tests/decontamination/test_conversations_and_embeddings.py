@@ -1,6 +1,7 @@
 """Pools of conversations, and evaluation pictures that are found by the embeddings that a scorer has kept."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -117,15 +118,43 @@ def test_pictures_are_found_by_kept_embeddings(
     another = save_tiny_clip(tmp_path_factory.mktemp("another"))
     score(another, "another")
     for scores, message in (
-        (tmp_path / "scores/another", f"--embeddings local-dir:{clip}, now local-dir:{another}"),
+        (tmp_path / "scores/another", f", now local-dir:{another} ("),
         (tmp_path / "scores", "(16 numbers), others are of local-dir:"),
         (tmp_path / "scores/contaminated", "--embeddings needs embeddings: run open-qwen2vl score with"),
     ):
         assert run(pool, tmp_path / "scores", evaluation_folder, embeddings=scores) == 2
         assert message in capsys.readouterr().err
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(pool, elsewhere)
+    (elsewhere / "00000.tar").touch()
+    assert run(elsewhere, tmp_path / "again", evaluation_folder, embeddings=kept) == 2
+    assert f"is of another shard than {elsewhere}/00000.tar" in capsys.readouterr().err
+
     (clip / "open_clip_model.safetensors").touch()
     assert run(pool, tmp_path / "again", evaluation_folder, embeddings=kept) == 2
     assert "is not there, or it has changed since it scored the pool" in capsys.readouterr().err
+    score(clip, "rescored")
+    assert run(pool, tmp_path / "scores", evaluation_folder, embeddings=tmp_path / "scores/rescored") == 2
+    assert f"made with --embeddings local-dir:{clip} (" in capsys.readouterr().err
     write_pool({"new": (other_pictures[1], "a roof")}, name="00001.tar")
     assert run(pool, tmp_path / "again", evaluation_folder, embeddings=tmp_path / "scores/another") == 2
     assert "00001.tar: score it first" in capsys.readouterr().err
+
+
+def test_what_has_no_embedding(chats, evaluation_folder, tmp_path, tmp_path_factory, capsys):
+    """Words alone are like no picture; of several pictures a scorer keeps nothing."""
+    clip = save_tiny_clip(tmp_path_factory.mktemp("clip"))
+    command = ["score", str(chats), "--images", str(tmp_path / "images"), "--scorer", "clip", "--device", "cpu"]
+    command += ["--model", f"local-dir:{clip}", "--keep-embeddings", "--num-workers", "1"]
+    for name in ("clip", "twice"):
+        assert main([*command, "--name", name, "--output", str(tmp_path / "scores")]) == 0
+    options = {"images": [tmp_path / "images"], "embeddings": tmp_path / "scores/clip"}
+    assert run(chats, tmp_path / "scores", evaluation_folder, **options) == 0
+    found = rows(tmp_path / "scores/contaminated/chats-00000.parquet")
+    assert found["words", "embedding"]["value"] == 0 and found["one", "embedding"]["value"] > 0.99
+    assert (found["several", "embedding"]["value"], found["several", "embedding"]["reason"]) == (None, "no_embedding")
+    capsys.readouterr()
+    several = [flag for name in ("clip", "twice") for flag in ("--embeddings", str(tmp_path / "scores" / name))]
+    flags = ["--images", str(tmp_path / "images"), "--output", str(tmp_path / "again"), "--num-workers", "1"]
+    assert main(["decontaminate", str(chats), "--against", str(evaluation_folder), *several, *flags]) == 2
+    assert "are both of a shard chats-00000" in capsys.readouterr().err

@@ -16,9 +16,10 @@ import numpy as np
 from PIL import Image
 
 from ..data.filtering.semantic import embedding_files
-from ..data.scoring.embeddings import embeddings_of, read_embeddings, scored_options
+from ..data.scoring.embeddings import embeddings_of, read_embeddings, scored_recipe
 from ..data.scoring.kinds import describe_option
 from ..data.scoring.score_files import find_score_files
+from ..data.scoring.scoring import describe_source
 from ..files import new_folder
 from ..places import Place
 from ..processing.images import decode_image, to_rgb
@@ -37,27 +38,37 @@ class KeptEmbeddings(NamedTuple):
     files: dict[str, Place]  # by the name of the score file that they belong to
     model: str  # as of `score --model`
     pretrained: str | None
-    name: str  # of both
+    name: str  # of both; of a folder with size and date
 
 
 def find_kept(scores: Sequence[str], tasks: Iterable[Any]) -> KeptEmbeddings:
     """The embeddings of each task; a `ValueError` for several models, another one's, or a shard without any."""
-    score_files = find_score_files(scores)
-    files = {file.name: file for file in embedding_files(score_files, "--embeddings")}
+    files: dict[str, Place] = {}
+    for file in embedding_files(find_score_files(scores), "--embeddings"):
+        if files.setdefault(file.name, file) != file:
+            raise ValueError(f"--embeddings: {files[file.name]} and {file} are both of a shard {file.stem}: give one")
     for task in tasks:
         if task.output.name not in files:
             raise ValueError(f"--embeddings {', '.join(scores)}: no embeddings of {task.source}: score it first")
+        _check_source(files[task.output.name], task)
     first = next(iter(files.values()))
-    name, options = embeddings_of(first)[0], scored_options(first)
+    name, options = embeddings_of(first)[0], scored_recipe(first)["options"]
     model = options["model"]
-    if isinstance(model, dict):  # a folder, with its size and date
-        if describe_option(name, first.parent.parent) != model:
-            raise ValueError(
-                f"--embeddings: the model {name} is not there, or it has changed since it scored the pool"
-            )
-        model = name
-    pretrained = name.removeprefix(f"{model}/") if "pretrained" in options else None
-    return KeptEmbeddings(files, model, pretrained, name)
+    if not isinstance(model, dict):
+        pretrained = name.removeprefix(f"{model}/") if "pretrained" in options else None
+        return KeptEmbeddings(files, model, pretrained, name)
+    if describe_option(name, first.parent.parent) != model:
+        raise ValueError(f"--embeddings: the model {name} is not there, or it has changed since it scored the pool")
+    written = np.datetime64(model["mtime_ns"], "ns")
+    return KeptEmbeddings(files, name, None, f"{name} ({model['size']:,} bytes of {written})")
+
+
+def _check_source(file: Place, task: Any) -> None:
+    """A `ValueError` if embeddings are not of a task's shard as it is now."""
+    made, now = scored_recipe(file)["source"], describe_source(task)
+    # The path is relative to where the scores lie, which may be elsewhere.
+    if {**made, "path": None} != {**now, "path": None}:
+        raise ValueError(f"--embeddings: {file} is of another shard than {task.source}, or of what it was: score it")
 
 
 class EmbeddedSets:

@@ -37,6 +37,7 @@ _NOTHING = Match(0.0, -1)
 class _Looked(NamedTuple):
     """What a sample is like."""
 
+    images: int
     image: Match
     text: Match
     reason: str | None  # why a picture of it cannot be compared
@@ -148,7 +149,10 @@ class PoolChecker:
                 reason = why[row] = one.reason
             if reason:
                 skipped.append((key, reason))
-            for part, match in enumerate((one.image if one else None, one.text if one else None, nearest.get(uid))):
+            matches = [one.image, one.text] if one else [None, None]
+            if self._kept:  # what has no picture is like none
+                matches.append(nearest.get(uid, _NOTHING if one and not one.images else None))
+            for part, match in enumerate(matches):
                 # What shows too little to be told from others is in no index either.
                 if match is not None and (part > 0 or reason in (None, PLAIN)):
                     values[row, part], details[part][row] = match.similarity, self._named(match)
@@ -170,7 +174,7 @@ class PoolChecker:
             except SampleError as error:
                 # One that cannot be read says more than one that shows too little.
                 reason = error.reason if reason in (None, PLAIN) else reason
-        return _Looked(best, self._index.match_text(text), reason)
+        return _Looked(len(images), best, self._index.match_text(text), reason)
 
     def _named(self, match: Match) -> str | None:
         if match.entry < 0:

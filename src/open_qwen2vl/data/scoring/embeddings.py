@@ -54,9 +54,12 @@ def embeddings_of(path: Place) -> tuple[str, int]:
     return _describe(path)[:2]
 
 
-def scored_options(path: Place) -> dict[str, Any]:
-    """The options of `score` that a file's vectors were made with; the model stands in [`embeddings_of`]."""
-    return _describe(path)[2].get("recipe", {}).get("options", {})
+def scored_recipe(path: Place) -> dict[str, Any]:
+    """`source` and `options` of the `score` that made a file's vectors; a `ValueError` if it does not say."""
+    recipe = _describe(path)[2].get("recipe", {})
+    if not recipe.keys() >= {"source", "options"}:
+        raise ValueError(f"{path}: does not say what it was made of: run that score again")
+    return recipe
 
 
 def check_embeddings(score_file: Place) -> None:
