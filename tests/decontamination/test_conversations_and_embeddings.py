@@ -58,6 +58,8 @@ def test_pictures_and_words_of_conversations(chats, evaluation_folder, evaluatio
     pq.write_table(pa.table({"question": [QUESTION], "answer": ["blue"]}), tmp_path / "quiz.parquet")
     sets = (evaluation_folder, f"quiz={tmp_path}/quiz.parquet")
     assert run(chats, tmp_path / "scores", *sets, images=[tmp_path / "images"]) == 0
+    # Nothing about embeddings where nobody asked for them.
+    assert "embeddings" not in (tmp_path / "scores/contaminated/report.html").read_text()
     found = rows(tmp_path / "scores/contaminated/chats-00000.parquet")
     assert found["one", "image"]["detail"].startswith("bench, 08.png, distance 0.0")
     assert found["several", "image"]["value"] > 0.85
@@ -101,6 +103,7 @@ def test_pictures_are_found_by_kept_embeddings(
     assert run(pool, tmp_path / "scores", evaluation_folder, embeddings=kept, self_test=2) == 0
     shown = capsys.readouterr().out
     assert "embedded   the same, by a cosine of 0.95:" in shown and "pictures by embeddings" in shown
+    assert "found by embeddings" in (tmp_path / "scores/contaminated/report.html").read_text()
     report = json.loads((tmp_path / "scores/contaminated/report.json").read_text())
     assert [one["kind"] for one in report["embedded"]] == list(ATTACKS)
     assert report["embedded"][0]["recall"] == 1

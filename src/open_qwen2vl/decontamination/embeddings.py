@@ -65,9 +65,8 @@ def find_kept(scores: Sequence[str], tasks: Iterable[Any]) -> KeptEmbeddings:
 
 def _check_source(file: Place, task: Any) -> None:
     """A `ValueError` if embeddings are not of a task's shard as it is now."""
-    made, now = scored_recipe(file)["source"], describe_source(task)
     # The path is relative to where the scores lie, which may be elsewhere.
-    if {**made, "path": None} != {**now, "path": None}:
+    if {**scored_recipe(file)["source"], "path": None} != {**describe_source(task), "path": None}:
         raise ValueError(f"--embeddings: {file} is of another shard than {task.source}, or of what it was: score it")
 
 

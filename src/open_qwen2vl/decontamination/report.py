@@ -33,7 +33,7 @@ class DecontaminationReport:
         embedded (`list[AttackCounts]`): the same by embeddings; empty without them.
         compared (`int`): evaluation pictures that took part in the self-test.
         alike (`list`): pairs of entries (set and name) whose unchanged pictures are taken for each other.
-        found (`dict[str, dict[str, int]]`): samples of the pool that `contaminated()` names, by set: images, texts.
+        found (`dict[str, dict[str, int]]`): samples of the pool from each limit on, by set: images, texts, embeddings.
     """
 
     step: StepReport
@@ -59,8 +59,8 @@ class DecontaminationReport:
             lines += [f"           {one.kind:<32}{one.recall:7.1%} {one.precision:7.1%}" for one in self.embedded]
             lines.append(f"alike      {len(self.alike):,} pairs of them, unchanged{self._examples()}")
         for name, counts in self.found.items():
-            by_cosine = f", {counts['embedding']:,} pictures by embeddings" if self.embedded else ""
-            lines.append(f"found      {counts['image']:,} pictures and {counts['text']:,} texts of {name}{by_cosine}")
+            more = f", {counts['embedding']:,} pictures by embeddings" if self.embedded else ""
+            lines.append(f"found      {counts['image']:,} pictures and {counts['text']:,} texts of {name}{more}")
         if not self.found:
             lines.append("found      nothing")
         return "\n".join(lines)
@@ -97,19 +97,20 @@ def write_report(folder: Place, report: DecontaminationReport) -> None:
 
 
 def _page(report: DecontaminationReport) -> str:
+    by_embeddings = {"embedding": "found by embeddings"} if report.embedded else {}
+    heads = {"image": "pictures found", "text": "texts found", **by_embeddings}
     sets = [
-        (name, counts["pictures"], counts["texts"], *(report.found.get(name, {}).get(part, 0) for part in _LIMITS))
+        (name, counts["pictures"], counts["texts"], *(report.found.get(name, {}).get(part, 0) for part in heads))
         for name, counts in report.contents.items()
     ]
-    alike = [(" ".join(one), " ".join(other)) for one, other in report.alike]
     body = (
         "<h1>What of the evaluation sets is in the pool</h1>",
-        _table(("set", "pictures", "texts", "pictures found", "texts found", "found by embeddings"), sets),
+        _table(("set", "pictures", "texts", *heads.values()), sets),
         f"<h2>Self-test: {report.compared:,} evaluation pictures, changed and looked for</h2>",
         _tests(report.attacks),
         f"<h3>By a cosine of {EMBEDDED} of embeddings</h3>{_tests(report.embedded)}" if report.embedded else "",
         f"<h2>Evaluation pictures that are taken for each other: {len(report.alike):,}</h2>",
-        _table(("picture", "taken for"), alike),
+        _table(("picture", "taken for"), [(" ".join(one), " ".join(other)) for one, other in report.alike]),
     )
     return pages.page("Decontamination", "\n".join(body))
 
