@@ -47,7 +47,7 @@ def only_writer(
     side by side, but not beside another run. A bucket is asked whether it is there.
     """
     if is_remote(output):
-        _check_store(str(output))
+        check_store(str(output))
     path = _lock_path(output, is_file)
     if blocking := next((folder for folder in (path.parent, *path.parent.parents) if folder.is_file()), None):
         raise ValueError(f"{output}: {blocking} is a file, not a folder")
@@ -73,7 +73,7 @@ def only_writer(
                 folder.rmdir()  # nothing was written
 
 
-def _check_store(url: str) -> None:
+def check_store(url: str) -> None:
     """Ask a store once, before any work: an `OSError` with the URL where it fails, a `ValueError` without a bucket."""
     store, parts = filesystem(url), urlsplit(url)
     with remote_errors_named(url, library_alone=True):

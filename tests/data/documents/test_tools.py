@@ -101,7 +101,7 @@ def test_the_form_of_calls_is_part_of_the_plan(place, qwen_vl_tokenizer, caplog)
     with pytest.raises(ValueError, match="tool_form must be tool_call or function"):
         plan_packs(["a.jsonl"], "packs", processor, tool_form="hermes", **OPTIONS)
     (place / "t.jsonl").write_text('{"text": "a"}\n')
-    with pytest.raises(ValueError, match="tool_form is for conversations"):
+    with pytest.raises(ValueError, match="--tool-form is for conversations"):
         plan_packs(["t.jsonl"], "texts", processor, tool_form="function", **OPTIONS)
 
 

@@ -320,6 +320,21 @@ def test_indexes_are_a_folder(caption_tars, tmp_path, tokenizer):
     assert not (tmp_path / "packs").exists()
 
 
+def test_indexes_are_of_tars_of_captions(make_tar, tmp_path, tokenizer):
+    (tmp_path / "texts.jsonl").write_text('{"text": "a cat"}')
+    interleaved = make_tar(tmp_path / "a.tar", [("0.json", json.dumps({"texts": ["a"], "images": [None]}).encode())])
+    for file in (tmp_path / "texts.jsonl", interleaved):
+        with pytest.raises(ValueError, match="--indexes is for tars of captions"):
+            plan_packs([file], tmp_path / "packs", tokenizer, indexes=str(tmp_path / "indexes"), **OPTIONS)
+
+
+def test_indexes_in_a_bucket_that_is_not_there_are_refused(bucket, resharded, tmp_path, tokenizer):
+    """Also where every tar has its own."""
+    with pytest.raises(ValueError, match="s3://nobucket/x: there is no such bucket"):
+        plan_packs([resharded], tmp_path / "packs", tokenizer, indexes="s3://nobucket/x", **OPTIONS)
+    assert not (tmp_path / "packs").exists()
+
+
 def test_texts_of_an_index_are_those_of_its_very_tar(resharded, tmp_path, tokenizer, caplog):
     """A caption that is changed in its place, and an index of format version 2, which has no texts."""
     data = resharded.read_bytes()

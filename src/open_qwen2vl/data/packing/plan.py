@@ -22,13 +22,13 @@ import numpy as np
 from ...families import difference, document_processor
 from ...families.interface import DocumentProcessor, Media
 from ...files import content_hash, describe_shard, describe_shards, remove_temporaries, shard_path
-from ...output_lock import only_writer
+from ...options import flag
+from ...output_lock import check_store, only_writer
 from ...places import Place, is_remote, place
 from ...processing.text_formats import tokenizer_fingerprint
 from ...processing.tool_forms import TOOL_FORMS
 from ..documents.documents import Group, Skipped, plan_group
 from ..documents.forms import RULES, conversation_format
-from ..documents.records import TAR
 from ..documents.shared_pictures import share_pictures
 from ..documents.sources import SourceKind, source_kind
 from ..documents.unread import warn_of_unread_fields
@@ -159,13 +159,15 @@ def _plan(
 
 def _indexes(kind: SourceKind, options: PackOptions) -> Place | None:
     """Where indexes are made of tars that have none: of captions alone, for a document may hold its images."""
-    if kind.suffixes != TAR or kind.text_format not in ("caption", "text"):
+    if kind.images_elsewhere:
         return None
     folder = place(options.output)
     if not options.indexes:
         return folder.with_name(f"{folder.name}_indexes")
     indexes = place(options.indexes)
-    if not is_remote(indexes) and (file := next((one for one in (indexes, *indexes.parents) if one.is_file()), None)):
+    if is_remote(indexes):
+        check_store(options.indexes)
+    elif file := next((one for one in (indexes, *indexes.parents) if one.is_file()), None):
         raise ValueError(f"--indexes {indexes}: {file} is a file, not a folder")
     return indexes
 
@@ -212,6 +214,8 @@ def _check_options(kind: SourceKind, options: PackOptions) -> None:
         raise ValueError("--engine ray starts its own workers: run it without accelerate launch")
     if options.images and not kind.images_elsewhere:
         raise ValueError("images are for conversations, documents and tables: those of captions are in their tars")
+    if options.indexes and kind.images_elsewhere:
+        raise ValueError(f"--indexes is for tars of captions, not for {kind.text_format}s in {kind.suffixes[0]} files")
     if options.rules not in RULES:
         raise ValueError(f"rules must be {' or '.join(RULES)}, got {options.rules!r}")
     if options.rules != RULES[0] and kind.text_format != "interleaved":
@@ -220,14 +224,11 @@ def _check_options(kind: SourceKind, options: PackOptions) -> None:
         raise ValueError(f"text_only is for captions, not for {kind.text_format}s")
     if options.tool_form not in TOOL_FORMS:
         raise ValueError(f"tool_form must be {' or '.join(TOOL_FORMS)}, got {options.tool_form!r}")
-    if options.tool_form != TOOL_FORMS[0] and kind.text_format != "conversation":
-        raise ValueError(f"tool_form is for conversations, not for {kind.text_format}s")
-    if options.share_images and kind.text_format != "conversation":
-        raise ValueError(f"--share-images is for conversations, not for {kind.text_format}s")
     if options.animations and kind.text_format not in ("caption", "text"):
         raise ValueError(f"animations is for captions; in {kind.text_format}s the records say what is a video")
-    if options.chat_template is not None and kind.text_format != "conversation":
-        raise ValueError(f"chat_template is for conversations, not for {kind.text_format}s")
+    for name in ("tool_form", "share_images", "chat_template"):
+        if getattr(options, name) not in (None, False, TOOL_FORMS[0]) and kind.text_format != "conversation":
+            raise ValueError(f"{flag(name)} is for conversations, not for {kind.text_format}s")
 
 
 def _check_room(kind: SourceKind, options: PackOptions, documents: DocumentProcessor) -> None:
