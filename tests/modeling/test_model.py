@@ -205,6 +205,10 @@ def test_an_option_that_is_mistyped_is_named(backbones):
     for name, meant in (("dtpye", "dtype"), ("image_seq_len", "image_seq_length")):
         with pytest.raises(TypeError, match=f"knows no option {name!r} .did you mean {meant!r}"):
             build(**{name: "x"})
+    # Of a config, known to one backbone or to both.
+    for name in ("num_hidden_layers", "num_key_value_heads", "patch_size"):
+        with pytest.raises(TypeError, match=f"{name!r} is of a backbone's config.*both"):
+            build(**{name: 1})
     for given in ("bf16", "nn"):
         with pytest.raises(ValueError, match=f"dtype is {given!r}, no type of torch"):
             build(dtype=given)

@@ -47,7 +47,9 @@ def load_backbones(vision: str, text: str, **kwargs) -> tuple[PreTrainedModel, P
     vision_config = AutoConfig.from_pretrained(vision, **places)
     vision_config = getattr(vision_config, "vision_config", vision_config)
     check_vision_config(vision_config, vision)
-    check_text_config(AutoConfig.from_pretrained(text, **places), text)
+    text_config = AutoConfig.from_pretrained(text, **places)
+    check_text_config(text_config, text)
+    _check_options(kwargs, vision_config, text_config)
     images = AutoImageProcessor.from_pretrained(vision, **places)
     tokens = _token_ids(AutoTokenizer.from_pretrained(text, **places))
     language_model = _load(AutoModelForCausalLM, text, **kwargs)
@@ -74,6 +76,12 @@ def _check_dtype(kwargs: dict[str, Any]) -> None:
         given = kwargs.get(name)
         if isinstance(given, str) and given != "auto" and not isinstance(getattr(torch, given, None), torch.dtype):
             raise ValueError(f"{name} is {given!r}, no type of torch, as float32 or bfloat16, and not auto")
+
+
+def _check_options(kwargs: dict[str, Any], *configs: PreTrainedConfig) -> None:
+    for name in kwargs:
+        if name not in (*_OPTIONS, "torch_dtype") and any(hasattr(config, name) for config in configs):
+            raise TypeError(f"{name!r} is of a backbone's config, and options go to both: set it in its config.json")
 
 
 def _load(kind: type, name: str, **kwargs) -> PreTrainedModel:

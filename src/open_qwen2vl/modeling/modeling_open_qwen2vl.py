@@ -316,7 +316,7 @@ class OpenQwen2VLForConditionalGeneration(OpenQwen2VLPreTrainedModel, Generation
 
         Raises:
             ValueError: for backbones that cannot take these places, each by its name, and for a dtype that is none.
-            TypeError: for an option that neither `from_pretrained` nor a config of the two knows.
+            TypeError: for an option that `from_pretrained` does not know, or one of a backbone's config.
         """
         vision_tower, language_model, values = load_backbones(vision, text, **kwargs)
         backbones = {"vision_config": vision_tower.config, "text_config": language_model.config}
