@@ -21,6 +21,7 @@ from open_qwen2vl.trainer.lora import (
     lora_config,
     merged_model,
 )
+from open_qwen2vl.trainer.model_loading import load_pretrained
 
 
 @pytest.fixture
@@ -242,6 +243,10 @@ def test_an_adapter_becomes_a_model_again(tiny_model, processor, tmp_path):
     expected = adapted.merge_and_unload().state_dict()
     merged = merged_model(tmp_path / "run" / "model", dtype="auto").state_dict()
     assert expected.keys() == merged.keys() and all(torch.equal(merged[name], expected[name]) for name in expected)
+    processor.save_pretrained(tmp_path / "run" / "model")
+    for attention in ("eager", "packed_varlen"):
+        loaded, _ = load_pretrained(str(tmp_path / "run"), "float32", attention)
+        assert loaded.model.language_model.config._attn_implementation == attention
     convert_to_original(tmp_path / "run", tmp_path / "original")
     saved = torch.load(tmp_path / "original/checkpoints/latest-checkpoint.pt", weights_only=True)["model"]
     query = "model.language_model.layers.0.self_attn.q_proj.weight"

@@ -154,10 +154,14 @@ def load_lora(model: PreTrainedModel, adapter: str | os.PathLike, **kwargs) -> P
     return adapted
 
 
+def base_of(adapter: str | os.PathLike) -> str:
+    """Hub id or folder of the base model that an adapter names."""
+    return model_folder(PeftConfig.from_pretrained(adapter).base_model_name_or_path)
+
+
 def merged_model(adapter: str | os.PathLike, **options) -> PreTrainedModel:
     """The base model that an adapter's folder names, loaded with `options`, with the updates in its weights."""
-    base = model_folder(PeftConfig.from_pretrained(adapter).base_model_name_or_path)
-    model = AutoModelForImageTextToText.from_pretrained(base, trust_remote_code=False, **options)
+    model = AutoModelForImageTextToText.from_pretrained(base_of(adapter), trust_remote_code=False, **options)
     merged = load_lora(model, adapter).merge_and_unload()
     processor = Path(adapter) / "processor_config.json"
     if hasattr(merged.config, "image_seq_length") and processor.exists():

@@ -41,21 +41,24 @@ def load_pretrained(
     if is_adapter(folder):
         if "quantization_config" in options:
             raise ValueError(f"{folder} is an adapter: merge it and save the model before training in 4 bits")
-        from .lora import merged_model  # PEFT takes seconds to import
+        from .lora import base_of, merged_model  # PEFT takes seconds to import
 
         logger.info("its adapter is merged into the base model")
+        options |= _attention(base_of(folder), attn_implementation)
         with loading_errors_named(folder, attn_implementation):
             return merged_model(folder, **options), processor
-    config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=False)
-    if config.model_type == "open_qwen2vl" or attn_implementation != PACKED:
-        # Other families get the packed attention when they are prepared for packing.
-        options["attn_implementation"] = attn_implementation
-    options |= {"revision": revision, "trust_remote_code": False}
+    options |= _attention(folder, attn_implementation, revision) | {"revision": revision, "trust_remote_code": False}
     with loading_errors_named(folder, attn_implementation):
         model = AutoModelForImageTextToText.from_pretrained(folder, **options)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(f"{name} is an adapter: download it and name its folder, or merge it into its base model")
     return model, processor
+
+
+def _attention(folder: str, wanted: str, revision: str = "main") -> dict[str, str]:
+    config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=False)
+    # Other families get the packed attention when they are prepared for packing.
+    return {"attn_implementation": wanted} if config.model_type == "open_qwen2vl" or wanted != PACKED else {}
 
 
 @contextlib.contextmanager
