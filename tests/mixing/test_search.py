@@ -1,13 +1,14 @@
 """The command: proxies on drawn mixtures, a proposal that follows their losses, reruns, and what is refused."""
 
 import contextlib
+import gc
 import json
 import shutil
 
 import pytest
 import yaml
 
-from open_qwen2vl import cli
+from open_qwen2vl import PackedTrainer, cli
 from open_qwen2vl.data import parse_sources
 from tests.data.killed_step import read_folder
 
@@ -44,6 +45,11 @@ def test_the_source_that_is_close_gets_the_weight(searched, sources_file):
     assert sorted(path.name for path in (searched / "proxies").iterdir()) == [f"{i:04}-42.json" for i in range(5)]
 
 
+def trainers_in_memory() -> int:
+    """Those included that wait for the garbage collector."""
+    return sum(type(one) is PackedTrainer for one in gc.get_objects())
+
+
 def test_a_rerun_trains_what_is_missing_to_the_same_bytes(searched, sources_file, tmp_path, capfd):
     """A proxy that was killed has no record, and a folder that is half there."""
     cut = tmp_path / "mix"
@@ -52,7 +58,10 @@ def test_a_rerun_trains_what_is_missing_to_the_same_bytes(searched, sources_file
     (cut / "report.html").unlink()
     (cut / "proxies" / "0002-42").mkdir()
     (cut / "proxies" / "0002-42" / "log.txt").write_text("half a li")
+    gc.collect()
+    before = trainers_in_memory()
     assert mix(sources_file, cut, "--proxies", 5) == 0
+    assert trainers_in_memory() == before, "a worker would fill the memory with what it has trained"
     assert read_folder(cut) == read_folder(searched)
     told = capfd.readouterr()
     assert "proxies    5" in told.out and "weight     near: " in told.out and "5/5" in told.err

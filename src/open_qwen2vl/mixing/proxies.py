@@ -49,6 +49,9 @@ class Proxy:
     seed: int
     folder: str
 
+    def __str__(self) -> str:
+        return str(self.record)
+
 
 def train_proxy(proxy: Proxy) -> dict[str, Any]:
     """Train and evaluate a proxy; its record, which is also written.
@@ -108,6 +111,7 @@ def _run_recipe(recipe: str, config: Path, log: Path) -> tuple[int, str]:
         raise ChildProcessError(f"proxy {config.parent}: {error!r}; its log is {log}") from error
     finally:
         sys.argv = argv
+        gc.collect()  # of the run alone: its trainer is in cycles, and would stay, frozen, while the next ones train
         gc.unfreeze()
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     return code, next((line.strip() for line in reversed(lines) if line.strip()), "")
