@@ -71,6 +71,28 @@ def test_a_killed_search_ends_with_the_same_bytes(sources_file, tmp_path):
     check_killed_step(command, tmp_path, kills=20, preload=("open_qwen2vl.mixing.search", "scipy.stats", *SEARCH))
 
 
+DEADLY = """
+import os, pathlib, runpy, signal, sys
+if "proxies/0001-" in sys.argv[1] and not pathlib.Path({marker!r}).exists():
+    pathlib.Path({marker!r}).touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+runpy.run_path({recipe!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_named_and_a_rerun_goes_on(sources_file, tmp_path, capfd):
+    options = ("--proxies", 5, "--steps", 1, "--num-workers", 2)
+    assert mix(sources_file, tmp_path / "whole", *options) == 0
+    recipe = tmp_path / "deadly.py"
+    recipe.write_text(DEADLY.format(marker=str(tmp_path / "was here"), recipe=str(RECIPE)))
+    assert mix(sources_file, tmp_path / "mix", *options, "--recipe", recipe) == 2
+    told = f"a worker process was killed by SIGKILL at {tmp_path / 'mix/proxies/0001-42.json'}, perhaps for want of"
+    assert told in capfd.readouterr().err
+    assert mix(sources_file, tmp_path / "mix", *options, "--recipe", recipe) == 0
+    assert read_folder(tmp_path / "mix") == read_folder(tmp_path / "whole")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["local", "ray"])
 def test_workers_find_what_one_process_finds(sources_file, tmp_path, engine, monkeypatch):

@@ -1,6 +1,8 @@
 import functools
 import logging
 import os
+import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,7 @@ class Upper:
         assert self._made_in == os.getpid()
         lines = task.source.read_text().splitlines()
         if "kill" in lines:
-            os._exit(1)
+            os.kill(os.getpid(), signal.SIGKILL)
         if "raise" in lines:
             raise ValueError(f"{task.source}: cannot be read")
         with renamed_when_whole(task.output) as temporary:
@@ -84,7 +86,8 @@ def test_what_a_worker_raises_is_raised(tasks, num_workers):
 
 def test_a_killed_worker_is_one_clear_error(tasks):
     tasks[1].source.write_text("kill")
-    with pytest.raises(ChildProcessError, match="a worker process was killed"):
+    told = f"a worker process was killed by SIGKILL at {re.escape(str(tasks[1].output))}, perhaps for want of memory"
+    with pytest.raises(ChildProcessError, match=told):
         run(tasks, num_workers=2)
 
 

@@ -44,6 +44,9 @@ class ShardTask(NamedTuple):
     source: Place  # what it is made from, usually a tar; its size is the measure of the work
     output: Place  # the file that is there when the task is done
 
+    def __str__(self) -> str:
+        return str(self.output)
+
 
 class Outcome(NamedTuple):
     """What the main process hears of a finished task."""
@@ -195,21 +198,35 @@ def _in_processes(
     module = getattr(make_worker, "func", make_worker).__module__
     context.set_forkserver_preload([module])  # imported once instead of by each worker
     others = set(multiprocessing.active_children())
-    with ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(make_worker,)) as pool:
+    begun = context.RawArray("q", len(tasks))  # by which process; without a lock, which a killed one could keep
+    with ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(make_worker, begun)) as pool:
         with deaf_to_ctrl_c():
-            futures = {pool.submit(_work, task): task for task in tasks}
+            futures = {pool.submit(_work, number, task): task for number, task in enumerate(tasks)}
+            workers = set(multiprocessing.active_children()) - others
         try:
             yield from ((futures[future], future.result()) for future in as_completed(futures))
         except BrokenProcessPool as error:
-            message = "a worker process was killed, perhaps for want of memory: try fewer workers"
-            raise ChildProcessError(message) from error
+            pool.shutdown(cancel_futures=True)  # ends the other workers, by SIGTERM
+            raise ChildProcessError(_what_died(workers, begun, tasks)) from error
         except BaseException as error:
             if not isinstance(error, Exception):  # Ctrl-C, or nobody wants the rest: no task is waited for
-                for worker in set(multiprocessing.active_children()) - others:
+                for worker in workers:
                     worker.kill()
             raise
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _what_died(workers: Iterable[multiprocessing.Process], begun: Sequence[int], tasks: Sequence[Any]) -> str:
+    """The worker that was not ended for another one, what of, and the last task that it began."""
+    dead = next((worker for worker in workers if worker.exitcode not in (None, 0, -signal.SIGTERM)), None)
+    if dead is None:
+        return "a worker process was ended"
+    at = [f" at {task}" for task, process in zip(tasks, begun, strict=True) if process == dead.pid][-1:]
+    if dead.exitcode > 0:
+        return f"a worker process ended itself{''.join(at)}, with exit code {dead.exitcode}"
+    hint = ", perhaps for want of memory: try fewer workers" if dead.exitcode == -signal.SIGKILL else ""
+    return f"a worker process was killed by {signal.Signals(-dead.exitcode).name}{''.join(at)}{hint}"
 
 
 @contextlib.contextmanager
@@ -228,11 +245,12 @@ def deaf_to_ctrl_c() -> Iterator[None]:
 
 
 _worker: Callable[[Any], Any] | None = None  # of this process, if it is one of a pool
+_begun: Any = None  # of the pool
 
 
-def _start_worker(make_worker: Callable[[], Callable[[Any], Any]]) -> None:
-    global _worker
-    _worker = LazyWorker(make_worker)
+def _start_worker(make_worker: Callable[[], Callable[[Any], Any]], begun: Any) -> None:
+    global _worker, _begun
+    _worker, _begun = LazyWorker(make_worker), begun
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one process for each core already
     gc.freeze()  # or every full collection walks through the million objects of the imported libraries
     parent = multiprocessing.parent_process()
@@ -240,7 +258,8 @@ def _start_worker(make_worker: Callable[[], Callable[[Any], Any]]) -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def _work(task: Any) -> Any:
+def _work(number: int, task: Any) -> Any:
+    _begun[number] = os.getpid()
     return _worker(task)
 
 

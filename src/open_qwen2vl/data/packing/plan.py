@@ -58,8 +58,6 @@ logger = logging.getLogger(__name__)
 # Options of a plan that a family may have (`DocumentProcessor.plan_options`).
 MEDIA_OPTIONS = ("image_seq_length", "min_pixels", "max_pixels", "fixed_resolution", "video_fps", "max_frames",
                  "max_video_tokens", "skip_broken_videos", "text_after_video", "tokens_per_second")  # fmt: skip
-
-
 _FINISHING_SECONDS = 600  # that a rank waits for another to write what stands beside the parts
 
 
@@ -73,6 +71,9 @@ class _Task:
     @property
     def part(self) -> Place:
         return self.group.folder / part_name(self.number)
+
+    def __str__(self) -> str:
+        return str(self.part)
 
     @property
     def skipped(self) -> Place:
