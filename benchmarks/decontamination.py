@@ -1,9 +1,9 @@
 """Decontamination: recall by kind of change and false alarms on real pictures, and speed on a large index.
 
-Each folder of --pictures holds evaluation pictures of one kind, as files. All of them are indexed; a sample of them is
-changed in known ways and looked for; then each of them is a stranger to all others. An alarm for a picture of another
-folder is false; one for a picture of its own folder may be the same drawing in another color, so these pairs are
-listed in the file of --pairs and left to the eye. Speed is measured on an index of --entries pieces of the pictures.
+Each folder of --pictures holds pictures of one kind, as files. A share of them is indexed; a sample of that is changed
+in known ways and looked for; then all are strangers, each to all that are indexed but itself. An alarm for a picture
+of another folder is false; one for a picture of its own folder may be the same drawing in another color: these pairs
+are listed in the file of --pairs and left to the eye. Speed is measured on an index of --entries pieces of pictures.
 Prints tables and writes them to benchmarks/results/decontamination.md.
 
     OMP_NUM_THREADS=1 python benchmarks/decontamination.py --pictures photos/ charts/ --entries 100000
@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -34,7 +35,7 @@ from open_qwen2vl.decontamination import index as indexing
 from open_qwen2vl.decontamination.attacks import self_test
 from open_qwen2vl.decontamination.index import ContaminationIndex, build_index, import_faiss
 from open_qwen2vl.decontamination.pictures import Thumbnail
-from open_qwen2vl.decontamination.sets import find_sets
+from open_qwen2vl.decontamination.sets import EvaluationSet
 from open_qwen2vl.decontamination.views import Unlike, views
 from open_qwen2vl.processing.images import decode_image
 
@@ -52,6 +53,20 @@ def shipped_pictures(folder: Path) -> Path:
     return folder
 
 
+def indexed_sets(folders: list[Path], share: float) -> list[EvaluationSet]:
+    """A share of the pictures of each folder, by a hash of their names."""
+    return [
+        EvaluationSet(
+            folder.name, tuple(file for file in sorted(folder.iterdir()) if hashed(file.name) < share * 2**32), None
+        )
+        for folder in folders
+    ]
+
+
+def hashed(name: str) -> int:
+    return crc32(name.encode())
+
+
 def recall_table(index: ContaminationIndex, folders: list[Path], count: int) -> list[str]:
     """Recall of each change, of `count` pictures in the proportions of the folders, those that tell nothing aside."""
     entries = np.unique(index.owners)
@@ -65,32 +80,60 @@ def recall_table(index: ContaminationIndex, folders: list[Path], count: int) -> 
     return rows
 
 
-def false_alarms(index: ContaminationIndex, pairs: Path) -> list[str]:
-    """Each picture as a stranger to all others: how many raise an alarm for one of another folder, or of their own."""
-    strangers, false, own = Counter(), Counter(), Counter()
-    started, found = time.process_time(), []
-    for entry in np.unique(index.owners).tolist():
-        folder, name = index.names[entry]
-        like = index.similarities(decode_image((pairs.parent / folder / name).read_bytes()), sure=2.0)
-        alarms = [other for other, similarity in like.items() if similarity >= LIMIT and other != entry]
-        strangers[folder] += 1
-        false[folder] += any(index.names[other][0] != folder for other in alarms)
-        own[folder] += any(index.names[other][0] == folder for other in alarms)
-        found += ["\t".join([folder, name, *index.names[other], f"{like[other]:.3f}"]) for other in alarms]
-    seconds = time.process_time() - started
-    pairs.write_text("\n".join(found), encoding="utf-8")
-    rows = ["| strangers | looked for | alarm for another kind | alarm for their own kind |", "|---|---:|---:|---:|"]
-    rows += [f"| {name} | {count:,} | {false[name]} | {own[name]} |" for name, count in sorted(strangers.items())]
-    total, wrong = strangers.total(), false.total()
-    upper = beta.ppf(0.95, wrong + 1, total - wrong)
+class Looked(NamedTuple):
+    """What became of some strangers."""
+
+    seconds: float  # CPU
+    plain: list[Path]
+    alarms: list[tuple[Path, str, str, float]]  # folder and name that it is taken for, similarity
+
+
+def look(against: Path, files: list[Path]) -> Looked:
+    """Look for pictures in an index that may have each of them, but as another entry."""
+    index, plain, alarms, started = ContaminationIndex(against), [], [], time.process_time()
+    for file in files:
+        try:
+            like = index.similarities(decode_image(file.read_bytes()), sure=2.0)
+        except Unlike:
+            plain.append(file)
+            continue
+        for entry, value in like.items():
+            if value >= LIMIT and index.names[entry] != [file.parent.name, file.name]:
+                alarms.append((file, *index.names[entry], value))
+    return Looked(time.process_time() - started, plain, alarms)
+
+
+def false_alarms(against: Path, folders: list[Path], count: int, pairs: Path) -> list[str]:
+    """How many strangers raise an alarm for a picture of another folder, and for one of their own."""
+    files = sorted((file for folder in folders for file in folder.iterdir()), key=lambda file: hashed(file.name[::-1]))
+    files, looked = files[:count], []
+    parts = [files[start : start + 200] for start in range(0, len(files), 200)]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool, pairs.open("w") as written:
+        for one in pool.map(look, itertools.repeat(against), parts):
+            looked.append(one)
+            for file, folder, name, value in one.alarms:
+                print(file.parent.name, file.name, folder, name, f"{value:.3f}", sep="\t", file=written, flush=True)
+    strangers, plain = (Counter(file.parent.name for file in some) for some in (files, chain(looked, "plain")))
+    alarms = {(file, folder == file.parent.name) for file, folder, *_ in chain(looked, "alarms")}
+    false, own = (Counter(file.parent.name for file, is_own in alarms if is_own == wanted) for wanted in (False, True))
+    rows = ["| strangers | looked for | plain | alarm for another kind | alarm for their own kind |"]
+    rows += ["|---|---:|---:|---:|---:|"]
+    rows += [
+        f"| {name} | {strangers[name]:,} | {plain[name]:,} | {false[name]} | {own[name]:,} |"
+        for name in sorted(strangers)
+    ]
+    total, wrong = len(files), false.total()
+    rows += [f"| all | {total:,} | {plain.total():,} | {wrong} | {own.total():,} |", ""]
+    seconds, upper = sum(one.seconds for one in looked), beta.ppf(0.95, wrong + 1, total - wrong)
     return [
         *rows,
-        f"| all | {total:,} | {wrong} | {own.total()} |",
-        "",
         f"{wrong} of {total:,} raise an alarm for another kind: below {upper:.1e} with a confidence of 95 % "
-        f"(Clopper-Pearson). "
-        f"{seconds / total * 1e3:.1f} CPU ms a stranger, decoding of 256 pixels included.",
+        f"(Clopper-Pearson). {seconds / total * 1e3:.1f} CPU ms a stranger, decoding of 256 pixels included.",
     ]
+
+
+def chain(looked: list[Looked], part: str) -> list:
+    return list(itertools.chain.from_iterable(getattr(one, part) for one in looked))
 
 
 def quarters(files: list[Path]) -> Iterator[tuple[Image.Image, Thumbnail]]:
@@ -140,8 +183,8 @@ def ask_large(files: list[Path], asked: int, copies: list, folder: Path) -> list
     copies = usable(copies, asked)
     for _, image in strangers[:20]:
         index.match_image(image)  # the file is read, tables are filled
-    for searched in (2, 4, 8):
-        index._crops.nprobe = searched
+    for searched in (4, 16):
+        indexing._SEARCHED_WHOLE = searched
         started = time.process_time()
         alarms = sum(index.match_image(image).similarity >= LIMIT for _, image in strangers)
         stranger = (time.process_time() - started) / len(strangers)
@@ -172,9 +215,7 @@ def peak_memory() -> float:
 def speed(folders: list[Path], entries: int, asked: int) -> list[str]:
     """A table of an index of pieces of the pictures, made in one process and asked in another."""
     context = multiprocessing.get_context("spawn")
-    files = sorted(
-        (file for folder in folders for file in folder.iterdir()), key=lambda file: crc32(file.name.encode())
-    )
+    files = sorted((file for folder in folders for file in folder.iterdir()), key=lambda file: hashed(file.name))
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         with ProcessPoolExecutor(1, context) as pool:
@@ -197,7 +238,11 @@ def speed(folders: list[Path], entries: int, asked: int) -> list[str]:
             f"| {searched} | {stranger:.1f} | {28e6 * stranger / 3.6e6:,.0f} | {alarms} of {strangers} | "
             f"{copied:.1f} | {found} of {copies} | {peak:,.0f} |"
         )
-    return [*lines, "", "Decoding aside: its time is the scorers' (data_scoring.md)."]
+    return [
+        *lines,
+        "",
+        "Lists are those of a whole picture. Decoding aside: its time is the scorers' (data_scoring.md).",
+    ]
 
 
 def main() -> None:
@@ -206,6 +251,8 @@ def main() -> None:
     )
     parser.add_argument("--pictures", nargs="*", type=Path, help="folders of pictures; default: what packages ship")
     parser.add_argument("--changed", type=int, default=400, help="pictures that are changed and looked for")
+    parser.add_argument("--indexed", type=float, default=1.0, help="share of the pictures that is indexed")
+    parser.add_argument("--strangers", type=int, help="pictures that are looked for unchanged; default: all")
     parser.add_argument(
         "--pairs", type=Path, help="file for the pairs that raise an alarm (default: beside the folders)"
     )
@@ -216,7 +263,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         folders = args.pictures or [shipped_pictures(Path(work) / "shipped")]
         if not args.entries:
-            counts = build_index(Path(work) / "against", find_sets(map(str, folders)))["contents"]
+            counts = build_index(Path(work) / "against", indexed_sets(folders, args.indexed))["contents"]
             index = ContaminationIndex(Path(work) / "against")
             lines = recall_table(index, folders, args.changed)
             kept = "; ".join(
@@ -225,7 +272,8 @@ def main() -> None:
             )
             lines += ["", f"Indexed: {kept}.", ""]
             print("\n".join(lines), flush=True)
-            lines += false_alarms(index, args.pairs or folders[0].parent / "pairs.tsv")
+            pairs = args.pairs or folders[0].parent / "pairs.tsv"
+            lines += false_alarms(Path(work) / "against", folders, args.strangers, pairs)
         else:
             lines = speed(folders, args.entries, args.asked)
     name = "decontamination_speed" if args.entries else "decontamination"

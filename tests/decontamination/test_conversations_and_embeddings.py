@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,10 @@ from PIL import Image
 from open_qwen2vl.cli import main
 from open_qwen2vl.data.scoring.clip import ClipScorer
 from open_qwen2vl.data.storage.uids import read_uids
+from open_qwen2vl.decontamination import embeddings
 from open_qwen2vl.decontamination.attacks import ATTACKS
+from open_qwen2vl.decontamination.embeddings import KeptEmbeddings
+from open_qwen2vl.decontamination.sets import find_sets
 from tests.data.conftest import encode_image
 from tests.data.scoring.conftest import save_tiny_clip
 
@@ -161,3 +165,21 @@ def test_what_has_no_embedding(chats, evaluation_folder, tmp_path, tmp_path_fact
     flags = ["--images", str(tmp_path / "images"), "--output", str(tmp_path / "again"), "--num-workers", "1"]
     assert main(["decontaminate", str(chats), "--against", str(evaluation_folder), *several, *flags]) == 2
     assert "are both of a shard chats-00000" in capsys.readouterr().err
+
+
+def test_pictures_are_embedded_without_being_held(tmp_path, evaluation_folder, monkeypatch):
+    monkeypatch.setattr(embeddings, "embeddings_of", lambda file: ("fake", 4))
+    seen, held = [], []
+
+    class Embedder:
+        def embed_images(self, images):
+            vectors = []
+            for image in images:
+                seen.append(weakref.ref(image))
+                held.append(sum(one() is not None for one in seen))
+                vectors.append(np.eye(4, dtype=np.float32)[len(held) % 4])
+            return np.stack(vectors)
+
+    kept = KeptEmbeddings({"0": None}, "fake", None, "fake")
+    embeddings.embed_sets(tmp_path / "embedded", find_sets([str(evaluation_folder)]), kept, Embedder())
+    assert len(held) == len(list(evaluation_folder.iterdir())) and max(held) <= 3

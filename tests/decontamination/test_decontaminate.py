@@ -1,6 +1,7 @@
 """The step as a user runs it: scores, reasons, the filter's report, what is refused, kills."""
 
 import json
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,7 +9,8 @@ import pytest
 
 from open_qwen2vl.cli import main
 from open_qwen2vl.data.storage.uids import read_uids
-from open_qwen2vl.decontamination import sets
+from open_qwen2vl.decontamination import index, sets
+from open_qwen2vl.decontamination import pool as step
 from open_qwen2vl.decontamination.attacks import ATTACKS
 from open_qwen2vl.evaluation import harness
 from open_qwen2vl.places import place
@@ -48,7 +50,8 @@ def test_copies_of_pictures_and_texts_are_scored_named_and_dropped(
     )
     assert run(pool, tmp_path / "scores", evaluation_folder, f"quiz={table}") == 0
     shown = capsys.readouterr().out
-    assert "quiz: 1 pictures, 4 texts, corrupt_image 1" in shown and "2 texts: text_too_short" in shown
+    assert "quiz: 1 pictures, 4 texts\n           corrupt_image 1 (row 1: " in shown
+    assert "2 texts: text_too_short" in shown
     assert "found      2 pictures and 0 texts of bench" in shown and "0 pictures and 1 texts of quiz" in shown
     rows = pq.read_table(tmp_path / "scores/contaminated/00000.parquet").to_pylist()
     found = {(row["key"], row["scorer"].split(".")[1]): row for row in rows}
@@ -66,7 +69,7 @@ def test_copies_of_pictures_and_texts_are_scored_named_and_dropped(
         "quiz": {"image": 0, "text": 1, "embedding": 0},
     }
     page = (tmp_path / "scores/contaminated/report.html").read_text()
-    assert "JPEG 30" in page and "bench" in page
+    assert "JPEG 30" in page and "bench" in page and "<td>corrupt_image</td><td>1</td><td>row 1: " in page
 
     command = ["filter", str(tmp_path / "scores"), "--keep", "not contaminated()", "--threads", "1"]
     assert main([*command, "--output", str(tmp_path / "subset.npy")]) == 0
@@ -101,6 +104,22 @@ def test_what_cannot_be_compared_with_is_one_line(evaluation_folder, write_pool,
     assert "1 done before" in capsys.readouterr().out
     assert run(pool, tmp_path / "scores", f"other={evaluation_folder}") == 2
     assert "made from other sets" in capsys.readouterr().err
+
+
+def test_what_another_algorithm_has_found_does_not_count(
+    evaluation_folder, write_pool, other_pictures, tmp_path, capsys, monkeypatch
+):
+    pool, scores = write_pool({"a": (other_pictures[0], "a cat")}), tmp_path / "scores"
+    with monkeypatch.context() as patch:
+        for module in (index, step):
+            patch.setattr(module, "ALGORITHM", "hashes")
+        assert run(pool, scores, evaluation_folder, self_test=0) == 0
+    assert run(pool, scores, evaluation_folder, self_test=0) == 2
+    assert "against: made by hashes, now crops-" in capsys.readouterr().err
+    shutil.rmtree(scores / "contaminated/against")
+    assert run(pool, scores, evaluation_folder, self_test=0) == 2
+    told = capsys.readouterr().err
+    assert "made with the algorithm hashes, now crops-" in told and "; choose another --output, or delete" in told
 
 
 @pytest.mark.slow  # imports lmms-eval

@@ -15,7 +15,9 @@ IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
 
 def contents(folder, against) -> dict:
-    return build_index(folder, find_sets([f"eval={against}"]))["contents"]["eval"]
+    found = build_index(folder, find_sets([f"eval={against}"]))["contents"]["eval"]
+    assert found.pop("examples").keys() == found["skipped"].keys()
+    return found
 
 
 @pytest.mark.parametrize(

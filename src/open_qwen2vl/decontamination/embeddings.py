@@ -7,6 +7,8 @@ embeddings of a tar ────────────────────
 The model is the one that the kept embeddings name: no option can say another.
 """
 
+import contextlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -121,15 +123,10 @@ def embed_sets(folder: Path, sets: Sequence[EvaluationSet], kept: KeptEmbeddings
     faiss = import_faiss()
     owners: list[int] = []
     index = faiss.IndexFlatIP(embeddings_of(next(iter(kept.files.values())))[1])
-    batch: list[Image.Image] = []
-    for number, image in _pictures(sets):
-        owners.append(number)
-        batch.append(image)
-        if len(batch) == _AT_ONCE:
-            index.add(embedder.embed_images(batch))
-            batch.clear()
-    if batch:
-        index.add(embedder.embed_images(batch))
+    pictures = _pictures(sets, owners)
+    for first in pictures:
+        # One at a time is held at its full size: the embedder asks for them as it makes each small.
+        index.add(embedder.embed_images(itertools.chain([first], itertools.islice(pictures, _AT_ONCE - 1))))
     if not owners:
         raise ValueError(f"--embeddings: no picture to compare with in {', '.join(each.name for each in sets)}")
     with new_folder(folder) as temporary:
@@ -139,11 +136,11 @@ def embed_sets(folder: Path, sets: Sequence[EvaluationSet], kept: KeptEmbeddings
         (temporary / "index.json").write_text(json.dumps({**made, "files": sizes}, indent=1) + "\n", encoding="utf-8")
 
 
-def _pictures(sets: Sequence[EvaluationSet]) -> Iterator[tuple[int, Image.Image]]:
-    """Number of the entry, and a picture of it; those that cannot be read are counted with the crops."""
+def _pictures(sets: Sequence[EvaluationSet], owners: list[int]) -> Iterator[Image.Image]:
+    """The pictures of all entries, whose numbers go to `owners`; what cannot be read is counted with the crops."""
     for number, entry in readable_entries(sets):
         for image in entry.images:
-            try:
-                yield number, decode_image(image) if isinstance(image, bytes) else to_rgb(image)
-            except SampleError:
-                continue
+            with contextlib.suppress(SampleError):
+                picture = decode_image(image) if isinstance(image, bytes) else to_rgb(image)
+                owners.append(number)
+                yield picture

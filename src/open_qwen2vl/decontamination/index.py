@@ -24,19 +24,22 @@ from ..files import new_folder
 from ..processing.images import decode_image, to_rgb
 from ..processing.sample_error import SampleError
 from . import pictures
-from .pictures import COARSE, COARSE_SIZE, COLOR_SIDE, FINE, SIDE, Thumbnail, Window
+from .pictures import COARSE, COARSE_SIZE, COLOR_SIDE, FINE, SIDE, WHOLE, Thumbnail, Window
 from .sets import Entry, EvaluationSet, describe_set, picture_columns, read_set
 from .texts import TextIndex, index_texts
 from .verification import similarity
 from .views import CROPS, PLAIN, View, told_apart, views
 
+ALGORITHM = "crops-64x64-dct-2/13-grams"  # another one wherever crops, limits or the comparison change
 LIMITS = {part: float(limit) for part, limit in CONTAMINATED}  # of similarity; from there `contaminated()` is true
 DECODED_SIZE = (256, 256)
-_NEAREST, _COMPARED = 24, 12  # crops of a view; thumbnails in all
+_NEAREST, _COMPARED = 24, 24  # crops of a view; thumbnails in all
+_FIRST = 12  # frequencies of an axis by which those are chosen: higher ones lie elsewhere before a crop is fitted
 _MIN_COARSE, _MIN_FIRST, _OUTSIDE = 0.72, 0.25, 0.05
 _SURE = 0.98  # no other candidate is looked at
 _FLAT_CROPS = 500_000  # above, crops lie in lists, of which some are searched
-_LISTS, _SEARCHED, _TRAINED_ON = 1024, 4, 160_000
+_LISTS, _TRAINED_ON = 1024, 160_000
+_SEARCHED, _SEARCHED_WHOLE = 4, 16  # lists for a quarter; for a whole picture, which is how a crop is found
 _THUMBNAILS_AT_ONCE = 2048
 _PARTS = {"sets", "contents", "texts_left_out", "files"}  # of index.json
 
@@ -104,8 +107,7 @@ class ContaminationIndex:
         """Thumbnails that have a crop like a view, the likest first; the crop that the whole picture then is of it."""
         if not len(self.thumbnails):
             return []
-        vectors = pictures.coarse(np.stack([view.transform[:COARSE, :COARSE] for view in asked]))
-        cosines, crops = self._crops.search(np.ascontiguousarray(vectors, np.float32), _NEAREST)
+        cosines, crops = self._nearest(asked)
         likest: dict[tuple[int, int], Window] = {}  # view and thumbnail: where the whole picture is in it
         for number, (near, rows) in enumerate(zip(cosines.tolist(), crops.tolist(), strict=True)):
             for cosine, row in zip(near, rows, strict=True):
@@ -121,15 +123,27 @@ class ContaminationIndex:
             },
         )
 
+    def _nearest(self, asked: list[View]) -> tuple[np.ndarray, np.ndarray]:
+        """Cosines and numbers of the crops that are nearest to each view, `(views, 24)`; -1 where there are fewer."""
+        vectors = pictures.coarse(np.stack([view.transform[:COARSE, :COARSE] for view in asked])).astype(np.float32)
+        is_whole = np.array([view.window == WHOLE for view in asked])
+        cosines, crops = (np.empty((len(asked), _NEAREST), kind) for kind in (np.float32, np.int64))
+        for chosen, lists in ((is_whole, _SEARCHED_WHOLE), (~is_whole, _SEARCHED)):
+            if hasattr(self._crops, "nprobe"):  # a small index has no lists
+                self._crops.nprobe = lists
+            if chosen.any():
+                cosines[chosen], crops[chosen] = self._crops.search(vectors[chosen], _NEAREST)
+        return cosines, crops
+
     def _likest(self, asked: list[View], windows: dict[tuple[int, int], Window]) -> list[tuple[int, Window, View]]:
         """Those that more frequencies are like as well, before they are moved to where they fit."""
         if not windows:
             return []
         numbers, rows = np.array(list(windows)).T
         edges = np.stack([pictures.in_steps(window) for window in windows.values()])  # (candidates, 2, 2)
-        across, down = (pictures.cosines(edges[:, axis], FINE) for axis in (0, 1))
+        across, down = (pictures.cosines(edges[:, axis], _FIRST) for axis in (0, 1))
         vectors, _ = pictures.fine(down @ self.thumbnails[rows].astype(np.float32) @ across.mT)
-        wholes, _ = pictures.fine(np.stack([view.whole.grey[:FINE, :FINE] for view in asked]))
+        wholes, _ = pictures.fine(np.stack([view.whole.grey[:_FIRST, :_FIRST] for view in asked]))
         alike = (vectors * wholes[numbers]).sum(axis=1)
         order = np.argsort(-alike, kind="stable")[:_COMPARED]
         chosen, places = order[alike[order] >= _MIN_FIRST], list(windows.values())
@@ -176,6 +190,8 @@ def build_index(folder: Path, sets: Sequence[EvaluationSet]) -> dict[str, Any]:
     described = [describe_set(each, folder) for each in sets]
     if folder.exists():
         made = read_part(folder, "index.json", dict)
+        if (before := made.get("algorithm", "an older version")) != ALGORITHM:
+            raise ValueError(f"{folder}: made by {before}, now {ALGORITHM}: choose another --output")
         if made["sets"] != described:
             raise ValueError(f"{folder}: made from other sets, or they have changed: choose another --output")
         return made
@@ -198,7 +214,8 @@ def build_index(folder: Path, sets: Sequence[EvaluationSet]) -> dict[str, Any]:
         texts, left_out = index_texts(contents.texts)
         np.savez(temporary / "ngrams.npz", text_owners=np.array(contents.text_owners, np.int64), **texts._asdict())
         sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
-        made = {"sets": described, "contents": contents.counts, "texts_left_out": left_out, "files": sizes}
+        made = {"algorithm": ALGORITHM, "sets": described, "contents": contents.counts}
+        made |= {"texts_left_out": left_out, "files": sizes}
         (temporary / "index.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     return made
 
@@ -216,11 +233,11 @@ class _Contents:
 
     def add(self, each: EvaluationSet) -> None:
         """Read a set; a `ValueError` if it has columns of pictures and none could be read."""
-        pictures_seen, texts_before, skipped, first = 0, len(self.texts), Counter(), ""
+        pictures_seen, texts_before, skipped, examples = 0, len(self.texts), Counter(), {}
         for entry in read_set(each):
             if isinstance(entry, SampleError):
                 skipped[entry.reason] += 1
-                first = first or str(entry)
+                examples.setdefault(entry.reason, str(entry))
                 continue
             self.names.append([each.name, entry.name])
             for image in entry.images:
@@ -229,18 +246,19 @@ class _Contents:
                     pictures_seen += 1
                 except SampleError as error:
                     skipped[error.reason] += 1
-                    first = first or f"{entry.name}: {error}"
+                    examples.setdefault(error.reason, f"{entry.name}: {error}")
             self._add_texts(entry)
         if not pictures_seen and not skipped[PLAIN] and (columns := picture_columns(each)):
-            why = ", ".join(f"{reason} {count:,}" for reason, count in sorted(skipped.items()))
+            why = ", ".join(f"{reason} {count:,} ({examples[reason]})" for reason, count in sorted(skipped.items()))
             raise ValueError(
                 f"--against {each.name}: no picture could be read, with the column {columns[0]}: "
-                f"{why or 'all cells are empty'}{first and f' ({first})'}"
+                f"{why or 'all cells are empty'}"
             )
         self.counts[each.name] = {
             "pictures": pictures_seen,
             "texts": len(self.texts) - texts_before,
             "skipped": dict(sorted(skipped.items())),
+            "examples": examples,
         }
 
     def _add_picture(self, image: bytes | Image.Image) -> None:
@@ -265,8 +283,6 @@ def index_crops(thumbnails: np.ndarray) -> Any:
         index.train(_crop_vectors(thumbnails[chosen], step=max(1, len(chosen) * len(CROPS) // _TRAINED_ON)))
     for start in range(0, len(thumbnails), _THUMBNAILS_AT_ONCE):
         index.add(_crop_vectors(thumbnails[start : start + _THUMBNAILS_AT_ONCE]))
-    if count > _FLAT_CROPS:
-        index.nprobe = _SEARCHED
     return index
 
 

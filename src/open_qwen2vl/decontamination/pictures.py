@@ -135,8 +135,13 @@ def coarse(transforms: np.ndarray) -> np.ndarray:
 
 
 def fine(transforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors float32 `(..., 250)` of transforms `(..., 16, 16)`, and their lengths before: how much detail."""
-    chosen = transforms[..., _order(FINE) >= _LOWEST_FINE] * _weights(FINE)[_order(FINE) >= _LOWEST_FINE]
+    """Unit vectors float32 `(..., 250)` of transforms `(..., 16, 16)`, and their lengths before: how much detail.
+
+    Of fewer frequencies they are shorter.
+    """
+    size = transforms.shape[-1]
+    is_chosen = _order(size) >= _LOWEST_FINE
+    chosen = transforms[..., is_chosen] * _weights(size)[is_chosen]
     lengths = np.linalg.norm(chosen, axis=-1)
     return chosen / np.maximum(lengths, 1e-9)[..., None], lengths
 

@@ -23,14 +23,13 @@ from ..processing.images import decode_image, to_rgb
 from ..processing.sample_error import SampleError
 from .attacks import AttackCounts, clean_alarms, self_test
 from .embeddings import EmbeddedSets, KeptEmbeddings, embed_sets, find_kept, load_embedder
-from .index import DECODED_SIZE, ContaminationIndex, Match, build_index
+from .index import ALGORITHM, DECODED_SIZE, ContaminationIndex, Match, build_index
 from .options import DecontaminateOptions
 from .report import DecontaminationReport, count_found, write_report
 from .sets import EvaluationSet, fetch_sets, find_sets, readable_entries
 from .views import PLAIN
 
 NAME = "contaminated"
-_MODEL = "crops-64x64-dct/13-grams"
 _NOTHING = Match(0.0, -1)
 
 
@@ -67,7 +66,8 @@ def decontaminate(options: DecontaminateOptions) -> DecontaminationReport:
         # What is mapped lies on this machine: a remote output has no index, each run makes it.
         work = Path(scratch) / ".index" if is_remote(folder) else Path(folder)
         made = build_index(work / "against", sets)
-        recipe = {"scorer": "decontaminate", "name": NAME, "options": {"against": made["sets"]}}
+        recipe = {"scorer": "decontaminate", "name": NAME, "algorithm": ALGORITHM}
+        recipe["options"] = {"against": made["sets"]}
         recipe["options"] |= {"embeddings": kept.name} if kept else {}
         describe_pool(recipe, pool)
         check_finished(pool.tasks, recipe)
@@ -156,7 +156,7 @@ class PoolChecker:
                 # What shows too little to be told from others is in no index either.
                 if match is not None and (part > 0 or reason in (None, PLAIN)):
                     values[row, part], details[part][row] = match.similarity, self._named(match)
-        table = score_table(self._labels, _MODEL, keys, uids, values, why, "no_embedding")
+        table = score_table(self._labels, ALGORITHM, keys, uids, values, why, "no_embedding")
         table = table.append_column(DETAIL, pa.array([text for part in details for text in part], pa.string()))
         recipe = {**self._recipe, "source": describe_source(task)}
         return write_tar_scores(task, table, len(samples) + len(damage), skipped, recipe, {})

@@ -27,7 +27,7 @@ class DecontaminationReport:
 
     Attributes:
         step ([`StepReport`]): samples of this run.
-        contents (`dict`): pictures, texts and what was left out by reason, by set.
+        contents (`dict`): pictures, texts and what was left out by reason, with an example, by set.
         texts_left_out (`dict[str, int]`): texts of the sets that are not looked for, by reason.
         attacks (`list[AttackCounts]`): the self-test, by kind of change.
         embedded (`list[AttackCounts]`): the same by embeddings; empty without them.
@@ -48,8 +48,8 @@ class DecontaminationReport:
     def __str__(self) -> str:
         lines = [str(self.step)]
         for name, counts in self.contents.items():
-            skipped = "".join(f", {reason} {count:,}" for reason, count in counts["skipped"].items())
-            lines.append(f"set        {name}: {counts['pictures']:,} pictures, {counts['texts']:,} texts{skipped}")
+            lines.append(f"set        {name}: {counts['pictures']:,} pictures, {counts['texts']:,} texts")
+            lines += [f"           {reason} {count:,} ({why})" for reason, count, why in _skipped(counts)]
         lines += [f"no n-gram  {count:,} texts: {reason}" for reason, count in self.texts_left_out.items()]
         if self.compared:
             lines.append(f"self-test  of {self.compared:,} pictures, recall and precision:")
@@ -96,6 +96,11 @@ def write_report(folder: Place, report: DecontaminationReport) -> None:
     write_page(folder / "report.html", _page(report))
 
 
+def _skipped(counts: dict[str, Any]) -> list[tuple[str, int, str]]:
+    """Why pictures and rows of a set are left out: reason, how many, and the first of them."""
+    return [(reason, count, counts["examples"][reason]) for reason, count in counts["skipped"].items()]
+
+
 def _page(report: DecontaminationReport) -> str:
     by_embeddings = {"embedding": "found by embeddings"} if report.embedded else {}
     heads = {"image": "pictures found", "text": "texts found", **by_embeddings}
@@ -103,9 +108,11 @@ def _page(report: DecontaminationReport) -> str:
         (name, counts["pictures"], counts["texts"], *(report.found.get(name, {}).get(part, 0) for part in heads))
         for name, counts in report.contents.items()
     ]
+    left_out = [(name, *row) for name, counts in report.contents.items() for row in _skipped(counts)]
     body = (
         "<h1>What of the evaluation sets is in the pool</h1>",
         _table(("set", "pictures", "texts", *heads.values()), sets),
+        f"<h3>Left out</h3>{_table(('set', 'reason', 'number', 'the first'), left_out)}" if left_out else "",
         f"<h2>Self-test: {report.compared:,} evaluation pictures, changed and looked for</h2>",
         _tests(report.attacks),
         f"<h3>By a cosine of {EMBEDDED} of embeddings</h3>{_tests(report.embedded)}" if report.embedded else "",

@@ -1,6 +1,7 @@
 """The scorer `clip`: cosine similarity of image and caption by any model of open_clip (OpenAI's, DFN's, ...)."""
 
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,7 @@ class ClipScorer(Scorer):
         return tuple(F.normalize(vectors.float(), dim=-1) for vectors in encoded)
 
     @torch.inference_mode()
-    def embed_images(self, images: list[Image.Image]) -> np.ndarray:
+    def embed_images(self, images: Iterable[Image.Image]) -> np.ndarray:
         """Unit vectors of pictures, float32 `(images, numbers)`."""
         pixels = torch.stack([self._preprocess(image).to(self._dtype) for image in images]).to(self._device)
         return F.normalize(self._model.encode_image(pixels).float(), dim=-1).cpu().numpy()

@@ -235,12 +235,15 @@ def check_finished(tasks: Sequence[ShardTask], recipe: dict[str, Any]) -> None:
             changed.append(f"another or a changed {task.source}")
         if made.get("scorer") != recipe["scorer"]:
             changed.append(f"--scorer {made.get('scorer')}, now {recipe['scorer']}")
+        if made.get("algorithm") != recipe.get("algorithm"):
+            before = made.get("algorithm", "of an older version")
+            changed.append(f"the algorithm {before}, now {recipe.get('algorithm')}")
         before, now = made.get("options", {}), recipe["options"]
         for option in sorted(before.keys() | now.keys()):
             if before.get(option) != now.get(option):
                 changed.append(f"{flag(option)} {_named(before.get(option))}, now {_named(now.get(option))}")
         if changed:
-            advice = f"choose another --output or --name, or delete {task.output.parent}"
+            advice = f"choose another --output, or delete {task.output.parent}"
             raise ValueError(f"{task.output}: made with {'; '.join(changed)}; {advice}")
 
 
