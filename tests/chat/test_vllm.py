@@ -1,4 +1,7 @@
-"""vLLM itself, in an environment of its own: the tokens that it serves are those of `generate`, for both families."""
+"""vLLM itself, in an environment of its own: the tokens that it serves are those of `generate`, for both families.
+
+And `recaption` asks it: for the captions of the model in this process, through kills.
+"""
 
 import json
 import os
@@ -17,10 +20,15 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from open_qwen2vl import OpenQwen2VLForConditionalGeneration, OpenQwen2VLProcessor
+from open_qwen2vl.cli import main
 from open_qwen2vl.evaluation.endpoint import evaluate_endpoint
 from open_qwen2vl.evaluation.evaluate import evaluate
 from tests import qwen_vl
 from tests.chat.test_serve import DOCUMENT, ask, content, free_port, wait_until_healthy
+from tests.data.conftest import encode_image, make_sample, write
+from tests.data.killed_step import OUTPUT, check_killed_step
+from tests.data.scoring.conftest import rows
+from tests.decontamination.conftest import EMOJI, drawings
 from tests.evaluation.conftest import datasets_cache, easyvqa  # noqa: F401 - fixtures
 
 # Python of an environment that has vLLM; where it is not given one is made, of 3.5 GB, and removed.
@@ -59,13 +67,13 @@ def has(python: str, module: str) -> bool:
     return subprocess.run([python, "-c", f"import {module}"], capture_output=True).returncode == 0
 
 
-@pytest.fixture
-def serve(python, tmp_path):
+@pytest.fixture(scope="module")
+def serve(python, tmp_path_factory):
     """Starts a server of a folder with some options and gives its address."""
     running = []
 
     def start(model: Path, *options: str) -> str:
-        port = free_port()
+        port, own = free_port(), tmp_path_factory.mktemp("server")
         command = [
             python,
             "-m",
@@ -76,20 +84,20 @@ def serve(python, tmp_path):
             "model",
         ]
         command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "512"]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf")}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HOME": str(own), "HF_HOME": str(own / "hf")}
         environment |= {
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_NO_USAGE_STATS": "1",
         }
         environment.pop("PYTHONPATH", None)  # the code is the checkpoint's
-        log = open(tmp_path / "log", "w")
+        log = open(own / "log", "w")
         # A group of its own: the server has children.
         process = subprocess.Popen(
             [*command, "--enforce-eager", *options], env=environment, stdout=log, stderr=log, start_new_session=True
         )
         running.append(process)
-        wait_until_healthy(f"http://127.0.0.1:{port}", process, tmp_path / "log", seconds=900)
+        wait_until_healthy(f"http://127.0.0.1:{port}", process, own / "log", seconds=1800)
         return f"http://127.0.0.1:{port}"
 
     yield start
@@ -146,19 +154,32 @@ def assert_same(ask_one: Callable, expected: Callable, jobs: list) -> None:
     assert len({str(answer) for _, answer in wanted}) > len(jobs) / 2
 
 
-def test_open_qwen2vl(serve, pictures, backbones, easyvqa, tmp_path):  # noqa: F811 - a fixture imported above
-    """0 to 3 images, budgets by request in one batch, an impossible budget; and an evaluation through the endpoint."""
+@pytest.fixture(scope="module")
+def folder(backbones, tmp_path_factory) -> Path:
+    """An Open-Qwen2VL that vLLM takes."""
+    root = tmp_path_factory.mktemp("open_qwen2vl")
     config = Qwen2Config.from_pretrained(backbones["text"])
     config.hidden_size = 128  # vLLM's attention on CPUs has heads of 32 and more
     torch.manual_seed(0)
-    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "text")
-    AutoTokenizer.from_pretrained(backbones["text"]).save_pretrained(tmp_path / "text")
-    both = {**backbones, "text": str(tmp_path / "text"), "image_seq_length": 4}
-    model = OpenQwen2VLForConditionalGeneration.from_vision_text_pretrained(**both).eval()
-    processor = OpenQwen2VLProcessor.from_vision_text_pretrained(**both)
-    for part in (model, processor):
-        part.save_pretrained(tmp_path / "model")
-    address = serve(tmp_path / "model", *OPTIONS.split(), "--trust-request-mm-kwargs")
+    Qwen2ForCausalLM(config).save_pretrained(root / "text")
+    AutoTokenizer.from_pretrained(backbones["text"]).save_pretrained(root / "text")
+    both = {**backbones, "text": str(root / "text"), "image_seq_length": 4}
+    model = OpenQwen2VLForConditionalGeneration.from_vision_text_pretrained(**both)
+    model.generation_config.eos_token_id = list(range(0, config.vocab_size, 7))  # some answers come to their end
+    for part in (model, OpenQwen2VLProcessor.from_vision_text_pretrained(**both)):
+        part.save_pretrained(root / "model")
+    return root / "model"
+
+
+@pytest.fixture(scope="module")
+def address(serve, folder) -> str:
+    return serve(folder, *OPTIONS.split(), "--trust-request-mm-kwargs")
+
+
+def test_open_qwen2vl(address, folder, pictures, easyvqa, tmp_path):  # noqa: F811 - a fixture imported above
+    """0 to 3 images, budgets by request in one batch, an impossible budget; and an evaluation through the endpoint."""
+    model = OpenQwen2VLForConditionalGeneration.from_pretrained(folder).eval()
+    processor = OpenQwen2VLProcessor.from_pretrained(folder)
 
     def ask_one(job):
         number, budget = job
@@ -178,10 +199,35 @@ def test_open_qwen2vl(serve, pictures, backbones, easyvqa, tmp_path):  # noqa: F
     assert ask_one((3, 16)) == expected((3, 16))  # and it serves on
 
     options = {"limit": 12, "include_path": [easyvqa]}
-    here = evaluate(str(tmp_path / "model"), ["easyvqa_gen"], tmp_path / "here", device="cpu", **options)
+    here = evaluate(str(folder), ["easyvqa_gen"], tmp_path / "here", device="cpu", **options)
     there = evaluate_endpoint(f"{address}/v1", ["easyvqa_gen"], tmp_path / "there", **options)
     assert there["model"]["path"] == "model"
     assert here["tasks"]["easyvqa_gen"]["metrics"] == there["tasks"]["easyvqa_gen"]["metrics"]
+
+
+def test_recaption(address, folder, tmp_path):
+    """What the server refuses, for its prompt is too long, and what is no picture are counted; the rest is as here."""
+    (tmp_path / "pool").mkdir()
+    samples = [make_sample(name, name, encode_image(drawing)) for name, drawing in zip(EMOJI, drawings(), strict=True)]
+    samples[3:3] = [make_sample("long", "a very long story " * 90), make_sample("broken", "a cat", b"\x89PNG of none")]
+    for number in range(2):
+        write(tmp_path / f"pool/{number}.tar", sum(samples[number::2], []))
+    command = ["recaption", str(tmp_path / "pool"), "--prompt", "Say it better: {caption}", "--min-words", "1"]
+    command += ["--max-new-tokens", str(NEW_TOKENS)]
+    asked = ["--model", "model", "--endpoint", f"{address}/v1", "--concurrency", "2"]
+    assert main([*command, "--output", str(tmp_path / "here"), "--model", str(folder), "--device", "cpu"]) == 0
+    assert main([*command, "--output", str(tmp_path / "there"), *asked]) == 0
+    tables = [[tmp_path / f"{name}/recaption/{number}.parquet" for number in range(2)] for name in ("here", "there")]
+    here, there = ({row["key"]: row for path in paths for row in rows(path)} for paths in tables)
+    assert there["long"]["reason"] == "refused_request" and there["broken"]["reason"] == "corrupt_image"
+    for key in EMOJI:
+        assert here[key]["reason"] == there[key]["reason"]
+        # There the token that ends an answer, here an ordinary one, and a character that is cut off are no text.
+        assert there[key]["detail"] in (here[key]["detail"], here[key]["detail"][:-1])
+    assert len({row["detail"] for row in there.values()}) > 4
+    assert {None, "cut_off"} <= {there[key]["reason"] for key in EMOJI}
+    (tmp_path / "runs").mkdir()
+    check_killed_step([*command, *asked, "--output", OUTPUT], tmp_path / "runs", kills=5)
 
 
 def test_qwen2_vl(python, serve, pictures, tmp_path):
