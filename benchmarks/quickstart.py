@@ -5,8 +5,8 @@
 Each seed is a whole `recipes/quickstart/run.sh` in a folder of its own, with random weights and an order of its own on
 the same pictures. The same command again goes on where it was stopped; what was spent before is counted too, but for
 the step that was killed. `--validation` asks about the pictures on which options are chosen. On a processor with more,
-`ATEN_CPU_CAPABILITY=avx2` shows what an older one would do. Writes benchmarks/results/quickstart.md, with
-`--validation` quickstart_validation.md.
+`ATEN_CPU_CAPABILITY=avx2` shows what an older one would do. Writes benchmarks/results/quickstart.md, in whose name
+`_validation` and `_avx2` tell of either.
 """
 
 import argparse
@@ -71,9 +71,11 @@ def main() -> None:
     args = parser.parse_args()
     runs = {seed: run(args.folder / f"seed-{seed}", seed, args.validation) for seed in args.seeds}
     machine = describe_machine(shlex.join(["python", "benchmarks/quickstart.py", *sys.argv[1:]]))
+    name = "quickstart_validation" if args.validation else "quickstart"
     if limit := os.environ.get("ATEN_CPU_CAPABILITY"):
         machine[-1] += f"; ATEN_CPU_CAPABILITY={limit}"
-    write_result("quickstart_validation" if args.validation else "quickstart", table(runs), machine)
+        name += f"_{limit}"
+    write_result(name, table(runs), machine)
 
 
 if __name__ == "__main__":
