@@ -32,7 +32,7 @@ FLOORS = (
     ("estimate", "mixing", "chat", "agent", "conversion"),
     ("cli",),
 )
-MOST_LINES, MOST_OF_A_FILE, MOST_OF_A_FUNCTION = 37_619, 350, 60
+MOST_LINES, MOST_OF_A_FILE, MOST_OF_A_FUNCTION = 37_625, 350, 60
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 

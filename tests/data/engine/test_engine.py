@@ -140,6 +140,13 @@ def test_two_workers_of_ray(ray_cluster, tasks):
 
 
 @pytest.mark.slow
+def test_an_actor_that_dies_is_one_clear_error(ray_cluster, tasks):
+    tasks[1].source.write_text("kill")
+    with pytest.raises(ChildProcessError, match=f"a Ray actor died 4 times at {re.escape(str(tasks[1].output))}: "):
+        run(tasks, engine="ray", num_workers=1)
+
+
+@pytest.mark.slow
 def test_a_step_on_ray(ray_cluster, tasks, make_tar, sample, tmp_path):
     local = run([ShardTask(task.source, Path(f"{task.output}.2")) for task in tasks])
     assert run(tasks, engine="ray", num_workers=None) == local

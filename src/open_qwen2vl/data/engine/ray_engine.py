@@ -24,18 +24,24 @@ def work_on_ray(
         from ray.util import ActorPool
     except ImportError as error:
         raise ValueError('--engine ray needs ray: pip install "open-qwen2vl[ray]"') from error
-    ours = not ray.is_initialized()
+    ours, actors, done = not ray.is_initialized(), 0, set()
     if ours:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="warning")
     try:
         actors = min(num_workers or _capacity(ray.cluster_resources(), num_gpus), len(tasks))
         actor = ray.remote(num_cpus=1, num_gpus=num_gpus, max_restarts=RETRIES, max_task_retries=RETRIES)(_Actor)
         pool = ActorPool([actor.remote(make_worker) for _ in range(actors)])
-        done = pool.map_unordered(lambda actor, number: actor.work.remote(number, tasks[number]), range(len(tasks)))
-        for number, result in done:
+        found = pool.map_unordered(lambda actor, number: actor.work.remote(number, tasks[number]), range(len(tasks)))
+        for number, result in found:
+            done.add(number)
             yield tasks[number], result
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error  # what the worker raised, as it would be without Ray
+    except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
+        # Each actor has one task at a time, and they are begun in order.
+        begun = [str(task) for number, task in enumerate(tasks[: len(done) + actors]) if number not in done]
+        told = " ".join(str(error).split())[:300]
+        raise ChildProcessError(f"a Ray actor died {RETRIES + 1} times at {' or '.join(begun)}: {told}") from error
     finally:
         if ours:
             ray.shutdown()
