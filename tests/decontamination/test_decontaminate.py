@@ -136,8 +136,11 @@ def test_a_task_of_lmms_eval_is_a_set(tmp_path, monkeypatch, write_pool, other_p
     assert run(pool, tmp_path / "scores", "easyvqa_gen") == 0
     rows = pq.read_table(tmp_path / "scores/contaminated/00000.parquet").to_pylist()
     found = {row["key"]: row for row in rows if row["scorer"].endswith("image")}
-    # One shape on a plain ground is told from nothing.
-    assert (found["same"]["value"], found["same"]["reason"]) == (0, "plain_image") and found["other"]["value"] < 0.85
+    # One shape on a plain ground is told from nothing: such pictures of a set are left out, and counted.
+    made = json.loads((tmp_path / "scores/contaminated/against/index.json").read_text())["contents"]["easyvqa_gen"]
+    left_out = made["skipped"].get("plain_image", 0)
+    assert left_out and made["pictures"] + left_out == 6 and found["other"]["value"] < 0.85
+    assert found["same"]["value"] == 0
     with pytest.raises(ValueError, match="--against no_such_task: no such file or folder, and no task"):
         list(sets.read_set(sets.EvaluationSet("x", (), "no_such_task")))
 
